@@ -1,0 +1,1 @@
+"""Adapters: their file format, their registry and the memory they live in."""

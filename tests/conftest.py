@@ -1,0 +1,81 @@
+"""Fixtures shared by all tests: tiny random models and adapters, and the real model where it has been pulled."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers, whose greedy texts are neither constant nor near ties."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
+    """`make_adapter(name, seed=..., **LoraConfig options)` saves a random adapter of the tiny model with peft."""
+    root = tmp_path_factory.mktemp("adapters")
+
+    def make(name: str, *, seed: int = 0, strength: float = 0.3, **options: object) -> Path:
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": SEVEN, "task_type": "CAUSAL_LM", **options})
+        model = get_peft_model(base, config)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=strength)
+        model.save_pretrained(root / name)
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapters(make_adapter: MakeAdapter) -> dict[str, Path]:
+    """Four adapters that differ in rank, scaling and targets."""
+    return {
+        "all4": make_adapter("all4", seed=10),
+        "wide24": make_adapter("wide24", seed=11, r=24, lora_alpha=16, strength=0.12),
+        "rslora8": make_adapter("rslora8", seed=12, r=8, lora_alpha=8, use_rslora=True, strength=0.2),
+        "qv16": make_adapter("qv16", seed=13, r=16, target_modules=["q_proj", "v_proj"], strength=0.2),
+    }
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[Path]:
+    """The folder that `loramux pull smollm2-135m` made; tests never download it themselves."""
+    root = os.environ.get("LORAMUX_DATA_DIR") or Path.home() / ".local" / "share" / "loramux"
+    folder = Path(root) / "models" / "smollm2-135m"
+    if not folder.is_dir():
+        pytest.fail(f"{folder} is missing: run `loramux pull smollm2-135m` first, as `make test` does")
+    yield folder
