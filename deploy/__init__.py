@@ -1,0 +1,1 @@
+"""Ways to run loramux: the demo and its assets."""

@@ -1,0 +1,45 @@
+"""The demo's eight requests: what is asked, with which adapters, and what is known of the answer."""
+
+from dataclasses import dataclass
+
+from deploy.demo.tasks import generate
+
+MAX_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """One user message for a weighted set of adapters. `target` is the right answer, where one is known."""
+
+    prompt: str
+    adapters: tuple[tuple[str, float], ...] = ()
+    target: str | None = None
+
+    @property
+    def label(self) -> str:
+        if not self.adapters:
+            return "(base model)"
+        if len(self.adapters) == 1:
+            return self.adapters[0][0]
+        return "\n".join(f"{weight:+.2f} {name}" for name, weight in self.adapters)
+
+
+def held_out(task: str, row: int = 0) -> DemoRequest:
+    """A test row of a demo task, which its adapter has not seen in training."""
+    example = generate(task).test[row]
+    return DemoRequest(f"{example.instruction}\n{example.input}", ((task, 1.0),), example.target)
+
+
+def demo_requests() -> list[DemoRequest]:
+    """Base model, five single adapters, and mixtures of two and of three."""
+    two, three = held_out("pirate", 1), held_out("json_fields", 1)
+    return [
+        DemoRequest("What is the capital of France?"),
+        held_out("spell"),
+        held_out("json_fields"),
+        held_out("pirate"),
+        held_out("iso_date"),
+        held_out("number_words"),
+        DemoRequest(two.prompt, (("pirate", 0.7), ("redact", 0.3))),
+        DemoRequest(three.prompt, (("json_fields", 0.8), ("spell", 0.4), ("sort_numbers", -0.2))),
+    ]

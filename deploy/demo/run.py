@@ -1,0 +1,159 @@
+"""`loramux demo`: a server on this machine, eight requests at once with eight adapter mixes, and a check of every answer."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.table import Table
+
+from deploy.demo.requests import MAX_TOKENS, DemoRequest, demo_requests
+
+ADAPTERS = Path(__file__).parent / "adapters"
+START_SECONDS = 300.0
+SERVED_NAME = "smollm2-135m"
+
+
+class DemoError(RuntimeError):
+    """The demo could not run. The message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. Seconds from sending to the first piece of text and to the end; tokens as the server counted them."""
+
+    text: str
+    first: float
+    total: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.total
+
+
+def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) -> int:
+    """Run the demo against `model`; returns the process's exit code. Without `once` the server stays up until Ctrl-C."""
+    console = Console()
+    with _server(model, host, port, console) as url:
+        requests = demo_requests()
+        console.print(f"\nSending {len(requests)} requests at once, each with its own adapters ...")
+        answers = asyncio.run(_ask_all(url, requests))
+        console.print(_table(requests, answers))
+        failures = _check(model, requests, answers, console)
+        for failure in failures:
+            console.print(f"[red]FAILED[/red] {failure}")
+        if not failures:
+            console.print(
+                "[green]All answers are right:[/green] known targets hit, texts equal to transformers + peft."
+            )
+        if not once:
+            _stay(url, console)
+    return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def _server(model: Path, host: str, port: int, console: Console) -> Iterator[str]:
+    """`loramux serve` as a process of its own, until the block ends."""
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model), "--served-name", SERVED_NAME]
+    command += ["--adapters", str(ADAPTERS), "--host", host, "--port", str(port)]
+    url = f"http://{host}:{port}"
+    process = subprocess.Popen(command)
+    try:
+        with console.status("Starting the server ..."):
+            _wait_until_ready(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError(f"the server ended with code {process.returncode} before it was ready")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise DemoError(f"the server was not ready after {START_SECONDS:.0f} seconds")
+
+
+async def _ask_all(url: str, requests: list[DemoRequest]) -> list[Answer]:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        return await asyncio.gather(*(_ask(client, request) for request in requests))
+
+
+async def _ask(client: AsyncOpenAI, request: DemoRequest) -> Answer:
+    """Stream one answer. A single adapter is asked for as a model, a mixture by the `lora` object."""
+    model, extra = SERVED_NAME, {}
+    if len(request.adapters) == 1:
+        model = request.adapters[0][0]
+    elif request.adapters:
+        extra = {"lora": {"adapters": [{"name": name, "weight": weight} for name, weight in request.adapters]}}
+    started, first, text, tokens = time.monotonic(), None, "", 0
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": request.prompt}],
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body=extra,
+    )
+    async for chunk in stream:
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.monotonic() - started
+            text += chunk.choices[0].delta.content
+    total = time.monotonic() - started
+    return Answer(text, first if first is not None else total, total, tokens)
+
+
+def _table(requests: list[DemoRequest], answers: list[Answer]) -> Table:
+    table = Table(show_lines=True)
+    for title in ("request", "adapters", "answer"):
+        table.add_column(title, overflow="fold")
+    for title in ("first token", "tokens/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for request, answer in zip(requests, answers, strict=True):
+        rate = f"{answer.tokens_per_second:.1f}"
+        table.add_row(request.prompt, request.label, answer.text, f"{answer.first * 1000:.0f} ms", rate)
+    return table
+
+
+def _check(model: Path, requests: list[DemoRequest], answers: list[Answer], console: Console) -> list[str]:
+    """What is wrong with the answers: missed targets, and texts that transformers + peft would not give."""
+    from deploy.demo.reference import Reference  # seconds of imports, and only needed once the answers are there
+
+    failures = []
+    with console.status("Checking every answer against transformers + peft ..."):
+        names = sorted({name for request in requests for name, _ in request.adapters})
+        reference = Reference(model, ADAPTERS, names)
+        for request, answer in zip(requests, answers, strict=True):
+            label = request.label.replace("\n", " ")
+            if request.target is not None and answer.text.strip() != request.target:
+                failures.append(f"{label}: answered {answer.text!r}, the target is {request.target!r}")
+            expected = reference.disagreement(request, answer.text)
+            if expected is not None:
+                failures.append(f"{label}: answered {answer.text!r}, transformers + peft say {expected!r}")
+    return failures
+
+
+def _stay(url: str, console: Console) -> None:
+    console.print(f"\nThe server stays up at [bold]{url}[/bold]; Ctrl-C stops it. Try:\n")
+    body = '{"model": "pirate", "messages": [{"role": "user", "content": "Say it like a pirate.\\nHello my friend."}]}'
+    command = f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    console.print(command, soft_wrap=True, highlight=False, markup=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)

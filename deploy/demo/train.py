@@ -1,0 +1,66 @@
+"""Generates the demo's tasks and trains their adapters: `python -m deploy.demo.train --model DIR --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from deploy.demo.tasks import SEED, TASKS, write_tasks
+from routing.train.adapter import AdapterRecipe, AdapterResult, AdapterRun, train_adapter
+
+RECIPE = AdapterRecipe()
+
+
+def main(arguments: list[str]) -> int:
+    """Trains the chosen tasks one after the other; writes `<out>/<task>/` and `<out>/summary.json`."""
+    options = _parser().parse_args(arguments)
+    run = AdapterRun(device=options.device, progress=not options.plain, evaluation_rows=options.evaluation_rows)
+    recipe = AdapterRecipe(steps=options.steps, learning_rate=options.learning_rate)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = options.data or Path(scratch)
+        write_tasks(root, SEED)
+        for name in options.only or TASKS:
+            result = train_adapter(options.model, root / name, options.out / name, recipe, run)
+            _say(result)
+    write_summary(options.out)
+    return 0
+
+
+def write_summary(out: Path) -> None:
+    """Collects the cards of every adapter under `out` into `summary.json`."""
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*/card.json"))]
+    keys = ("accuracy_before", "accuracy_after", "final_loss")
+    tasks = {card["task"]: {key: card[key] for key in keys} for card in cards}
+    text = json.dumps({"data_seed": SEED, "tasks": tasks}, indent=2, sort_keys=True)
+    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _say(result: AdapterResult) -> None:
+    card = result.card
+    first = f"{result.losses[0]:.3f}" if result.losses else "-"
+    sys.stdout.write(
+        f"{card.task:14} exact match {card.accuracy_before:6.1%} -> {card.accuracy_after:6.1%}   "
+        f"loss {first} -> {card.final_loss:.4f}   {result.seconds:.0f} s\n"
+    )
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.demo.train", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of smollm2-135m (loramux pull)")
+    parser.add_argument("--out", type=Path, required=True, help="where the adapters go, e.g. deploy/demo/adapters")
+    parser.add_argument("--only", action="append", choices=sorted(TASKS), help="train this task (repeatable)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)
+    parser.add_argument("--evaluation-rows", type=int, default=100)
+    parser.add_argument("--data", type=Path, help="keep the generated rows in this folder")
+    parser.add_argument("--plain", action="store_true", help="no progress bars")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Choosing adapters: routers that turn a prompt or an explicit request into a weighted set of adapters."""

@@ -1,0 +1,1 @@
+"""The loramux server: command line, HTTP front end and inference engine."""
