@@ -1,0 +1,1 @@
+"""The inference engine: scheduling, paging, batching, sampling, and the process around them."""

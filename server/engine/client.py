@@ -1,0 +1,219 @@
+"""The front end's side of an engine process: start it, talk to it, and start it again when it dies."""
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
+from server.engine.messages import (
+    Abort,
+    FromEngine,
+    Ready,
+    Shutdown,
+    Start,
+    StartFailed,
+    Submit,
+    ToEngine,
+    Update,
+    decode_from_engine,
+    encode,
+)
+from server.engine.sequence import FinishReason, Output, Request
+
+FIRST_BACKOFF = 0.5
+LONGEST_BACKOFF = 30.0
+SHUTDOWN_SECONDS = 5.0
+
+
+class EngineStartError(RuntimeError):
+    """The engine could not be started. The message is one sentence."""
+
+
+class EngineUnavailable(RuntimeError):
+    """No engine lives at the moment."""
+
+
+class EngineClient:
+    """One engine process. When it dies, requests in flight end with an error each, and it is started again."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.info: EngineInfo | None = None
+        self.alive = False
+        self.restarts = 0
+        self.stats = EngineStats()
+        self.on_stats: Callable[[EngineStats], None] | None = None
+        self._streams: dict[str, asyncio.Queue[Output | RequestError]] = {}
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, or None when none lives."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Spawn the process and wait until the model is loaded. Raises EngineStartError."""
+        await self._spawn()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """End the process; requests in flight end with an error."""
+        self._stopping = True
+        if self.alive and self._process is not None:
+            self._send(Shutdown())
+            await self._reap(self._process)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._lost("the server is shutting down")
+        self._context.destroy(linger=0)
+
+    async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Outputs of the request as they come; the last has a finish reason.
+
+        Closing the generator early aborts the request. Raises RequestError for what the engine refuses and
+        EngineUnavailable when no engine lives.
+        """
+        if not self.alive:
+            raise EngineUnavailable("the inference engine is not running, it is being restarted")
+        stream: asyncio.Queue[Output | RequestError] = asyncio.Queue()
+        self._streams[request.id] = stream
+        ended = False
+        try:
+            self._send(Submit(request))
+            while not ended:
+                item = await stream.get()
+                ended = isinstance(item, RequestError) or item.finish_reason is not None
+                if isinstance(item, RequestError):
+                    raise item
+                yield item
+        finally:
+            self._streams.pop(request.id, None)
+            if not ended:
+                self.abort(request.id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its stream, if somebody still reads it, gets its ending."""
+        if self.alive:
+            self._send(Abort(request_id))
+
+    async def _spawn(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="loramux-") as folder:  # mode 0700: nobody else can connect
+            address = f"ipc://{Path(folder) / 'engine'}"
+            self._socket = self._context.socket(zmq.PAIR)
+            self._socket.set_hwm(0)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.bind(address)
+            self._process = await asyncio.create_subprocess_exec(sys.executable, "-m", "server.engine.loop", address)
+            self._send(Start(self.config))
+            try:
+                self.info = await self._handshake(self._process)
+            except BaseException:
+                await self._reap(self._process)
+                self._socket.close()
+                raise
+        self.alive = True
+
+    async def _handshake(self, process: asyncio.subprocess.Process) -> EngineInfo:
+        first = asyncio.ensure_future(self._receive())
+        exited = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait((first, exited), return_when=asyncio.FIRST_COMPLETED)
+            if not first.done():
+                await asyncio.wait((first,), timeout=0.5)  # the last words of a process may arrive after its end
+            if not first.done():
+                raise EngineStartError(f"the engine process ended with code {process.returncode} while it was starting")
+            message = first.result()
+        finally:
+            first.cancel()
+            exited.cancel()
+        if isinstance(message, StartFailed):
+            raise EngineStartError(message.message)
+        assert isinstance(message, Ready)
+        return message.info
+
+    async def _supervise(self) -> None:
+        backoff = FIRST_BACKOFF
+        clock = asyncio.get_running_loop().time
+        while True:
+            started = clock()
+            if self.alive:
+                await self._serve()
+            if self._stopping:
+                return
+            self._lost("the inference engine stopped unexpectedly; please retry")
+            backoff = FIRST_BACKOFF if clock() - started > LONGEST_BACKOFF else min(2 * backoff, LONGEST_BACKOFF)
+            await asyncio.sleep(backoff)
+            self.restarts += 1
+            with contextlib.suppress(EngineStartError):
+                await self._spawn()
+
+    async def _serve(self) -> None:
+        """Hand out what the engine sends until its process ends."""
+        assert self._process is not None
+        reader = asyncio.create_task(self._read())
+        exited = asyncio.create_task(self._process.wait())
+        await asyncio.wait((reader, exited), return_when=asyncio.FIRST_COMPLETED)
+        if not exited.done():  # it sent what nobody understands
+            self._process.kill()
+            await exited
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._receive()
+            assert isinstance(message, Update)
+            for output in message.outputs:
+                self._deliver(output.request_id, output)
+            for refusal in message.refusals:
+                error = RequestError(refusal.message, param=refusal.param, code=refusal.code)
+                self._deliver(refusal.request_id, error)
+            if message.stats is not None:
+                self.stats = message.stats
+                if self.on_stats is not None:
+                    self.on_stats(message.stats)
+
+    def _deliver(self, request_id: str, item: Output | RequestError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:  # else its reader has left, and the abort is on its way
+            stream.put_nowait(item)
+
+    def _lost(self, reason: str) -> None:
+        """The engine is gone: every request in flight gets its ending."""
+        self.alive = False
+        if self._socket is not None:
+            self._socket.close()
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
+        self.stats = EngineStats()
+        if self.on_stats is not None:
+            self.on_stats(self.stats)
+
+    async def _reap(self, process: asyncio.subprocess.Process) -> None:
+        try:
+            await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    def _send(self, message: ToEngine) -> None:
+        assert self._socket is not None
+        self._socket.send(encode(message))  # without a high-water mark this never waits
+
+    async def _receive(self) -> FromEngine:
+        assert self._socket is not None
+        message: FromEngine = decode_from_engine(await self._socket.recv())
+        return message

@@ -1,0 +1,76 @@
+"""What an engine is started with, what it says of itself, and what it counts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GIB = 1 << 30
+
+
+class RequestError(ValueError):
+    """A request that the engine refuses. `param` names the offending field, `code` the kind of refusal."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine. Memory sizes are bytes; None chooses by device. `model` is a local folder.
+
+    `max_batch_tokens` bounds the token rows of one step, and so how long decoding rows wait for a chunk of a prompt.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 512
+    max_model_len: int | None = None
+    kv_memory: int | None = None
+    page_memory: int | None = None
+    host_memory: int = 4 * GIB
+    block_size: int = 16
+    prefix_cache: bool = True
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the front end needs to know of a started engine. `memory` is bytes by kind: kv, pages."""
+
+    model_fingerprint: str
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    num_pages: Mapping[str, int]
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    memory: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot. Counters (tokens queried and hit in the prefix cache, preemptions, loads, evictions) never fall.
+
+    `steps` are (seconds, token rows) of each step since the snapshot before; adapters are given by digest.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_blocks: int = 0
+    kv_blocks: int = 0
+    pages: Mapping[str, int] = field(default_factory=dict)
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    adapters_host: int = 0
+    adapters_device: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    steps: tuple[tuple[float, int], ...] = ()

@@ -1,0 +1,114 @@
+"""An engine in its own process: messages in, steps, messages out. Run as `python -m server.engine.loop ADDRESS`."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import zmq
+
+from adapters_store.types import AdapterError
+from server.engine.config import EngineConfig, RequestError
+from server.engine.engine import Engine
+from server.engine.messages import (
+    Abort,
+    FromEngine,
+    Ready,
+    Refusal,
+    Shutdown,
+    Start,
+    StartFailed,
+    Submit,
+    Update,
+    decode_to_engine,
+    encode,
+)
+
+IDLE_POLL_MS = 500
+STATS_SECONDS = 0.25
+
+
+class EngineLoop:
+    """The step loop. Ends when told to, or when the process that started it is gone."""
+
+    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]", parent: int) -> None:
+        self.engine = engine
+        self.socket = socket
+        self.parent = parent
+        self._refusals: list[Refusal] = []
+        self._next_stats = 0.0
+
+    def run(self) -> None:
+        while os.getppid() == self.parent:
+            if not self._receive():
+                return
+            if not self.engine.has_work and not self._refusals:
+                continue
+            outputs = self.engine.step()
+            refusals, self._refusals = self._refusals, []
+            idle = not self.engine.has_work
+            if idle:
+                self.engine.check_integrity()
+            stats = self.engine.stats() if idle or time.monotonic() >= self._next_stats else None
+            if stats is not None:
+                self._next_stats = time.monotonic() + STATS_SECONDS
+            if outputs or refusals or stats is not None:
+                send(self.socket, Update(outputs, refusals, stats))
+
+    def _receive(self) -> bool:
+        """Take all messages that wait; with nothing to do, wait a while for one. False on shutdown."""
+        timeout = 0 if self.engine.has_work else IDLE_POLL_MS
+        while self.socket.poll(timeout):
+            timeout = 0
+            message = decode_to_engine(self.socket.recv())
+            if isinstance(message, Shutdown):
+                return False
+            if isinstance(message, Submit):
+                self._submit(message)
+            elif isinstance(message, Abort):
+                self.engine.abort(message.request_id)
+        return True
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            self.engine.add_request(message.request)
+        except RequestError as error:
+            self._refusals.append(Refusal(message.request.id, str(error), error.param, error.code))
+        except AdapterError as error:  # it was fine when it was registered
+            self._refusals.append(Refusal(message.request.id, str(error), "model", error.code))
+
+
+def send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:
+    socket.send(encode(message))
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return Engine.from_config(config)
+
+
+def main() -> int:
+    """Connect to the front end, load what it says, and serve it."""
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front end decides when to stop
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.set_hwm(0)
+        socket.connect(sys.argv[1])
+        message = decode_to_engine(socket.recv())
+        if not isinstance(message, Start):
+            raise TypeError(f"the first message must be Start, got {type(message).__name__}")
+        try:
+            engine = start_engine(message.config)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            send(socket, StartFailed(str(error) or type(error).__name__))
+            return 1
+        send(socket, Ready(engine.info()))
+        EngineLoop(engine, socket, parent).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What crosses the boundary between the front end and an engine process: msgspec messages in MessagePack."""
+
+import msgspec
+
+from server.engine.config import EngineConfig, EngineInfo, EngineStats
+from server.engine.sequence import Output, Request
+
+
+class Start(msgspec.Struct, tag=True):
+    """To the engine, first: load this."""
+
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, tag=True):
+    """To the engine: a new request. It is answered by `Output`s, or by one `Refusal`."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    """To the engine: end a request. Unknown ids are ignored, since endings cross aborts on their way."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """To the engine: leave."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """From the engine: loaded, and this is what it is."""
+
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, tag=True):
+    """From the engine: it cannot start, and why in one sentence. The process ends."""
+
+    message: str
+
+
+class Refusal(msgspec.Struct):
+    """A request that the engine did not take."""
+
+    request_id: str
+    message: str
+    param: str | None
+    code: str
+
+
+class Update(msgspec.Struct, tag=True):
+    """From the engine: all that one step brought, in one message."""
+
+    outputs: list[Output] = []
+    refusals: list[Refusal] = []
+    stats: EngineStats | None = None
+
+
+ToEngine = Start | Submit | Abort | Shutdown
+FromEngine = Ready | StartFailed | Update
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,141 @@
+"""One request inside the engine: its tokens, what has been computed of them, and the memory it holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from adapters_store.pool import PageLease
+from adapters_store.types import BASE, Mix
+
+
+class FinishReason(StrEnum):
+    """The ending of a request. Every request has exactly one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults sample from the model's own distribution.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. `seed` and the index of the token within the output
+    determine its random number, whatever shares the batch. `logprobs` is the number of most likely tokens reported at
+    each step, beside the chosen one; None reports nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the engine is asked for. `paths` gives the local folder of every adapter of the mix, by digest.
+
+    `cache_key` roots the prefix-cache hash chain: the KV of one key is never read under another.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    mix: Mix = BASE
+    paths: Mapping[str, str] = field(default_factory=dict)
+    cache_key: bytes = b""
+    tenant: str = "default"
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (nats) of one output token under the model's unmodified distribution."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from arrival in the engine to first scheduling, and from there to the first token."""
+
+    queue: float
+    prefill: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step produced for one request. The one with a `finish_reason` is the last.
+
+    `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    timings: Timings | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request while the engine works on it.
+
+    `num_computed` tokens have their KV in `blocks`; each step brings it closer to `len(tokens)`.
+    Waiting sequences hold neither blocks nor rank pages.
+    """
+
+    request: Request
+    tokens: list[int]
+    arrival: float = 0.0
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    lease: PageLease | None = None
+    num_cached: int = 0
+    num_hashed_blocks: int = 0
+    num_charged: int = 0
+    parent_hash: bytes = b""
+    skipped_steps: int = 0
+    first_scheduled: float | None = None
+
+    @classmethod
+    def of(cls, request: Request, arrival: float = 0.0) -> "Sequence":
+        return cls(request=request, tokens=list(request.prompt), arrival=arrival, parent_hash=request.cache_key)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    def forget_computed(self) -> None:
+        """Back to nothing computed, as preemption by recompute needs. Blocks and lease must have been given back."""
+        self.num_computed = 0
+        self.num_hashed_blocks = 0
+        self.parent_hash = self.request.cache_key

@@ -1,0 +1,227 @@
+"""A scheduler driven as the engine drives it, under a model that is a hash.
+
+The simulated KV cache remembers which prefix under which cache key each slot was written for, so that a block that is
+shared wrongly, or written while another sequence reads it, is noticed at once.
+"""
+
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from itertools import accumulate
+
+from adapters_store.pool import PageLease
+from adapters_store.types import Mix
+from server.engine.blocks import BlockPool
+from server.engine.scheduler import Chunk, Scheduler
+from server.engine.sequence import Request, SamplingParams, Sequence
+
+VOCABULARY = 23
+STOP = 0
+SIZES = {"a": 1, "b": 1, "c": 2, "d": 3}
+"""Rank pages by adapter digest."""
+
+
+class FakePages:
+    """Rank pages as mere numbers. Adapters that no lease uses can always be evicted."""
+
+    def __init__(self, capacity: int, sizes: Mapping[str, int], broken: frozenset[str] = frozenset()) -> None:
+        self.capacity = capacity
+        self.sizes = sizes
+        self.broken = broken
+        self.references: Counter[str] = Counter()
+        self.leases: set[PageLease] = set()
+        self.tried: list[Mix] = []
+
+    def acquire(self, request: Request) -> PageLease | None:
+        self.tried.append(request.mix)
+        digests = set(request.mix.digests)
+        if digests & self.broken:
+            raise ValueError(f"adapter {min(digests & self.broken)} cannot be read")
+        if sum(self.sizes[digest] for digest in digests | set(+self.references)) > self.capacity:
+            return None
+        self.references.update(digests)
+        lease = PageLease(request.mix, {}, {}, tuple(sorted(digests)))
+        self.leases.add(lease)
+        return lease
+
+    def release(self, lease: PageLease) -> None:
+        self.leases.remove(lease)  # KeyError the second time
+        self.references.subtract(lease.keys)
+
+
+def fingerprints(key: bytes, tokens: list[int]) -> list[int]:
+    """What the KV of each position depends on: the key and all tokens up to it."""
+    return list(accumulate(tokens, lambda state, token: zlib.crc32(bytes([token]), state), initial=zlib.crc32(key)))[1:]
+
+
+def next_token(key: bytes, tokens: list[int]) -> int:
+    return fingerprints(key, tokens)[-1] // 7 % VOCABULARY
+
+
+def stops(request: Request, token: int) -> bool:
+    return token == STOP and not request.params.ignore_eos
+
+
+def alone(request: Request) -> list[int]:
+    """The whole output of a request."""
+    tokens = list(request.prompt)
+    while True:
+        tokens.append(next_token(request.cache_key, tokens))
+        output = tokens[len(request.prompt) :]
+        if stops(request, tokens[-1]) or len(output) == request.params.max_tokens:
+            return output
+
+
+class Simulation:
+    """Drives a scheduler as the engine does, and checks after each step all that must always hold."""
+
+    def __init__(self, scheduler: Scheduler, pages: FakePages) -> None:
+        self.scheduler = scheduler
+        self.pages = pages
+        self.sequences: dict[str, Sequence] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.endings: dict[str, list[str]] = defaultdict(list)
+        self.progress: dict[Sequence, int] = {}
+        self.kv: dict[tuple[int, int], int] = {}
+        self.steps = 0
+
+    def add(self, request: Request) -> None:
+        sequence = Sequence.of(request, arrival=float(self.steps))
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def end(self, request_id: str, reason: str) -> None:
+        sequence = self.sequences.pop(request_id)
+        self.scheduler.remove(sequence)
+        self.outputs[request_id] = sequence.tokens[sequence.num_prompt :]
+        self.endings[request_id].append(reason)
+        self.check_integrity()
+
+    def step(self) -> list[Chunk]:
+        self.steps += 1
+        before = list(self.scheduler.running)
+        decoding = [sequence for sequence in before if sequence.num_uncomputed == 1]
+        assert decoding[: len(before) - 1] == before[:-1], "only the last one is within its prompt"
+        preemptions = self.scheduler.preemptions
+        plan = self.scheduler.schedule()
+        self.check_integrity()
+        self.check_plan(plan.chunks, before)
+        planned = {chunk.sequence for chunk in plan.chunks}
+        assert planned >= set(decoding) & set(self.scheduler.running), "a decode row waits"
+        if self.scheduler.preemptions > preemptions:
+            assert set(self.scheduler.running) <= set(before), "what was preempted for one is given to another"
+        for sequence, _ in plan.failed:
+            self.end(sequence.request.id, "error")
+        for chunk in plan.chunks:
+            self.write(chunk)
+        tokens = [self.compute(chunk) for chunk in plan.chunks]
+        for chunk, token in zip(plan.chunks, tokens, strict=True):
+            self.scheduler.commit(chunk, token)
+            self.progress[chunk.sequence] = chunk.sequence.num_computed
+            self.check_integrity()
+        for chunk, token in zip(plan.chunks, tokens, strict=True):
+            served = chunk.sequence.request
+            if token is not None and stops(served, token):
+                self.end(served.id, "stop")
+            elif chunk.sequence.num_output == served.params.max_tokens:
+                self.end(served.id, "length")
+        return plan.chunks
+
+    def run(self) -> None:
+        """To the end. The oldest running sequence moves in every step, which bounds their number."""
+        left = sum(len(s.request.prompt) + s.request.params.max_tokens for s in self.sequences.values())
+        while self.sequences:
+            assert left > 0, "no progress"
+            self.step()
+            left -= 1
+
+    def check_plan(self, chunks: list[Chunk], before: list[Sequence]) -> None:
+        scheduler = self.scheduler
+        lengths = [chunk.num_tokens for chunk in chunks]
+        assert all(length > 0 for length in lengths)
+        assert sum(lengths) <= scheduler.max_batch_tokens
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert lengths == sorted(lengths, key=lambda length: length > 1), "chunks of one token come first"
+        assert len({chunk.sequence for chunk in chunks}) == len(chunks)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence in scheduler.running
+            assert len(sequence.blocks) * scheduler.blocks.block_size >= sequence.num_computed + chunk.num_tokens
+            assert chunk.samples == (sequence.num_computed + chunk.num_tokens == len(sequence))
+            if sequence in before:
+                assert sequence.num_computed == self.progress[sequence], "tokens are skipped or computed twice"
+            else:
+                assert sequence.num_computed % scheduler.blocks.block_size == 0
+                assert sequence.num_computed < len(sequence)
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.pages.leases == {s.lease for s in self.scheduler.running if s.lease is not None}
+        for sequence in self.scheduler.waiting:
+            assert not sequence.blocks
+            assert sequence.lease is None
+            assert sequence.num_computed == 0
+        assert len(self.scheduler.waiting) + len(self.scheduler.running) == len(self.sequences)
+
+    def write(self, chunk: Chunk) -> None:
+        sequence, size = chunk.sequence, self.scheduler.blocks.block_size
+        content = fingerprints(sequence.request.cache_key, sequence.tokens)
+        references = self.scheduler.blocks.references()
+        for position in range(sequence.num_computed, sequence.num_computed + chunk.num_tokens):
+            block = sequence.blocks[position // size]
+            assert references[block] == 1, "a shared block is written"
+            self.kv[block, position % size] = content[position]
+
+    def compute(self, chunk: Chunk) -> int | None:
+        """Attention over all positions so far; the next token if the chunk yields one."""
+        sequence, size = chunk.sequence, self.scheduler.blocks.block_size
+        stop = sequence.num_computed + chunk.num_tokens
+        content = fingerprints(sequence.request.cache_key, sequence.tokens[:stop])
+        read = [self.kv[sequence.blocks[position // size], position % size] for position in range(stop)]
+        assert read == content, "the KV of another prefix is read"
+        return next_token(sequence.request.cache_key, sequence.tokens) if chunk.samples else None
+
+
+def simulate(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    *,
+    capacity: int = 8,
+    sizes: Mapping[str, int] = SIZES,
+    broken: frozenset[str] = frozenset(),
+    max_num_seqs: int = 8,
+    max_batch_tokens: int = 32,
+    prefix_cache: bool = True,
+) -> Simulation:
+    pages = FakePages(capacity, sizes, broken)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, block_size, prefix_cache),
+        pages,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        clock=lambda: 0.0,
+    )
+    return Simulation(scheduler, pages)
+
+
+def request(
+    name: str,
+    prompt: int | tuple[int, ...],
+    *adapters: str,
+    max_tokens: int = 4,
+    tenant: str = "default",
+    ignore_eos: bool = True,
+) -> Request:
+    mix = Mix.of([(adapter, 1.0) for adapter in adapters])
+    tokens = tuple(1 + position % 20 for position in range(prompt)) if isinstance(prompt, int) else prompt
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+    return Request(name, tokens, params, mix=mix, cache_key=mix.digest.encode(), tenant=tenant)
+
+
+def finish(simulation: Simulation, *requests: Request) -> None:
+    for item in requests:
+        simulation.add(item)
+    simulation.run()
+    for item in requests:
+        assert simulation.outputs[item.id] == alone(item)
+        assert len(simulation.endings[item.id]) == 1
