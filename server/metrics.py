@@ -1,0 +1,191 @@
+"""What the server counts, for Prometheus. Seconds and bytes; one registry per application."""
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from routing.router import Route
+from server.engine.config import EngineStats
+from server.labels import TopLabels
+
+ENGINE = "0"
+LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
+GAP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
+STEP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROUTE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The account of one choice, given once, when it has ended. Times are seconds; None did not happen.
+
+    `prompt_tokens` is 0 for all but the first choice of a prompt.
+    """
+
+    tenant: str
+    route: Route
+    finish_reason: str
+    prompt_tokens: int
+    generation_tokens: int
+    e2e: float
+    first_token: float | None = None
+    queue: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
+
+
+class Metrics:
+    """All metrics of one application."""
+
+    def __init__(self, max_adapters: int = 100, max_num_seqs: int = 64) -> None:
+        self.registry = CollectorRegistry()
+        self._max_num_seqs = max_num_seqs
+        self._names: dict[str, str] = {}
+        self._active: collections.Counter[str] = collections.Counter()
+        self._stats = EngineStats()
+        self._labels = TopLabels(max_adapters, self._drop)
+        self._make_request_metrics()
+        self._make_engine_metrics()
+
+    def begin(self, route: Route) -> None:
+        """A choice starts. Digests of its adapters have a name while it lasts."""
+        for adapter in route.adapters:
+            self._active[adapter.digest] += 1
+            self._names[adapter.digest] = adapter.name
+
+    def gap(self, tenant: str, route: Route, seconds: float) -> None:
+        self._gaps.labels(tenant, self._labels.label(route.label)).observe(seconds)
+
+    def end(self, ending: Ending) -> None:
+        """A choice that began has ended."""
+        for adapter in ending.route.adapters:
+            self._active[adapter.digest] -= 1
+            if not self._active[adapter.digest]:
+                del self._active[adapter.digest], self._names[adapter.digest]
+        labels = (ending.tenant, self._labels.label(ending.route.label))
+        self._successes.labels(*labels, ending.finish_reason).inc()
+        self._prompt_tokens.labels(*labels).inc(ending.prompt_tokens)
+        self._generation_tokens.labels(*labels).inc(ending.generation_tokens)
+        for histogram, seconds in (
+            (self._first_token, ending.first_token),
+            (self._e2e, ending.e2e),
+            (self._queue, ending.queue),
+            (self._prefill, ending.prefill),
+            (self._decode, ending.decode),
+        ):
+            if seconds is not None:
+                histogram.labels(*labels).observe(seconds)
+
+    def routed(self, route: Route) -> None:
+        """A decision was made: one use of its mix."""
+        self._labels.use(route.label)
+        router = route.router or "base"
+        self._route_seconds.labels(router).observe(route.seconds)
+        self._routes.labels(router, "adapters" if route.adapters else "base").inc()
+
+    def route_failed(self, router: str) -> None:
+        self._routes.labels(router, "error").inc()
+
+    def engine(self, stats: EngineStats, now: float) -> None:
+        """The engine's latest snapshot. `now` is in seconds since the epoch."""
+        before, self._stats = self._stats, stats
+        for gauge in (self._running, self._running_vllm):
+            gauge.labels(ENGINE).set(stats.running)
+        for gauge in (self._waiting, self._waiting_vllm):
+            gauge.labels(ENGINE).set(stats.waiting)
+        usage = stats.kv_used_blocks / stats.kv_blocks if stats.kv_blocks else 0.0
+        self._kv_usage.labels(ENGINE).set(usage)
+        self._kv_usage_vllm.labels(ENGINE).set(usage)
+        self._adapters.labels("host").set(stats.adapters_host)
+        self._adapters.labels("device").set(stats.adapters_device)
+        for state, count in stats.pages.items():
+            self._pages.labels(state).set(count)
+        self._prefix_queries.inc(_grown(before.prefix_queries, stats.prefix_queries))
+        self._prefix_hits.inc(_grown(before.prefix_hits, stats.prefix_hits))
+        self._preemptions.inc(_grown(before.preemptions, stats.preemptions))
+        self._loads.labels("host", "device").inc(_grown(before.adapter_loads, stats.adapter_loads))
+        self._evictions.labels("device").inc(_grown(before.adapter_evictions, stats.adapter_evictions))
+        for seconds, rows in stats.steps:
+            self._step_seconds.observe(seconds)
+            self._batch_rows.observe(rows)
+        self._lora_info.clear()
+        named = (self._join(stats.running_adapters), self._join(stats.waiting_adapters))
+        self._lora_info.labels(str(self._max_num_seqs), *named).set(now)
+
+    def registered(self, adapters: int) -> None:
+        """How many adapters are on disk."""
+        self._adapters.labels("disk").set(adapters)
+
+    def _join(self, digests: Iterable[str]) -> str:
+        """Names of the adapters in use, as gateways know them; a request that has ended meanwhile is left out."""
+        names = {self._names[digest] for digest in digests if digest in self._names}
+        return ",".join(sorted(names)[: self._max_num_seqs])
+
+    def _make_request_metrics(self) -> None:
+        both = ["tenant", "adapter"]
+        self._successes = self._counter("loramux_request_success", "Requests by ending.", [*both, "finish_reason"])
+        self._prompt_tokens = self._counter("loramux_prompt_tokens", "Prompt tokens of ended requests.", both)
+        self._generation_tokens = self._counter("loramux_generation_tokens", "Tokens generated.", both)
+        self._first_token = self._histogram("loramux_time_to_first_token_seconds", "From arrival.", LATENCY, both)
+        self._gaps = self._histogram("loramux_inter_token_latency_seconds", "Between two tokens.", GAP, both)
+        self._e2e = self._histogram("loramux_e2e_request_latency_seconds", "From arrival to the end.", LATENCY, both)
+        self._queue = self._histogram("loramux_queue_time_seconds", "Waiting in the engine.", LATENCY, both)
+        self._prefill = self._histogram("loramux_prefill_time_seconds", "Scheduling to first token.", LATENCY, both)
+        self._decode = self._histogram("loramux_decode_time_seconds", "From the first token to the end.", LATENCY, both)
+        self._route_seconds = self._histogram("loramux_route_seconds", "Choosing adapters.", ROUTE, ["router"])
+        self._routes = self._counter("loramux_route", "Decisions by outcome.", ["router", "outcome"])
+        self._by_adapter = (
+            self._successes,
+            self._prompt_tokens,
+            self._generation_tokens,
+            self._first_token,
+            self._gaps,
+            self._e2e,
+            self._queue,
+            self._prefill,
+            self._decode,
+        )
+
+    def _make_engine_metrics(self) -> None:
+        self._running = self._gauge("loramux_requests_running", "Sequences in the batch.", ["engine"])
+        self._waiting = self._gauge("loramux_requests_waiting", "Sequences in the queue.", ["engine"])
+        self._kv_usage = self._gauge("loramux_kv_cache_usage_ratio", "Share of KV blocks in use.", ["engine"])
+        self._adapters = self._gauge("loramux_adapters", "Adapters in each tier.", ["tier"])
+        self._pages = self._gauge("loramux_rank_pages", "Rank pages by state.", ["state"])
+        self._prefix_queries = self._counter("loramux_prefix_cache_queries", "Prompt tokens looked up.")
+        self._prefix_hits = self._counter("loramux_prefix_cache_hits", "Prompt tokens found.")
+        self._preemptions = self._counter("loramux_preemptions", "Sequences that had to start again.")
+        self._loads = self._counter("loramux_adapter_loads", "Adapters moved up.", ["from", "to"])
+        self._evictions = self._counter("loramux_adapter_evictions", "Adapters dropped from a tier.", ["tier"])
+        self._step_seconds = self._histogram("loramux_step_seconds", "One forward pass with its scheduling.", STEP)
+        self._batch_rows = self._histogram("loramux_batch_rows", "Token rows of a step.", ROWS)
+        self._running_vllm = self._gauge("vllm:num_requests_running", "As loramux_requests_running.", ["engine"])
+        self._waiting_vllm = self._gauge("vllm:num_requests_waiting", "As loramux_requests_waiting.", ["engine"])
+        self._kv_usage_vllm = self._gauge("vllm:kv_cache_usage_perc", "As loramux_kv_cache_usage_ratio.", ["engine"])
+        self._lora_info = self._gauge(
+            "vllm:lora_requests_info",
+            "Adapters of running and waiting requests; the value is the time of this report.",
+            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+
+    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(name, text, tuple(labels), registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(name, text, tuple(labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
+        return Histogram(name, text, tuple(labels), registry=self.registry, buckets=tuple(buckets))
+
+    def _drop(self, adapter: str) -> None:
+        """Remove the series of an adapter that lost its label."""
+        for metric in self._by_adapter:
+            metric.remove_by_labels({"adapter": adapter})
+
+
+def _grown(before: int, now: int) -> int:
+    """Growth of a counter that starts again at 0 with a new engine."""
+    return now - before if now >= before else now

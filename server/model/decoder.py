@@ -1,0 +1,119 @@
+"""The decoder: one class for all Llama-like families."""
+
+from collections.abc import Mapping as ReadOnlyDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.attention import AttentionMeta
+from kernels.mapping import Mapping
+from kernels.ops import Ops, select_ops
+from server.model.config import ModelConfig
+from server.model.layers import Attention, FeedForward, RotaryEmbedding
+from server.model.lora import LayerRouter, LoraContext
+from server.model.weights import LayerWeights, ModelWeights, load_weights
+
+
+@dataclass
+class ForwardBatch:
+    """One step of T tokens.
+
+    ids, positions: int64[T]. mappings: by target group name; None or absent where no row uses a page.
+    logit_rows: int64[R], the rows whose logits are wanted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    attention: AttentionMeta
+    mappings: ReadOnlyDict[str, Mapping | None]
+    logit_rows: Tensor
+    router: LayerRouter | None = None
+
+
+class DecoderLayer:
+    """Norm, attention, norm, feed-forward network; the residual stream travels beside the layers' outputs."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, ops: Ops) -> None:
+        self.attention = Attention(config, layer, weights, ops)
+        self.feed_forward = FeedForward(config, weights, ops)
+        self.input_norm = weights.input_norm
+        self.post_attention_norm = weights.post_attention_norm
+        self.eps = config.norm_eps
+        self.ops = ops
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        meta: AttentionMeta,
+        lora: LoraContext,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, residual) before the layer -> after it, both [T, hidden]; their sum is the hidden state."""
+        if residual is None:
+            residual, x = x, self.ops.rms_norm(x, self.input_norm, self.eps)
+        else:
+            x, residual = self.ops.rms_norm_residual(x, residual, self.input_norm, self.eps)
+        x = self.attention(x, rotary, cache, meta, lora)
+        x, residual = self.ops.rms_norm_residual(x, residual, self.post_attention_norm, self.eps)
+        return self.feed_forward(x, lora), residual
+
+
+class Decoder:
+    """A Llama-like causal language model over a paged cache."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+        """Takes the layers out of `weights` one by one, so that copies in the backend's layout replace them."""
+        self.config = config
+        self.ops = ops
+        self.embedding = weights.embedding
+        self.device = weights.embedding.device
+        self.dtype = weights.embedding.dtype
+        self.layers = [DecoderLayer(config, i, weights.layers.pop(0), ops) for i in range(config.num_layers)]
+        self.norm = weights.norm
+        self.lm_head = ops.pack_linear(weights.lm_head)
+        self.rotary = RotaryEmbedding(config, self.device, self.dtype)
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, device: torch.device, dtype: torch.dtype, ops: Ops | None = None
+    ) -> "Decoder":
+        """Load a Hugging Face folder; `ops` defaults to the device's backend. Raises ModelError."""
+        config = ModelConfig.from_folder(path)
+        return cls(config, load_weights(path, config, device, dtype), ops or select_ops(device))
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv_cache: Sequence[tuple[Tensor, Tensor]],
+        pages: ReadOnlyDict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Logits fp32[R, vocab]. Writes the new tokens' keys and values into `kv_cache`.
+
+        kv_cache: per layer (k, v), each [blocks, block_size, kv heads, head_dim].
+        pages: by group name (a [layers, pages, S * 16, in], b [layers, pages, 16, out]), for groups with a mapping.
+        """
+        meta = batch.attention
+        rotary = self.rotary(batch.positions, max(meta.kv_lens))
+        x, residual = functional.embedding(batch.ids, self.embedding), None
+        for layer, cache, lora in zip(self.layers, kv_cache, self._lora(batch, pages), strict=True):
+            x, residual = layer(x, residual, rotary, cache, meta, lora)
+        rows = batch.logit_rows
+        if residual is not None:
+            x = x.index_select(0, rows) + residual.index_select(0, rows)
+        x = self.ops.rms_norm(x, self.norm, self.config.norm_eps)
+        return self.ops.linear(x, self.lm_head, None).float()
+
+    def _lora(self, batch: ForwardBatch, pages: ReadOnlyDict[str, tuple[Tensor, Tensor]]) -> list[LoraContext]:
+        """One context a layer; unbinding all layers at once spares two calls a group and layer."""
+        mappings = {name: mapping for name, mapping in batch.mappings.items() if mapping is not None}
+        split = {name: list(zip(*(part.unbind() for part in pages[name]), strict=True)) for name in mappings}
+        return [
+            LoraContext(i, mappings, {name: layers[i] for name, layers in split.items()}, batch.router)
+            for i in range(len(self.layers))
+        ]

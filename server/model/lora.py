@@ -1,0 +1,54 @@
+"""Linears that add the rows' LoRA updates, and the hook for routers that act inside the forward pass."""
+
+from collections.abc import Mapping as ReadOnlyDict
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from adapters_store.types import TargetGroup
+from kernels.mapping import Mapping
+from kernels.ops import Ops
+
+
+class LayerRouter(Protocol):
+    """Scales the weights of a mapping, layer by layer, from the input of the linears."""
+
+    def scale(self, layer: int, group: str, x: Tensor, mapping: Mapping) -> Tensor | None:
+        """fp32[S, T, U] for the group's S targets, the T rows of x [T, in] and the U `mapping.pages`; None for 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoraContext:
+    """What the linears of one layer need of a step: its mappings and this layer's pages (A, B), by group name."""
+
+    layer: int
+    mappings: ReadOnlyDict[str, Mapping]
+    pages: ReadOnlyDict[str, tuple[Tensor, Tensor]]
+    router: LayerRouter | None = None
+
+
+class LoraLinear:
+    """The linears of one target group as one product, plus each row's LoRA updates."""
+
+    def __init__(
+        self, group: TargetGroup, outputs: tuple[int, ...], weight: Tensor, bias: Tensor | None, ops: Ops
+    ) -> None:
+        """weight [sum(outputs), in], bias [sum(outputs)] or None; `outputs` are the sizes of the group's targets."""
+        self.group = group.name
+        self.outputs = outputs
+        self.weight = ops.pack_linear(weight)
+        self.bias = bias
+        self.ops = ops
+
+    def __call__(self, x: Tensor, context: LoraContext) -> Tensor:
+        """x [T, in] -> [T, sum(outputs)]."""
+        y = self.ops.linear(x, self.weight, self.bias)
+        mapping = context.mappings.get(self.group)
+        if mapping is None:
+            return y
+        router = context.router
+        scale = None if router is None else router.scale(context.layer, self.group, x, mapping)
+        a_pages, b_pages = context.pages[self.group]
+        return self.ops.lora_(y, x, a_pages, b_pages, mapping, self.outputs, scale)

@@ -1,0 +1,95 @@
+"""How pieces of text become an answer: what both generating endpoints share."""
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from server.choice import Piece, ScoredToken
+from server.engine.sequence import FinishReason
+from server.generation import Generation, Usage
+from server.openai.lora import lora_object
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All of one choice."""
+
+    text: str
+    tokens: tuple[ScoredToken, ...]
+    finish_reason: FinishReason | None
+
+
+async def collect(pieces: AsyncIterator[Piece]) -> list[Collected]:
+    """The choices in their order, complete."""
+    parts: defaultdict[int, list[Piece]] = defaultdict(list)
+    async for piece in pieces:
+        parts[piece.index].append(piece)
+    return [
+        Collected(
+            text="".join(piece.text for piece in parts[index]),
+            tokens=tuple(token for piece in parts[index] for token in piece.tokens),
+            finish_reason=parts[index][-1].finish_reason,
+        )
+        for index in sorted(parts)
+    ]
+
+
+class Answer:
+    """One response in the making. Endpoints say how a choice looks; `created` is in seconds since the epoch."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, generation: Generation, model: str, created: int, includes_usage: bool = False) -> None:
+        self._generation = generation
+        self._model = model
+        self._created = created
+        self._includes_usage = includes_usage
+        self._num_ended = 0
+
+    def whole(self, choices: list[Collected]) -> Json:
+        """The body of a response that is not streamed."""
+        shaped = [self.choice(index, collected) for index, collected in enumerate(choices)]
+        usage = usage_object(self._generation.usage)
+        return self._head(self.whole_object) | {"choices": shaped, "usage": usage, "lora": self._lora()}
+
+    def events(self, piece: Piece) -> list[Json]:
+        """The events for one piece. The very last has the `lora` object, and the usage if it was asked for."""
+        events = [self._event([delta]) for delta in self.deltas(piece)]
+        self._num_ended += piece.finish_reason is not None
+        if self._num_ended == len(self._generation.choices):
+            if self._includes_usage:
+                events.append(self._event([]) | {"usage": usage_object(self._generation.usage)})
+            events[-1]["lora"] = self._lora()
+        return events
+
+    def choice(self, index: int, collected: Collected) -> Json:
+        raise NotImplementedError
+
+    def deltas(self, piece: Piece) -> Iterator[Json]:
+        raise NotImplementedError
+
+    def _event(self, choices: list[Json]) -> Json:
+        event = self._head(self.chunk_object) | {"choices": choices}
+        return event | {"usage": None} if self._includes_usage else event
+
+    def _head(self, kind: str) -> Json:
+        identity = f"{self.id_prefix}-{self._generation.id}"
+        return {"id": identity, "object": kind, "created": self._created, "model": self._model}
+
+    def _lora(self) -> Json:
+        assert self._generation.route is not None
+        return lora_object(self._generation.route)
+
+
+def usage_object(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

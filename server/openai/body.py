@@ -1,0 +1,158 @@
+"""A request's body: bytes to a checked model, or an error that names the field."""
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, Self, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
+
+from server.config import LimitSettings
+from server.deps import ServicesDep
+from server.errors import BadRequest, BodyTooLarge, UnsupportedMediaType
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+DRAINED = 4
+"""A body up to this many times the limit is read to its end, so that its sender gets to see the refusal."""
+
+
+class RequestModel(BaseModel):
+    """JSON types are taken as they are: "1" and true are no numbers. Unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Body(Protocol):
+    """A request model that can be made from a JSON object."""
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self: ...
+
+
+B = TypeVar("B", bound=Body)
+M = TypeVar("M", bound=BaseModel)
+
+
+def json_body(model: type[B]) -> Callable[[Request, ServicesDep], Awaitable[B]]:
+    """A dependency that reads, parses and checks the body. It runs after the key was checked, and before all work."""
+
+    async def parsed(request: Request, services: ServicesDep) -> B:
+        content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            raise UnsupportedMediaType("the content type is not JSON, expected `Content-Type: application/json`")
+        return model.parse(parse_object(await read_body(request, services.limits.body_bytes)), services.limits)
+
+    return parsed
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises BodyTooLarge beyond `limit` bytes."""
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            body += chunk
+        elif size > DRAINED * limit:
+            break
+    if size > limit:
+        raise BodyTooLarge(f"the body is larger than {limit} bytes")
+    return bytes(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`. Raises BadRequest for anything else, repeated keys and NaN included."""
+    try:
+        data = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise _bad_json("the body is not UTF-8") from None
+    except RecursionError:
+        raise _bad_json("the body is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise _bad_json(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:  # the interpreter's bound on the digits of an integer
+        raise _bad_json("the body has a number with too many digits") from None
+    if not isinstance(data, dict):
+        raise _bad_json("the body is not a JSON object")
+    if SURROGATE.search(body) and (path := _surrogate_path(data)) is not None:
+        raise BadRequest(f"{path}: expected text, found half of a surrogate pair", param=path)
+    return data
+
+
+def validate(model: type[M], data: dict[str, Any], limits: LimitSettings) -> M:
+    """The model, or a BadRequest that names the first offending field by its dotted path."""
+    try:
+        return model.model_validate(data, context=limits)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    kind = first["type"]
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    code = "missing_required_parameter" if kind == "missing" else code
+    message = first["msg"].removeprefix("Value error, ")
+    raise BadRequest(f"{param}: {message}" if param else message, param=param, code=code)
+
+
+def limits_of(info: ValidationInfo) -> LimitSettings:
+    """The limits that `validate` was given, inside a validator."""
+    assert isinstance(info.context, LimitSettings)
+    return info.context
+
+
+def document(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of the body, which this module and not the framework parses."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    content = {"application/json": {"schema": _inline(schema, definitions)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _bad_json(message: str) -> BadRequest:
+    return BadRequest(message, code="invalid_json")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
+        param = repeated.encode(errors="replace").decode()[:100]
+        raise BadRequest(f"{param}: the field is given more than once", param=param, code="duplicate_field")
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise _bad_json(f"the body has the number {name}, which JSON does not know")
+
+
+def _surrogate_path(value: object, path: str = "") -> str | None:
+    """Dotted path of the first text that cannot be written in UTF-8."""
+    if isinstance(value, str):
+        return None if value.isascii() or _is_unicode(value) else path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(key, str) and not _is_unicode(key):
+            return path or "body"
+        found = _surrogate_path(item, f"{path}.{key}" if path else str(key))
+        if found is not None:
+            return found
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with its references replaced: they would point into the wrong document."""
+    if isinstance(schema, list):
+        return [_inline(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inline(value, definitions) for key, value in schema.items()}

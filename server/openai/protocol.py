@@ -1,0 +1,197 @@
+"""What the requests to both generating endpoints have in common, and how they become an `Ask`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
+
+from adapters_store.types import Composition
+from routing.router import NamedWeight, RouteQuery
+from server.config import LimitSettings
+from server.engine.sequence import SamplingParams
+from server.errors import BadRequest
+from server.generation import Ask
+from server.openai.body import RequestModel, limits_of, validate
+from server.openai.lora import LoraOptions, Name
+from server.tenants import Tenant
+
+T = TypeVar("T")
+
+NOT_SERVED: Mapping[str, tuple[object, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None, {}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "prompt_logprobs": (None,),
+    "suffix": (None, ""),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "priority": (None, 0),
+    "timeout": (None,),
+}
+"""Fields that change the answer and are refused, with the values that change nothing."""
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool | None = None
+
+
+LONGEST_STOP = 4096
+MAX_STOPS = 16
+
+
+def _stops(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if not 1 <= len(value) <= LONGEST_STOP:
+        raise PydanticCustomError("stop_length", "expected 1 to {most} characters", {"most": LONGEST_STOP})
+    return [value]
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(_stops),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS}]}
+    ),
+]
+
+
+class GenerationRequest(RequestModel):
+    """Fields of both generating endpoints, OpenAI's first, then vLLM's and our own."""
+
+    model: Name | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    adapter_id: Name | None = None
+    lora: LoraOptions | None = None
+
+    @field_validator("n")
+    @classmethod
+    def _few(cls, value: int | None, info: ValidationInfo) -> int | None:
+        most = limits_of(info).n
+        if value is not None and value > most:
+            raise ValueError(f"expected at most {most}")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_keys(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or {}:
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise ValueError("expected token ids as keys")
+        return value
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self:
+        """The request, checked. Raises BadRequest, also for known fields that this server does not serve."""
+        for field, harmless in NOT_SERVED.items():
+            if field in data and data[field] not in harmless:
+                message = f"{field}: not supported by this server"
+                raise BadRequest(message, param=field, code="unsupported_parameter")
+        request = validate(cls, data, limits)
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """What concerns more than one field. Raises BadRequest."""
+        if self.model is None and self.adapter_id is None:
+            raise BadRequest("model: field required", param="model", code="missing_required_parameter")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options: only allowed when stream is true", param="stream_options")
+        longest = self.longest_answer()
+        if self.min_tokens is not None and longest is not None and self.min_tokens > longest:
+            raise BadRequest(f"min_tokens: expected at most max_tokens, {longest}", param="min_tokens")
+        if self.lora is not None and self.lora.adapters is not None and self.lora.router is not None:
+            raise BadRequest("lora.router: an explicit list of adapters excludes a router", param="lora.router")
+
+    @property
+    def model_name(self) -> str:
+        """LoRAX's `adapter_id` means the same as `model`, and is the more specific where both are given."""
+        return self.adapter_id or self.model or ""
+
+    def longest_answer(self) -> int | None:
+        return self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens to report at each step; None reports nothing."""
+        raise NotImplementedError
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self) -> SamplingParams:
+        """All but the seed and the length, which depend on the choice and the prompt."""
+        return SamplingParams(
+            temperature=_or(self.temperature, 1.0),
+            top_k=max(_or(self.top_k, 0), 0),
+            top_p=_or(self.top_p, 1.0),
+            min_p=_or(self.min_p, 0.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            min_tokens=_or(self.min_tokens, 0),
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=self.num_logprobs(),
+        )
+
+    def query(self, tenant: Tenant) -> RouteQuery:
+        lora = self.lora or LoraOptions()
+        adapters = None
+        if lora.adapters is not None:
+            adapters = tuple(NamedWeight(adapter.name, adapter.weight) for adapter in lora.adapters)
+        return RouteQuery(
+            tenant=tenant.id,
+            model=self.model_name,
+            adapters=adapters,
+            composition=Composition(lora.composition or "mixture"),
+            router=lora.router,
+        )
+
+    def ask(self, tenant: Tenant) -> Ask:
+        return Ask(
+            tenant=tenant,
+            query=self.query(tenant),
+            params=self.sampling(),
+            n=_or(self.n, 1),
+            seed=self.seed,
+            max_tokens=self.longest_answer(),
+            stop=tuple(self.stop or ()),
+        )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value

@@ -1,0 +1,184 @@
+"""OpenAI's endpoints, and vLLM's tokenize and detokenize."""
+
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from adapters_store.store import RegisteredAdapter, UnknownAdapter
+from routing.router import AUTO, RouteError, RouteQuery
+from server.choice import Piece
+from server.deps import CallerDep, Services, ServicesDep, get_caller
+from server.errors import BadRequest, NotFound
+from server.generation import Ask, Generation, route_error
+from server.openai.answer import Answer, Json, collect
+from server.openai.body import document, json_body
+from server.openai.chat import ChatAnswer, ChatRequest
+from server.openai.completions import CompletionAnswer, CompletionRequest
+from server.openai.lora import route_header
+from server.openai.stream import EventStream, unless_gone
+from server.openai.tokens import DetokenizeRequest, TokenizeRequest
+from server.tenants import Tenant
+
+router = APIRouter(dependencies=[Depends(get_caller)])
+
+ChatBody = Annotated[ChatRequest, Depends(json_body(ChatRequest))]
+CompletionBody = Annotated[CompletionRequest, Depends(json_body(CompletionRequest))]
+TokenizeBody = Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
+DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
+
+
+@router.post("/v1/chat/completions", openapi_extra=document(ChatRequest))
+async def chat_completions(body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    generation = services.generator.start(body.ask(caller.tenant))
+    answer = ChatAnswer(
+        generation,
+        body.model_name,
+        created=int(services.now()),
+        includes_usage=body.includes_usage,
+        with_logprobs=bool(body.logprobs),
+    )
+    return await _respond(request, generation, answer, bool(body.stream))
+
+
+@router.post("/v1/completions", openapi_extra=document(CompletionRequest))
+async def completions(body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    ask = body.ask(caller.tenant)
+    generation = services.generator.start(ask)
+    answer = CompletionAnswer(
+        generation,
+        body.model_name,
+        created=int(services.now()),
+        includes_usage=body.includes_usage,
+        with_logprobs=body.logprobs is not None,
+        n=ask.n,
+        echoes=await _echoes(ask, services) if body.echo else (),
+    )
+    return await _respond(request, generation, answer, bool(body.stream))
+
+
+@router.get("/v1/models")
+async def list_models(services: ServicesDep, caller: CallerDep) -> Json:
+    adapters = services.store.list(caller.tenant.id)
+    return {"object": "list", "data": [_base(services), *(_adapter(adapter, services) for adapter in adapters)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Json:
+    if model == services.served_name:
+        return _base(services)
+    try:
+        return _adapter(services.store.resolve(caller.tenant.id, model), services)
+    except UnknownAdapter:
+        raise NotFound("there is no such model", param="model", code="model_not_found") from None
+
+
+@router.post("/tokenize", openapi_extra=document(TokenizeRequest))
+async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
+    await _check_model(body.model, services, caller.tenant)
+    if body.messages is not None:
+        messages = [message.plain for message in body.messages]
+        tokens = await services.tokenizer.encode_chat(messages, body.add_generation_prompt)
+    else:
+        tokens = await services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+    info = services.engine.info
+    answer: Json = {
+        "count": len(tokens),
+        "max_model_len": info.max_model_len if info is not None else None,
+        "tokens": tokens,
+    }
+    return answer | {"token_strs": services.tokenizer.tokens(tokens)} if body.return_token_strs else answer
+
+
+@router.post("/detokenize", openapi_extra=document(DetokenizeRequest))
+async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
+    await _check_model(body.model, services, caller.tenant)
+    largest = services.tokenizer.vocab_size
+    if not all(0 <= token < largest for token in body.tokens):
+        raise BadRequest(f"tokens: expected token ids from 0 to {largest - 1}", param="tokens")
+    return {"prompt": await services.tokenizer.decode(body.tokens)}
+
+
+async def _respond(request: Request, generation: Generation, answer: Answer, streams: bool) -> Response:
+    """The answer as one body or as a stream. Errors before the first piece have a status of their own in both."""
+    pieces = generation.pieces()
+    try:
+        if not streams:
+            whole = answer.whole(await unless_gone(request, collect(pieces)))
+            headers = _headers(generation)
+            return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
+        first = await unless_gone(request, _first(pieces))
+    except BaseException:
+        await pieces.aclose()
+        raise
+    return EventStream(answer, first, pieces, _headers(generation))
+
+
+async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    return await anext(pieces)
+
+
+def _headers(generation: Generation) -> dict[str, str]:
+    return route_header(generation.route) if generation.route is not None else {}
+
+
+async def _echoes(ask: Ask, services: Services) -> list[str]:
+    """The prompts' texts; those given as token ids are decoded."""
+    decode = services.tokenizer.decode
+    return [prompt if isinstance(prompt, str) else await decode(prompt, True) for prompt in ask.prompts]
+
+
+async def _check_model(model: str | None, services: Services, tenant: Tenant) -> None:
+    """All models of this server have one tokenizer, but only those that exist."""
+    if model is None or model == AUTO or model.startswith(f"{AUTO}:"):
+        return
+    try:
+        await services.generator.routers.route(RouteQuery(tenant.id, model))
+    except RouteError as error:
+        raise route_error(error) from error
+
+
+def _base(services: Services) -> Json:
+    info = services.engine.info
+    return {
+        "id": services.served_name,
+        "object": "model",
+        "created": int(services.started),
+        "owned_by": "loramux",
+        "root": services.served_name,
+        "parent": None,
+        "max_model_len": info.max_model_len if info is not None else None,
+        "permission": [_permission(services.served_name, services.started)],
+    }
+
+
+def _adapter(adapter: RegisteredAdapter, services: Services) -> Json:
+    return {
+        "id": adapter.name,
+        "object": "model",
+        "created": int(adapter.created),
+        "owned_by": "loramux" if adapter.public else adapter.tenant,
+        "root": adapter.digest,
+        "parent": services.served_name,
+        "permission": [_permission(adapter.name, adapter.created)],
+    }
+
+
+def _permission(model: str, created: float) -> dict[str, Any]:
+    """What clients of OpenAI's first API read: this caller may use the model."""
+    return {
+        "id": f"modelperm-{model}",
+        "object": "model_permission",
+        "created": int(created),
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }

@@ -1,0 +1,100 @@
+"""Answers over a connection that may close at any moment: whole ones and server-sent events."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.choice import Piece
+from server.errors import ClientGone, ServerError
+from server.openai.answer import Answer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is cancelled when the client leaves first. The request's body must have been read.
+
+    Raises ClientGone.
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        await _end(working, leaving)
+
+
+class EventStream(Response):
+    """Server-sent events for the pieces of a generation, of which the first has come already.
+
+    The response owns `pieces`: whatever happens, they are closed. An error after the headers is an event of its own,
+    the last one.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None], headers: Mapping[str, str]
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._answer = answer
+        self._first = first
+        self._pieces = pieces
+        self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending, leaving = asyncio.create_task(self._stream(send)), asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+            else:
+                logger.info("499 %s: the client left its stream", scope.get("path"))
+        finally:
+            await _end(sending, leaving)
+            await self._pieces.aclose()
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await _send_events(send, self._answer.events(self._first))
+            async for piece in self._pieces:
+                await _send_events(send, self._answer.events(piece))
+            last = b"data: [DONE]\n\n"
+        except ServerError as error:
+            last = _event(error.body())
+        except Exception:
+            logger.exception("a stream failed")
+            last = _event(ServerError().body())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _send_events(send: Send, events: list[dict[str, Any]]) -> None:
+    if events:
+        await send({"type": "http.response.body", "body": b"".join(map(_event, events)), "more_body": True})
+
+
+def _event(data: object) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: "asyncio.Task[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,120 @@
+"""A running server: binds its address, opens the services, serves, and ends without cutting streams off."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from importlib.metadata import version
+from types import FrameType
+
+import uvicorn
+
+from server.app import create_app, open_services
+from server.config import ServeSettings, Settings
+from server.deps import Services
+
+POLL_SECONDS = 0.05
+LAST_WORDS_SECONDS = 2
+"""How long streams have to deliver their last event once they were ended."""
+
+
+class BindError(RuntimeError):
+    """The address cannot be listened on. The message is one sentence."""
+
+
+def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT. `announce` gets one line when requests can come.
+
+    Raises BindError, and what `open_services` raises.
+    """
+    asyncio.run(_serve(settings, announce))
+
+
+async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    # The address first: a model can take a minute to load, only to find the port taken.
+    with bind(settings.serve) as listener:
+        async with open_services(settings) as services:
+            app = create_app(settings, services)
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+            )
+            server = Server(config, services, settings.serve.shutdown_timeout, announce)
+            await server.serve(sockets=[listener])
+
+
+def bind(settings: ServeSettings) -> socket.socket:
+    """A socket bound to the configured address, not listening yet. Raises BindError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise BindError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with an end that waits for streams.
+
+    The first signal refuses new work with 503 and gives running requests `timeout` seconds; what still runs then ends
+    with an error event. The second signal stops at once.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, services: Services, timeout: float, announce: Callable[[str], None]
+    ) -> None:
+        super().__init__(config)
+        self._services = services
+        self._timeout = timeout
+        self._announce = announce
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._announce(_line(self._services, sockets or []))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """The signal handler."""
+        if self._loop is None or self._services.generator.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._services.generator.is_draining = True
+        self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        generator = self._services.generator
+        if not await self._is_idle(self._timeout):
+            generator.end_all()
+            await self._is_idle(LAST_WORDS_SECONDS)
+        self.should_exit = True
+
+    async def _is_idle(self, timeout: float) -> bool:
+        """Whether all requests end within `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self._services.generator.running:
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _line(services: Services, sockets: list[socket.socket]) -> str:
+    adapters = len(services.store.list("default"))
+    host, port = sockets[0].getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    return (
+        f"loramux {version('loramux')} serves {services.served_name} with {adapters} adapters"
+        f" on http://{address}:{port}/v1"
+    )

@@ -1,0 +1,72 @@
+"""The application around a fake engine, over httpx and over a real socket."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fakes import Harness, byte_level_tokenizer, make_store
+from transformers import PreTrainedTokenizerFast
+
+from adapters_store.store import AdapterStore
+from server.config import ServeSettings, Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith("LORAMUX_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AdapterStore:
+    return make_store(tmp_path_factory.mktemp("adapters"), ["sql", "german", "pirate"])
+
+
+@pytest.fixture
+def make_harness(store: AdapterStore, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Harness]:
+    """`make_harness(**serve settings)`."""
+
+    def make(**serve: Any) -> Harness:
+        return Harness(store, tokenizer, Settings(serve=ServeSettings(**serve)))
+
+    return make
+
+
+@pytest.fixture
+async def harness(make_harness: Callable[..., Harness]) -> AsyncIterator[Harness]:
+    """The application; at the end of a test nothing of any request may be left."""
+    harness = make_harness()
+    yield harness
+    harness.check_all_given_back()
+
+
+@pytest.fixture
+async def client(harness: Harness) -> AsyncIterator[httpx.AsyncClient]:
+    async with harness.client() as client:
+        yield client
+
+
+@pytest.fixture
+async def live(harness: Harness) -> AsyncIterator[str]:
+    """The URL of the application behind uvicorn on a real socket, in this event loop."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(harness.app, log_config=None, log_level="warning", lifespan="on"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    await serving
+    listener.close()

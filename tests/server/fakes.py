@@ -1,0 +1,242 @@
+"""An engine without a model, a tokenizer and adapters made in code, and the application around them."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import save_file
+from starlette.types import ASGIApp, Receive, Scope, Send
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from adapters_store.store import AdapterStore
+from adapters_store.types import TARGETS, LinearShape
+from server.app import assemble, create_app
+from server.chat import ChatTokenizer
+from server.config import Settings
+from server.deps import Services
+from server.engine.client import EngineUnavailable
+from server.engine.config import EngineInfo, EngineStats, RequestError
+from server.engine.sequence import FinishReason, Output, Request, Timings, TokenLogprobs
+
+CONTEXT = 256
+BLOCK = 16
+MODEL = "tiny"
+REPLY = "Hello world, this is a fine answer."
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message must come first') }}"
+    "{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "Hello world, this is a fine answer. The quick brown fox jumps over the lazy dog.",
+    "Größe, naïve café, 漢字かな交じり文, 😀😀 and more: STOP ### END\n\n",
+]
+Json = dict[str, Any]
+
+
+def byte_level_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that puts a begin-of-text token before plain text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=chat_template,
+    )
+
+
+class FakeEngine:
+    """Answers every request with scripted tokens; remembers what it was asked for, and how each stream ended.
+
+    While `gate` is cleared each request waits before its output number `hold_at`. `kill` ends what runs, as a dying
+    process does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.info: EngineInfo | None = EngineInfo(
+            model_fingerprint="f" * 64,
+            max_model_len=CONTEXT,
+            num_kv_blocks=64,
+            block_size=BLOCK,
+            num_pages={"qkv": 8},
+            vocab_size=len(tokenizer),
+            eos_token_ids=(tokenizer.eos_token_id,),
+            device="cpu",
+            dtype="float32",
+            memory={},
+        )
+        self.alive = True
+        self.stats = EngineStats()
+        self.requests: list[Request] = []
+        self.ended: dict[str, str] = {}
+        self.refusal: RequestError | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.hold_at = 0
+        self.num_waiting = 0
+        self._tokenizer = tokenizer
+        self._script: Callable[[Request], Sequence[int]] | None = None
+        self._dead: set[str] = set()
+        self._aborted: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """Answer with these words from now on, one token a step."""
+        tokens = self.encode(text)
+        self._script = lambda _: tokens
+
+    def answer(self, script: Callable[[Request], Sequence[int]]) -> None:
+        self._script = script
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def kill(self) -> None:
+        self.alive = False
+        self._dead = {request.id for request in self.requests} - self.ended.keys()
+        self.gate.set()
+
+    def abort(self, request_id: str) -> None:
+        self._aborted.add(request_id)
+        self.gate.set()
+
+    async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
+        if not self.alive:
+            raise EngineUnavailable("no engine at ipc:///tmp/secret")
+        self.requests.append(request)
+        if self.refusal is not None:
+            self.ended[request.id] = "refused"
+            raise self.refusal
+        ending = "closed"
+        try:
+            async for output in self._outputs(request):
+                if output.finish_reason is not None:
+                    ending = output.finish_reason.value
+                yield output
+        finally:
+            self.ended[request.id] = ending
+
+    async def _outputs(self, request: Request) -> AsyncIterator[Output]:
+        tokens = list(self._script(request) if self._script is not None else self.encode(REPLY))
+        tokens = tokens[: request.params.max_tokens]
+        for index, token in enumerate(tokens):
+            if index >= self.hold_at:
+                self.num_waiting += 1
+                await self.gate.wait()
+                self.num_waiting -= 1
+            await asyncio.sleep(0)
+            if request.id in self._dead:
+                yield Output(request.id, finish_reason=FinishReason.ERROR, error="died with /secret/path")
+                return
+            if request.id in self._aborted:
+                yield Output(request.id, finish_reason=FinishReason.ABORT)
+                return
+            is_last = index == len(tokens) - 1
+            is_full = len(tokens) == request.params.max_tokens
+            first = index == 0
+            yield Output(
+                request.id,
+                tokens=(token,),
+                logprobs=(self._logprobs(token, request.params.logprobs),)
+                if request.params.logprobs is not None
+                else (),
+                finish_reason=(FinishReason.LENGTH if is_full else FinishReason.STOP) if is_last else None,
+                timings=Timings(queue=0.001, prefill=0.002) if first else None,
+                cached_tokens=BLOCK if first and len(request.prompt) > BLOCK else 0,
+            )
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        return TokenLogprobs(-0.5, tuple(((token + rank) % 300, -0.5 - rank) for rank in range(count)))
+
+
+SHAPE = LinearShape(1, dict.fromkeys(TARGETS, 8), dict.fromkeys(TARGETS, 8))
+
+
+def write_adapter(folder: Path, seed: int) -> None:
+    """A rank-2 adapter of `q_proj`, in PEFT's format."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{prefix}.lora_A.weight": torch.randn(2, 8, generator=generator),
+        f"{prefix}.lora_B.weight": torch.randn(8, 2, generator=generator),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def make_store(folder: Path, names: Sequence[str]) -> AdapterStore:
+    store = AdapterStore(SHAPE, lambda: 1000.0, reserved=(MODEL,))
+    for seed, name in enumerate(names):
+        write_adapter(folder / name, seed)
+    store.register_folder(folder)
+    return store
+
+
+class Harness:
+    """The application around a fake engine."""
+
+    def __init__(self, store: AdapterStore, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
+        self.engine = FakeEngine(tokenizer)
+        self.store = store
+        self.settings = settings
+        self.services: Services = assemble(settings, MODEL, self.engine, store, ChatTokenizer(tokenizer))
+        self.app = create_app(settings, self.services)
+
+    @property
+    def asgi(self) -> ASGIApp:
+        """The application with the state that its lifespan gives; httpx's transport runs no lifespan."""
+
+        async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
+            await self.app(scope | {"state": {"services": self.services}}, receive, send)
+
+        return with_state
+
+    @contextlib.asynccontextmanager
+    async def client(self, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+        transport = httpx.ASGITransport(app=self.asgi)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", **options) as client:
+            yield client
+
+    def check_all_given_back(self) -> None:
+        """Nothing is left of any request."""
+        self.store.check_integrity()
+        assert not self.services.generator.running
+        assert all(self.store.leases(adapter.digest) == 0 for adapter in self.store.list("default"))
+        assert self.engine.ended.keys() == {request.id for request in self.engine.requests}
+
+    def endings(self) -> dict[str, float]:
+        """Accounted endings by reason, over all adapters."""
+        counted: dict[str, float] = {}
+        for family in self.services.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name == "loramux_request_success_total":
+                    reason = sample.labels["finish_reason"]
+                    counted[reason] = counted.get(reason, 0.0) + sample.value
+        return counted
+
+
+def events(text: str) -> list[Json]:
+    """The JSON of every server-sent event but the closing `[DONE]`, which must be there."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,52 @@
+"""GET /v1/models, POST /tokenize and POST /detokenize."""
+
+import httpx
+from fakes import TEMPLATE, Harness
+
+
+async def test_list(client: httpx.AsyncClient, harness: Harness) -> None:
+    body = (await client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == ["tiny", "german", "pirate", "sql"]
+    base, german = body["data"][:2]
+    assert base["parent"] is None
+    assert base["max_model_len"] == 256
+    assert german["root"] == harness.store.resolve("default", "german").digest
+    assert german["parent"] == "tiny"
+    assert german["created"] == 1000
+    assert german["permission"][0]["allow_sampling"] is True
+
+
+async def test_one(client: httpx.AsyncClient) -> None:
+    everything = (await client.get("/v1/models")).json()["data"]
+    for model in everything:
+        assert (await client.get(f"/v1/models/{model['id']}")).json() == model
+    missing = await client.get("/v1/models/nobody")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+
+
+async def test_tokenize_text(client: httpx.AsyncClient, harness: Harness) -> None:
+    body = (await client.post("/tokenize", json={"prompt": "Hello wörld"})).json()
+    tokens = [0, *harness.engine.encode("Hello wörld")]
+    assert body == {"count": len(tokens), "max_model_len": 256, "tokens": tokens}
+    plain = await client.post("/tokenize", json={"model": "sql", "prompt": "Hello", "add_special_tokens": False})
+    assert plain.json()["tokens"] == harness.engine.encode("Hello")
+    spelled = await client.post("/tokenize", json={"prompt": "Hello", "return_token_strs": True})
+    assert spelled.json()["token_strs"][0] == "<s>"
+
+
+async def test_tokenize_messages(client: httpx.AsyncClient, harness: Harness) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    body = (await client.post("/tokenize", json={"messages": messages})).json()
+    assert body["tokens"] == harness.engine.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert "add_generation_prompt" in TEMPLATE
+    body = (await client.post("/tokenize", json={"messages": messages, "add_generation_prompt": False})).json()
+    assert body["tokens"] == harness.engine.encode("<|im_start|>user\nHi<|im_end|>\n")
+
+
+async def test_detokenize(client: httpx.AsyncClient, harness: Harness) -> None:
+    text = "Hello 漢字 😀"
+    body = (await client.post("/detokenize", json={"tokens": harness.engine.encode(text)})).json()
+    assert body == {"prompt": text}
+    assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}

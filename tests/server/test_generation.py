@@ -1,0 +1,83 @@
+"""The life of a request: one lease, one account, one root of the prefix cache."""
+
+from contextlib import aclosing
+
+import pytest
+from fakes import REPLY, Harness
+
+from adapters_store.types import Composition, Mix
+from routing.router import RouteQuery
+from server.engine.sequence import SamplingParams
+from server.errors import NotFound, Unavailable
+from server.generation import Ask, cache_key
+from server.openai.answer import collect
+from server.tenants import DEFAULT_TENANT
+
+PAIR = (("d1", 0.5), ("d2", 0.5))
+
+
+def ask(model: str = "sql", **fields: object) -> Ask:
+    return Ask(DEFAULT_TENANT, RouteQuery("default", model), SamplingParams(), **{"prompts": ("Hi",), **fields})  # type: ignore[arg-type]
+
+
+def test_cache_keys_differ_in_everything_that_changes_the_kv() -> None:
+    keys = {
+        cache_key(fingerprint, mix, salt)
+        for fingerprint in ("model", "model2")
+        for mix in (
+            Mix(),
+            Mix(PAIR),
+            Mix(PAIR, Composition.FUSION),
+            Mix((("d1", 0.5), ("d2", 0.5000000000000001))),
+            Mix((("d1d2", 0.5),)),
+        )
+        for salt in (b"", b"tenant")
+    }
+    assert len(keys) == 2 * 5 * 2
+    assert cache_key("model", Mix(PAIR), b"") == cache_key("model", Mix.of([PAIR[1], PAIR[0]]), b"")
+
+
+def test_parts_of_a_cache_key_do_not_run_together() -> None:
+    assert cache_key("a", Mix((("b", 1.0),)), b"c") != cache_key("ab", Mix((("", 1.0),)), b"c")
+    assert cache_key("model", Mix(), b"salt") != cache_key("modelsalt", Mix(), b"")
+
+
+async def test_the_lease_lasts_as_long_as_the_pieces(harness: Harness) -> None:
+    digest = harness.store.resolve("default", "sql").digest
+    generation = harness.services.generator.start(ask())
+    assert harness.store.leases(digest) == 0
+    async with aclosing(generation.pieces()) as pieces:
+        text = (await anext(pieces)).text
+        assert harness.store.leases(digest) == 1
+        text += "".join([piece.text async for piece in pieces])
+    assert text == REPLY
+    assert harness.store.leases(digest) == 0
+    assert harness.endings() == {"stop": 1.0}
+
+
+async def test_pieces_that_are_closed_unread_leave_nothing(harness: Harness) -> None:
+    await harness.services.generator.start(ask()).pieces().aclose()
+    assert not harness.engine.requests
+    assert harness.endings() == {}
+
+
+async def test_what_fails_before_the_engine_is_not_accounted(harness: Harness) -> None:
+    with pytest.raises(NotFound):
+        await anext(harness.services.generator.start(ask("nobody")).pieces())
+    harness.engine.alive = False
+    with pytest.raises(Unavailable):
+        await anext(harness.services.generator.start(ask()).pieces())
+    assert harness.endings() == {}
+
+
+async def test_end_all_gives_every_stream_its_ending(harness: Harness) -> None:
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 1
+    generation = harness.services.generator.start(ask(n=3))
+    async with aclosing(generation.pieces()) as pieces:
+        await anext(pieces)
+        harness.services.generator.end_all()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await collect(pieces)
+    assert sum(harness.endings().values()) == 3
+    harness.check_all_given_back()

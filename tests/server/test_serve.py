@@ -1,0 +1,113 @@
+"""A running server and its end: signals, the drain, what streams still get."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import uvicorn
+from fakes import REPLY, Harness
+
+from server.config import ServeSettings
+from server.serve import BindError, Server, bind
+
+GOOD = {"model": "tiny", "prompt": "Hi", "stream": True}
+
+
+@dataclass
+class Running:
+    server: Server
+    url: str
+    serving: "asyncio.Task[None]"
+    lines: list[str]
+
+
+@asynccontextmanager
+async def running(harness: Harness, timeout: float) -> AsyncIterator[Running]:
+    lines: list[str] = []
+    with bind(ServeSettings(port=0)) as listener:
+        config = uvicorn.Config(harness.app, log_config=None, log_level="critical", timeout_graceful_shutdown=1)
+        server = Server(config, harness.services, timeout, lines.append)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not lines:
+            await asyncio.sleep(0.01)
+        yield Running(server, f"http://127.0.0.1:{listener.getsockname()[1]}", serving, lines)
+        server.handle_exit(signal.SIGTERM, None)
+        await asyncio.wait_for(serving, 30)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_the_announcement(harness: Harness) -> None:
+    async with running(harness, 1) as server:
+        assert server.lines == [f"loramux 0.1.0 serves tiny with 3 adapters on {server.url}/v1"]
+
+
+async def test_running_streams_finish_and_new_work_is_refused(harness: Harness) -> None:
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 2
+    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
+        await until(lambda: harness.engine.num_waiting)
+        server.server.handle_exit(signal.SIGTERM, None)
+        refused = await client.post("/v1/completions", json=GOOD)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"].isdigit()
+        assert (await client.get("/ready")).status_code == 503
+        harness.engine.gate.set()
+        answer = await asking
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert '"finish_reason":"stop"' in answer.text
+        await asyncio.wait_for(server.serving, 30)
+
+
+async def test_after_the_timeout_streams_end_with_an_error(harness: Harness) -> None:
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 2
+    async with running(harness, 0.05) as server, httpx.AsyncClient(base_url=server.url) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
+        await until(lambda: harness.engine.num_waiting)
+        server.server.handle_exit(signal.SIGTERM, None)
+        answer = await asking
+        last = answer.text.strip().split("\n\n")[-1]
+        assert last.startswith('data: {"error":')
+        assert "draining" in last
+        await asyncio.wait_for(server.serving, 30)
+
+
+async def test_the_second_signal_stops_at_once(harness: Harness) -> None:
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 2
+    async with running(harness, 1000) as server, httpx.AsyncClient(base_url=server.url) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
+        await until(lambda: harness.engine.num_waiting)
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.server.handle_exit(signal.SIGTERM, None)
+        await asyncio.wait_for(server.serving, 30)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: harness.engine.ended)
+
+
+async def test_an_idle_server_stops_when_asked(harness: Harness) -> None:
+    async with running(harness, 1000) as server:
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            assert REPLY in (await client.post("/v1/completions", json=GOOD | {"stream": False})).text
+        server.server.handle_exit(signal.SIGINT, None)
+        await asyncio.wait_for(server.serving, 30)
+
+
+def test_an_address_that_cannot_be_had() -> None:
+    with bind(ServeSettings(port=0)) as taken:
+        taken.listen()
+        with pytest.raises(BindError, match=r"cannot listen on 127\.0\.0\.1 port"):
+            bind(ServeSettings(port=taken.getsockname()[1]))
+    with pytest.raises(BindError, match="cannot listen on"):
+        bind(ServeSettings(host="no.such.host.invalid", insecure=True))
