@@ -1,1 +1,1 @@
-"""Compute kernels of loramux. Nothing is imported here: `transformers` probes for a package of this name and imports it."""
+"""Compute kernels. Nothing is imported here: `transformers` probes for a package of this name and imports it."""
