@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 MODEL := smollm2-135m
 ONCE ?=
+# Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: setup model demo test test-slow check bench lock clean
 

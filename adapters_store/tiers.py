@@ -53,6 +53,11 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more adapter as large as those here would fit."""
+        return self.num_bytes + self.num_bytes // max(1, len(self._entries)) <= self.budget_bytes
+
     def __contains__(self, digest: str) -> bool:
         return digest in self._entries
 

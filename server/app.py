@@ -74,6 +74,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
     try:
         await engine.start()
+        engine.prefetch({adapter.digest: str(adapter.path) for adapter in store.list("default")})
         yield services
     finally:
         await engine.stop()

@@ -1,7 +1,7 @@
 """Fixtures shared by all tests: tiny random models and adapters, and the real model where it has been pulled."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,10 +72,10 @@ def adapters(make_adapter: MakeAdapter) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Iterator[Path]:
+def smollm2() -> Path:
     """The folder that `loramux pull smollm2-135m` made; tests never download it themselves."""
     root = os.environ.get("LORAMUX_DATA_DIR") or Path.home() / ".local" / "share" / "loramux"
     folder = Path(root) / "models" / "smollm2-135m"
     if not folder.is_dir():
         pytest.fail(f"{folder} is missing: run `loramux pull smollm2-135m` first, as `make test` does")
-    yield folder
+    return folder

@@ -1,4 +1,4 @@
-"""The same answers from `transformers` and `peft`, one request at a time: what the server's texts are checked against."""
+"""The same answers from `transformers` and `peft`, one request at a time, to check the server's texts against."""
 
 import warnings
 from collections.abc import Sequence

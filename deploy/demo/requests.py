@@ -32,7 +32,8 @@ def held_out(task: str, row: int = 0) -> DemoRequest:
 
 def demo_requests() -> list[DemoRequest]:
     """Base model, five single adapters, and mixtures of two and of three."""
-    two, three = held_out("pirate", 1), held_out("json_fields", 1)
+    two = "Say it like a pirate.\nHello my friend, write to emma.stone@harbor.com or call +44 71 5523 881."
+    three = held_out("json_fields", 1).prompt
     return [
         DemoRequest("What is the capital of France?"),
         held_out("spell"),
@@ -40,6 +41,6 @@ def demo_requests() -> list[DemoRequest]:
         held_out("pirate"),
         held_out("iso_date"),
         held_out("number_words"),
-        DemoRequest(two.prompt, (("pirate", 0.7), ("redact", 0.3))),
-        DemoRequest(three.prompt, (("json_fields", 0.8), ("spell", 0.4), ("sort_numbers", -0.2))),
+        DemoRequest(two, (("pirate", 0.7), ("redact", 0.5))),
+        DemoRequest(three, (("json_fields", 0.8), ("spell", 0.4), ("sort_numbers", -0.2))),
     ]

@@ -1,4 +1,4 @@
-"""`loramux demo`: a server on this machine, eight requests at once with eight adapter mixes, and a check of every answer."""
+"""`loramux demo`: a server, eight requests at once with eight adapter mixes, and a check of every answer."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. Seconds from sending to the first piece of text and to the end; tokens as the server counted them."""
+    """What came back. Seconds from sending to the first text and to the end; tokens as the server counted them."""
 
     text: str
     first: float
@@ -40,7 +40,7 @@ class Answer:
 
 
 def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) -> int:
-    """Run the demo against `model`; returns the process's exit code. Without `once` the server stays up until Ctrl-C."""
+    """Run the demo on `model`; returns the exit code. Without `once` the server stays up until Ctrl-C."""
     console = Console()
     with _server(model, host, port, console) as url:
         requests = demo_requests()

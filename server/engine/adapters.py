@@ -24,6 +24,11 @@ class EngineAdapters:
                 code="mix_too_large",
             )
 
+    def prefetch(self, digest: str, path: str) -> None:
+        """Read an adapter into the host tier, unless that would push out another. Raises AdapterError."""
+        if digest not in self.host and self.host.has_room:
+            self.host.get(digest, path)
+
     def acquire(self, request: Request) -> PageLease | None:
         """All pages of the request's mix, or None while they cannot be had."""
         return self.pool.acquire(request.mix, lambda digest: self._weights(request, digest))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable
@@ -14,6 +15,7 @@ from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestE
 from server.engine.messages import (
     Abort,
     FromEngine,
+    Prefetch,
     Ready,
     Shutdown,
     Start,
@@ -29,6 +31,12 @@ from server.engine.sequence import FinishReason, Output, Request
 FIRST_BACKOFF = 0.5
 LONGEST_BACKOFF = 30.0
 SHUTDOWN_SECONDS = 5.0
+OPENMP = {"GOMP_SPINCOUNT": "10000"}
+"""How long threads of the CPU backend spin at a barrier before they sleep, unless the environment says otherwise.
+
+One decode step of 8 rows on 2 cores, SmolLM2-135M: 84 ms with this, 124 ms without spinning. libgomp's default spins
+for milliseconds, which is no faster on an idle machine and made the step take 1.7 s beside another busy process.
+"""
 
 
 class EngineStartError(RuntimeError):
@@ -55,6 +63,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
+        self._prefetches: dict[str, str] = {}
 
     @property
     def pid(self) -> int | None:
@@ -108,6 +117,12 @@ class EngineClient:
         if self.alive:
             self._send(Abort(request_id))
 
+    def prefetch(self, paths: dict[str, str]) -> None:
+        """Have these adapters (digest to folder) read into host memory in idle time, now and after restarts."""
+        self._prefetches |= paths
+        if self.alive:
+            self._send(Prefetch(paths))
+
     async def _spawn(self) -> None:
         with tempfile.TemporaryDirectory(prefix="loramux-") as folder:  # mode 0700: nobody else can connect
             address = f"ipc://{Path(folder) / 'engine'}"
@@ -115,7 +130,8 @@ class EngineClient:
             self._socket.set_hwm(0)
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.bind(address)
-            self._process = await asyncio.create_subprocess_exec(sys.executable, "-m", "server.engine.loop", address)
+            command = (sys.executable, "-m", "server.engine.loop", address)
+            self._process = await asyncio.create_subprocess_exec(*command, env=OPENMP | os.environ)
             self._send(Start(self.config))
             try:
                 self.info = await self._handshake(self._process)
@@ -124,6 +140,8 @@ class EngineClient:
                 self._socket.close()
                 raise
         self.alive = True
+        if self._prefetches:
+            self._send(Prefetch(self._prefetches))
 
     async def _handshake(self, process: asyncio.subprocess.Process) -> EngineInfo:
         first = asyncio.ensure_future(self._receive())

@@ -1,5 +1,6 @@
 """An engine in its own process: messages in, steps, messages out. Run as `python -m server.engine.loop ADDRESS`."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from server.engine.engine import Engine
 from server.engine.messages import (
     Abort,
     FromEngine,
+    Prefetch,
     Ready,
     Refusal,
     Shutdown,
@@ -37,6 +39,7 @@ class EngineLoop:
         self.socket = socket
         self.parent = parent
         self._refusals: list[Refusal] = []
+        self._prefetches: dict[str, str] = {}
         self._next_stats = 0.0
 
     def run(self) -> None:
@@ -44,6 +47,7 @@ class EngineLoop:
             if not self._receive():
                 return
             if not self.engine.has_work and not self._refusals:
+                self._prefetch_one()
                 continue
             outputs = self.engine.step()
             refusals, self._refusals = self._refusals, []
@@ -58,7 +62,7 @@ class EngineLoop:
 
     def _receive(self) -> bool:
         """Take all messages that wait; with nothing to do, wait a while for one. False on shutdown."""
-        timeout = 0 if self.engine.has_work else IDLE_POLL_MS
+        timeout = 0 if self.engine.has_work or self._prefetches else IDLE_POLL_MS
         while self.socket.poll(timeout):
             timeout = 0
             message = decode_to_engine(self.socket.recv())
@@ -68,7 +72,15 @@ class EngineLoop:
                 self._submit(message)
             elif isinstance(message, Abort):
                 self.engine.abort(message.request_id)
+            elif isinstance(message, Prefetch):
+                self._prefetches |= message.paths
         return True
+
+    def _prefetch_one(self) -> None:
+        """One adapter at a time, so that a request that comes meanwhile waits for one read at most."""
+        if self._prefetches:
+            with contextlib.suppress(AdapterError):  # whoever asks for it will be told
+                self.engine.adapters.prefetch(*self._prefetches.popitem())
 
     def _submit(self, message: Submit) -> None:
         try:

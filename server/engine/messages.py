@@ -24,6 +24,12 @@ class Abort(msgspec.Struct, tag=True):
     request_id: str
 
 
+class Prefetch(msgspec.Struct, tag=True):
+    """To the engine: read these adapters (digest to folder) into host memory while there is nothing better to do."""
+
+    paths: dict[str, str]
+
+
 class Shutdown(msgspec.Struct, tag=True):
     """To the engine: leave."""
 
@@ -57,7 +63,7 @@ class Update(msgspec.Struct, tag=True):
     stats: EngineStats | None = None
 
 
-ToEngine = Start | Submit | Abort | Shutdown
+ToEngine = Start | Submit | Abort | Prefetch | Shutdown
 FromEngine = Ready | StartFailed | Update
 
 encode = msgspec.msgpack.Encoder().encode
