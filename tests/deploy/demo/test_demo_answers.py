@@ -1,0 +1,58 @@
+"""The demo's requests on the real model: greedy texts equal those of `transformers` + `peft`, and known targets are hit."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from adapters_store.peft_format import read_adapter
+from adapters_store.types import Mix
+from deploy.demo.reference import Reference
+from deploy.demo.requests import MAX_TOKENS, demo_requests
+from deploy.demo.run import ADAPTERS
+from deploy.demo.tasks import TASKS
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.sequence import Request, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def answers(smollm2: Path) -> list[str]:
+    """All requests at once, straight to the engine."""
+    engine = Engine.from_config(EngineConfig(str(smollm2), kv_memory=1 << 28, max_model_len=1024, device="cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    folders = {name: ADAPTERS / name for name in TASKS}
+    shape = engine.runner.model.linear_shape
+    digests = {name: read_adapter(folder, shape).weights.digest for name, folder in folders.items()}
+    paths = {digests[name]: str(folder) for name, folder in folders.items()}
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    for index, request in enumerate(demo_requests()):
+        message = [{"role": "user", "content": request.prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        mix = Mix.of([(digests[name], weight) for name, weight in request.adapters])
+        engine.add_request(Request(str(index), tuple(prompt), params, mix, paths))
+    tokens: list[list[int]] = [[] for _ in demo_requests()]
+    while engine.has_work:
+        for output in engine.step():
+            tokens[int(output.request_id)] += output.tokens
+    engine.check_integrity()
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+
+
+def test_known_targets_are_hit(answers: list[str]) -> None:
+    expected = {index: request.target for index, request in enumerate(demo_requests()) if request.target is not None}
+    assert len(expected) == 5
+    assert {index: answers[index] for index in expected} == expected
+
+
+def test_texts_equal_transformers_and_peft(answers: list[str], smollm2: Path) -> None:
+    requests = demo_requests()
+    names = sorted({name for request in requests for name, _ in request.adapters})
+    reference = Reference(smollm2, ADAPTERS, names)
+    differing = {
+        index: expected
+        for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        if (expected := reference.disagreement(request, answer)) is not None
+    }
+    assert not differing
+    assert reference.disagreement(requests[1], answers[2]) is not None, "the check must be able to fail"
