@@ -62,8 +62,8 @@ def main(
     *,
     rows: Rows[int] = (1, 8, 32),
     prompt_len: int = 64,
-    output_len: int = 64,
-    repeats: int = 3,
+    output_len: int = 32,
+    repeats: int = 2,
     seed: int = 0,
 ) -> list[Result]:
     """Measure, print a table and one line of JSON."""

@@ -1,4 +1,4 @@
-"""The demo's requests on the real model: greedy texts equal those of `transformers` + `peft`, and known targets are hit."""
+"""The demo's requests on the real model: texts equal those of `transformers` + `peft`, and known targets are hit."""
 
 from pathlib import Path
 
