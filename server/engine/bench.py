@@ -10,6 +10,7 @@ import platform
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence as Rows
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ def main(
             for adapters in (0, min(count, NUM_ADAPTERS)):
                 with console.status(f"{count} rows, {adapters} adapters ..."):
                     results.append(_measure(work, adapters, engine, digests, peer, repeats, seed))
+                console.print(f"{count} rows, {adapters} adapters: {results[-1].ratio:.2f} times transformers + peft")
     table = Table("rows", "adapters", "loramux tokens/s", "transformers + peft tokens/s", "ratio")
     for result in results:
         cells = (f"{result.loramux:.1f}", f"{result.transformers:.1f}", f"{result.ratio:.2f}")
@@ -94,7 +96,10 @@ class Peer:
     def __init__(self, model: Path, folder: Path, seed: int) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses what transformers is about to rename
         torch.manual_seed(seed)
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         wrapped = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
