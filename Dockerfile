@@ -16,7 +16,7 @@ COPY routing routing
 COPY server server
 EXPOSE 8000
 HEALTHCHECK --interval=10s --start-period=120s \
-    CMD python3 -c "import httpx, sys; sys.exit(httpx.get('http://127.0.0.1:8000/health').status_code != 200)"
+    CMD python3 -c "import httpx, sys; sys.exit(httpx.get('http://127.0.0.1:8000/health', trust_env=False).status_code != 200)"
 ENTRYPOINT ["loramux"]
 CMD ["--help"]
 

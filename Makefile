@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 MODEL := smollm2-135m
 ONCE ?=
+PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
@@ -28,7 +29,7 @@ model: setup
 	$(RUN)/loramux pull $(MODEL)
 
 demo: model
-	$(RUN)/loramux demo $(if $(ONCE),--once)
+	$(RUN)/loramux demo --port $(PORT) $(if $(ONCE),--once)
 
 test: model
 	$(RUN)/python -m pytest

@@ -72,9 +72,9 @@ def read_adapter(folder: Path, shape: LinearShape, max_bytes: int = MAX_WEIGHTS_
     `adapter_shape_mismatch`, `adapter_wrong_base`, `adapter_not_finite`.
     """
     path = folder / WEIGHTS_NAME
-    _check_files(folder, path, max_bytes)
-    settings = read_settings(folder / CONFIG_NAME)
     try:
+        _check_files(folder, path, max_bytes)
+        settings = read_settings(folder / CONFIG_NAME)
         with safe_open(path, framework="pt") as file:
             headers = [_header(file, name) for name in sorted(file.keys())]
             modules = _map_tensors(headers, settings, shape)
@@ -82,11 +82,15 @@ def read_adapter(folder: Path, shape: LinearShape, max_bytes: int = MAX_WEIGHTS_
             _check_shapes(modules, loras, shape)
             # The file is mapped; without the copy, whoever changes it would change the weights.
             tensors = {head.name: file.get_tensor(head.name).clone() for pair in modules.values() for head in pair}
-    except (SafetensorError, OSError) as error:
+        return _assemble(folder, settings, modules, loras, tensors)
+    except SafetensorError as error:
         raise AdapterError(
             "adapter_corrupt", f"{WEIGHTS_NAME} cannot be read: expected a complete safetensors file"
         ) from error
-    return _assemble(folder, settings, modules, loras, tensors)
+    except OSError as error:
+        raise AdapterError(
+            "adapter_corrupt", f"the adapter's files cannot be read ({error.strerror}): expected readable files"
+        ) from error
 
 
 def module_path(layer: int, target: str) -> str:

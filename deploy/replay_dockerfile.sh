@@ -2,6 +2,7 @@
 # Replays the Dockerfile's steps for one target in a clean temporary directory, where no Docker engine is at hand:
 # its COPY, ENV, WORKDIR and RUN lines are executed with PREFIX inside that directory; the lines that change the system
 # (apt-get, useradd) are printed and left out. Then the installed program is asked for its version.
+# TORCH_INDEX is empty unless set, so that the default package index is enough for the replay.
 #   deploy/replay_dockerfile.sh [cpu|cuda]
 set -euo pipefail
 source=$(cd "$(dirname "$0")/.." && pwd)

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -64,7 +65,10 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     if settings.serve.model is None:
         raise ValueError("no model is given, expected --model FOLDER or a hub id")
     folder = locate(settings.serve.model, settings.data_dir)
-    served_name = settings.serve.served_name or folder.resolve().name
+    local = Path(settings.serve.model).expanduser().is_dir()
+    served_name = settings.serve.served_name or (
+        folder.resolve().name if local else settings.serve.model.split("/")[-1]
+    )
     store = AdapterStore(ModelConfig.from_folder(folder).linear_shape, time.time, reserved=(served_name,))
     if settings.serve.adapters is not None:
         store.register_folder(settings.serve.adapters)

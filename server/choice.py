@@ -12,7 +12,7 @@ from routing.router import Route
 from server.chat import ChatTokenizer
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineInfo, RequestError
-from server.engine.sequence import FinishReason, Output, Request, TokenLogprobs
+from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, TokenLogprobs
 from server.errors import BadRequest, ServerError, Unavailable
 from server.metrics import Ending, Metrics
 from server.stops import StopStrings
@@ -142,6 +142,8 @@ class Choice:
         if output.finish_reason is FinishReason.ABORT:
             raise Unavailable("the server is shutting down", code="draining")
         if output.finish_reason is FinishReason.ERROR:
+            if output.error == NOT_FINITE:
+                raise BadRequest(NOT_FINITE, param="lora.adapters", code="output_not_finite")
             logger.error("request %s failed in the engine: %s", output.request_id, output.error)
             raise Unavailable("the engine could not finish this request; please retry", code="engine_error")
         self._note_time(output)

@@ -111,7 +111,8 @@ def demo(
     data_dir: DataDir = None,
 ) -> None:
     """Serve the demo's adapters and send eight requests at once, each with its own mix."""
-    from deploy.demo.run import DemoError, main
+    with _failing():
+        from deploy.demo.run import DemoError, main
     from server.pull import PullError
     from server.pull import pull as fetch
 
@@ -193,6 +194,10 @@ def _failing(*errors: type[Exception]) -> Iterator[None]:
     """These errors mean that the command failed, not that it has a bug: one line, exit code 1."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("openai", "peft"):
+            raise
+        _fail(f"this command needs {error.name}: run `pip install 'loramux[demo]'`")
     except errors as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -24,6 +24,8 @@ from server.engine.config import GIB, EngineConfig
 
 PREFIX = "LORAMUX_"
 SHORT_KEYS = {"LORAMUX_API_KEY": "api_key", "LORAMUX_ADMIN_KEY": "admin_key"}
+KUBERNETES = re.compile(r"LORAMUX_(SERVICE_(HOST|PORT)|PORT_\d+_|PORT=(tcp|udp)://)")
+"""What Kubernetes sets in every pod beside a Service of our name."""
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -183,8 +185,8 @@ def _short_keys() -> dict[str, str]:
 def _check_environment() -> None:
     """pydantic-settings ignores variables that match no field; here a misspelt one is an error."""
     groups: dict[str, type[BaseModel]] = {"serve": ServeSettings, "limits": LimitSettings}
-    for name in os.environ:
-        if not name.startswith(PREFIX) or name in SHORT_KEYS:
+    for name, value in os.environ.items():
+        if not name.startswith(PREFIX) or name in SHORT_KEYS or KUBERNETES.match(f"{name}={value}"):
             continue
         group, _, field = name.removeprefix(PREFIX).lower().partition("__")
         known = field in groups[group].model_fields if group in groups else group in Settings.model_fields and not field

@@ -156,6 +156,8 @@ class Generation:
         ask, tokenizer = self._ask, self._generator.services.tokenizer
         prompts: list[tuple[int, ...]] = []
         if ask.messages is not None:
+            if len(ask.messages) > info.max_model_len:
+                raise self._too_long(f"there are {len(ask.messages)} messages", info)
             self._check_characters(sum(len(message["content"]) for message in ask.messages), info)
             prompts.append(tuple(await tokenizer.encode_chat(ask.messages)))
         for prompt in ask.prompts:
@@ -192,7 +194,7 @@ class Generation:
         try:
             route = await self._generator.routers.route(self._ask.query)
         except RouteError as error:
-            metrics.route_failed(self._ask.query.router or "explicit")
+            metrics.route_failed("explicit")
             raise route_error(error) from error
         metrics.routed(route)
         return route

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +63,8 @@ def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) 
 @contextlib.contextmanager
 def _server(model: Path, host: str, port: int, console: Console) -> Iterator[str]:
     """`loramux serve` as a process of its own, until the block ends."""
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model), "--served-name", SERVED_NAME]
+    _check_port(host, port)
+    command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", str(model), "--served-name", SERVED_NAME]
     command += ["--adapters", str(ADAPTERS), "--host", host, "--port", str(port)]
     url = f"http://{host}:{port}"
     process = subprocess.Popen(command)
@@ -75,20 +77,32 @@ def _server(model: Path, host: str, port: int, console: Console) -> Iterator[str
         process.wait()
 
 
+def _check_port(host: str, port: int) -> None:
+    """Else the demo would ask whatever listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            problem = error.strerror or str(error)
+            raise DemoError(f"cannot listen on {host} port {port} ({problem}): give another with --port") from error
+
+
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise DemoError(f"the server ended with code {process.returncode} before it was ready")
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200:
                 return
         time.sleep(0.2)
     raise DemoError(f"the server was not ready after {START_SECONDS:.0f} seconds")
 
 
 async def _ask_all(url: str, requests: list[DemoRequest]) -> list[Answer]:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    http = DefaultAsyncHttpxClient(trust_env=False)  # a proxy has nothing to do with this machine's own address
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client:
         return await asyncio.gather(*(_ask(client, request) for request in requests))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -37,6 +38,9 @@ OPENMP = {"GOMP_SPINCOUNT": "10000"}
 One decode step of 8 rows on 2 cores, SmolLM2-135M: 84 ms with this, 124 ms without spinning. libgomp's default spins
 for milliseconds, which is no faster on an idle machine and made the step take 1.7 s beside another busy process.
 """
+
+
+logger = logging.getLogger(__name__)
 
 
 class EngineStartError(RuntimeError):
@@ -130,15 +134,20 @@ class EngineClient:
             self._socket.set_hwm(0)
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.bind(address)
-            command = (sys.executable, "-m", "server.engine.loop", address)
-            self._process = await asyncio.create_subprocess_exec(*command, env=OPENMP | os.environ)
-            self._send(Start(self.config))
+            # -P: whoever starts the server in a folder with a package `server` of its own gets ours all the same.
+            command = (sys.executable, "-P", "-m", "server.engine.loop", address, str(os.getpid()))
+            process = None
             try:
-                self.info = await self._handshake(self._process)
+                process = await asyncio.create_subprocess_exec(*command, env=OPENMP | os.environ)
+                self._send(Start(self.config))
+                self.info = await self._handshake(process)
             except BaseException:
-                await self._reap(self._process)
+                if process is not None:
+                    process.kill()
+                    await process.wait()
                 self._socket.close()
                 raise
+            self._process = process
         self.alive = True
         if self._prefetches:
             self._send(Prefetch(self._prefetches))
@@ -174,8 +183,10 @@ class EngineClient:
             backoff = FIRST_BACKOFF if clock() - started > LONGEST_BACKOFF else min(2 * backoff, LONGEST_BACKOFF)
             await asyncio.sleep(backoff)
             self.restarts += 1
-            with contextlib.suppress(EngineStartError):
+            try:
                 await self._spawn()
+            except Exception:
+                logger.exception("the engine could not be started again")
 
     async def _serve(self) -> None:
         """Hand out what the engine sends until its process ends."""
@@ -187,8 +198,9 @@ class EngineClient:
             self._process.kill()
             await exited
         reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
+        (failure,) = await asyncio.gather(reader, return_exceptions=True)
+        if isinstance(failure, Exception):
+            logger.error("the engine's messages could not be read", exc_info=failure)
 
     async def _read(self) -> None:
         while True:

@@ -18,7 +18,7 @@ from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestE
 from server.engine.runner import Runner
 from server.engine.sampler import sample, stop_ids
 from server.engine.scheduler import Chunk, Scheduler
-from server.engine.sequence import FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
+from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
 
 Clock = Callable[[], float]
 
@@ -205,8 +205,7 @@ class Engine:
 
 
 def _not_finite(sequence: Sequence) -> Output:
-    reason = "the model's output is not finite: the weights of the adapters of this request are too large"
-    return Output(sequence.request.id, finish_reason=FinishReason.ERROR, error=reason)
+    return Output(sequence.request.id, finish_reason=FinishReason.ERROR, error=NOT_FINITE)
 
 
 def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:

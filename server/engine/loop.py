@@ -1,4 +1,4 @@
-"""An engine in its own process: messages in, steps, messages out. Run as `python -m server.engine.loop ADDRESS`."""
+"""An engine in its own process: messages in, steps, messages out; `python -m server.engine.loop ADDRESS PARENT_PID`."""
 
 import contextlib
 import os
@@ -52,13 +52,13 @@ class EngineLoop:
             outputs = self.engine.step()
             refusals, self._refusals = self._refusals, []
             idle = not self.engine.has_work
-            if idle:
-                self.engine.check_integrity()
             stats = self.engine.stats() if idle or time.monotonic() >= self._next_stats else None
             if stats is not None:
                 self._next_stats = time.monotonic() + STATS_SECONDS
             if outputs or refusals or stats is not None:
                 send(self.socket, Update(outputs, refusals, stats))
+            if idle:
+                self.engine.check_integrity()
 
     def _receive(self) -> bool:
         """Take all messages that wait; with nothing to do, wait a while for one. False on shutdown."""
@@ -81,6 +81,7 @@ class EngineLoop:
         if self._prefetches:
             with contextlib.suppress(AdapterError):  # whoever asks for it will be told
                 self.engine.adapters.prefetch(*self._prefetches.popitem())
+            send(self.socket, Update(stats=self.engine.stats()))
 
     def _submit(self, message: Submit) -> None:
         try:
@@ -88,7 +89,7 @@ class EngineLoop:
         except RequestError as error:
             self._refusals.append(Refusal(message.request.id, str(error), error.param, error.code))
         except AdapterError as error:  # it was fine when it was registered
-            self._refusals.append(Refusal(message.request.id, str(error), "model", error.code))
+            self._refusals.append(Refusal(message.request.id, str(error), "model", "adapter_unavailable"))
 
 
 def send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:
@@ -103,12 +104,16 @@ def start_engine(config: EngineConfig) -> Engine:
 
 def main() -> int:
     """Connect to the front end, load what it says, and serve it."""
-    parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front end decides when to stop
+    address, parent = sys.argv[1], int(sys.argv[2])
+    for name in (signal.SIGINT, signal.SIGTERM):  # they may go to the whole group; the front end decides when to stop
+        signal.signal(name, signal.SIG_IGN)
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.setsockopt(zmq.LINGER, 1000)
         socket.set_hwm(0)
-        socket.connect(sys.argv[1])
+        socket.connect(address)
+        while not socket.poll(IDLE_POLL_MS):
+            if os.getppid() != parent:
+                return 1
         message = decode_to_engine(socket.recv())
         if not isinstance(message, Start):
             raise TypeError(f"the first message must be Start, got {type(message).__name__}")

@@ -7,6 +7,9 @@ from enum import StrEnum
 from adapters_store.pool import PageLease
 from adapters_store.types import BASE, Mix
 
+NOT_FINITE = "the model's output is not finite: the adapters of this request, or their weights, are too large"
+"""The error of a request whose logits overflowed."""
+
 
 class FinishReason(StrEnum):
     """The ending of a request. Every request has exactly one."""

@@ -64,6 +64,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises BadRequest for anything else, repeated keys and NaN included."""
     try:
         data = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        path = _surrogate_path(data) if SURROGATE.search(body) else None
     except UnicodeDecodeError:
         raise _bad_json("the body is not UTF-8") from None
     except RecursionError:
@@ -74,7 +75,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise _bad_json("the body has a number with too many digits") from None
     if not isinstance(data, dict):
         raise _bad_json("the body is not a JSON object")
-    if SURROGATE.search(body) and (path := _surrogate_path(data)) is not None:
+    if path is not None:
         raise BadRequest(f"{path}: expected text, found half of a surrogate pair", param=path)
     return data
 
@@ -112,12 +113,12 @@ def _bad_json(message: str) -> BadRequest:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
-        param = repeated.encode(errors="replace").decode()[:100]
-        raise BadRequest(f"{param}: the field is given more than once", param=param, code="duplicate_field")
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            param = key.encode(errors="replace").decode()[:100]
+            raise BadRequest(f"{param}: the field is given more than once", param=param, code="duplicate_field")
+        fields[key] = value
     return fields
 
 

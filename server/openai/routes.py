@@ -80,8 +80,11 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
     await _check_model(body.model, services, caller.tenant)
     if body.messages is not None:
         messages = [message.plain for message in body.messages]
+        _check_length(len(messages), services, "messages")
+        _check_characters(sum(len(message["content"]) for message in messages), services, "messages")
         tokens = await services.tokenizer.encode_chat(messages, body.add_generation_prompt)
     else:
+        _check_characters(len(body.prompt or ""), services, "prompt")
         tokens = await services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
     info = services.engine.info
     answer: Json = {
@@ -96,6 +99,7 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
 async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     await _check_model(body.model, services, caller.tenant)
     largest = services.tokenizer.vocab_size
+    _check_length(len(body.tokens), services, "tokens")
     if not all(0 <= token < largest for token in body.tokens):
         raise BadRequest(f"tokens: expected token ids from 0 to {largest - 1}", param="tokens")
     return {"prompt": await services.tokenizer.decode(body.tokens)}
@@ -126,8 +130,26 @@ def _headers(generation: Generation) -> dict[str, str]:
 
 async def _echoes(ask: Ask, services: Services) -> list[str]:
     """The prompts' texts; those given as token ids are decoded."""
-    decode = services.tokenizer.decode
+    decode, largest = services.tokenizer.decode, services.tokenizer.vocab_size
+    for prompt in ask.prompts:
+        if isinstance(prompt, tuple):
+            _check_length(len(prompt), services, "prompt")
+            if not all(0 <= token < largest for token in prompt):
+                raise BadRequest(f"prompt: expected token ids from 0 to {largest - 1}", param="prompt")
     return [prompt if isinstance(prompt, str) else await decode(prompt, True) for prompt in ask.prompts]
+
+
+def _check_length(count: int, services: Services, param: str) -> None:
+    """Lists that no context holds are refused before a library works on them, which would stop everything else."""
+    info = services.engine.info
+    if info is not None and count > info.max_model_len:
+        message = f"{param}: has {count} entries; the context is {info.max_model_len} tokens"
+        raise BadRequest(message, param=param, code="context_length_exceeded")
+
+
+def _check_characters(count: int, services: Services, param: str) -> None:
+    """The same for texts, of which no token is longer than the vocabulary's longest."""
+    _check_length(-(-count // services.tokenizer.max_token_characters), services, param)
 
 
 async def _check_model(model: str | None, services: Services, tenant: Tenant) -> None:

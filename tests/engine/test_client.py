@@ -15,7 +15,7 @@ import pytest_asyncio
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Mix
 from server.engine.client import EngineClient, EngineStartError, EngineUnavailable
-from server.engine.config import EngineConfig, RequestError
+from server.engine.config import EngineConfig, EngineStats, RequestError
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from server.model.config import ModelConfig
@@ -82,6 +82,20 @@ async def test_kill_9_under_load(client: EngineClient) -> None:
     await until(lambda: client.alive)
     assert client.restarts >= 1
     assert (await collect(client, replace(requests[0], params=SHORT)))[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_failing_reader_costs_the_engine_not_the_client(client: EngineClient) -> None:
+    """What listens to the statistics raises: the engine is replaced, and what was in flight has its ending."""
+
+    def fail(_: EngineStats) -> None:
+        client.on_stats = None
+        raise ArithmeticError("listener")
+
+    client.on_stats = fail
+    outputs = await asyncio.wait_for(collect(client, Request("r", (2, 3, 4), LONG)), 60)
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+    await until(lambda: client.alive and client.restarts == 1)
+    assert (await collect(client, Request("next", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_leaving_a_stream_frees_its_sequence(client: EngineClient) -> None:

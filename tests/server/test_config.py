@@ -82,6 +82,13 @@ def test_refused(overrides: dict[str, object], problem: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_PORT", "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("LORAMUX_PORT_8000_TCP_ADDR", "10.0.0.1")
+    monkeypatch.setenv("LORAMUX_SERVICE_HOST", "10.0.0.1")
+    assert load_settings().serve.port == 8000
+
+
 @pytest.mark.parametrize("name", ["LORAMUX_SERVE__PROT", "LORAMUX_PORT", "LORAMUX_SERVE", "LORAMUX_DATA_DIR__X"])
 def test_unknown_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
