@@ -1,5 +1,6 @@
 """How pieces of text become an answer: what both generating endpoints share."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ async def collect(pieces: AsyncIterator[Piece]) -> list[Collected]:
     ]
 
 
-class Answer:
+class Answer(ABC):
     """One response in the making. Endpoints say how a choice looks; `created` is in seconds since the epoch."""
 
     id_prefix: str
@@ -67,11 +68,13 @@ class Answer:
             events[-1]["lora"] = self._lora()
         return events
 
+    @abstractmethod
     def choice(self, index: int, collected: Collected) -> Json:
-        raise NotImplementedError
+        """One entry of `choices` in a whole answer."""
 
+    @abstractmethod
     def deltas(self, piece: Piece) -> Iterator[Json]:
-        raise NotImplementedError
+        """The entries of `choices` that stream a piece."""
 
     def _event(self, choices: list[Json]) -> Json:
         event = self._head(self.chunk_object) | {"choices": choices}

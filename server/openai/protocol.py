@@ -1,5 +1,6 @@
 """What the requests to both generating endpoints have in common, and how they become an `Ask`."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar
 
@@ -143,9 +144,9 @@ class GenerationRequest(RequestModel):
     def longest_answer(self) -> int | None:
         return self.max_tokens
 
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Most likely tokens to report at each step; None reports nothing."""
-        raise NotImplementedError
 
     @property
     def includes_usage(self) -> bool:
