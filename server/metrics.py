@@ -107,6 +107,10 @@ class Metrics:
         self._prefix_hits.inc(_grown(before.prefix_hits, stats.prefix_hits))
         self._preemptions.inc(_grown(before.preemptions, stats.preemptions))
         self._loads.labels("host", "device").inc(_grown(before.adapter_loads, stats.adapter_loads))
+        for seconds in stats.adapter_reads:
+            self._loads.labels("disk", "host").inc()
+            self._load_time.observe(seconds)
+        self._evictions.labels("host").inc(_grown(before.host_evictions, stats.host_evictions))
         self._evictions.labels("device").inc(_grown(before.adapter_evictions, stats.adapter_evictions))
         for seconds, rows in stats.steps:
             self._step_seconds.observe(seconds)
@@ -159,6 +163,7 @@ class Metrics:
         self._prefix_hits = self._counter("loramux_prefix_cache_hits", "Prompt tokens found.")
         self._preemptions = self._counter("loramux_preemptions", "Sequences that had to start again.")
         self._loads = self._counter("loramux_adapter_loads", "Adapters moved up.", ["from", "to"])
+        self._load_time = self._histogram("loramux_adapter_load_seconds", "Reading an adapter from disk.", STEP)
         self._evictions = self._counter("loramux_adapter_evictions", "Adapters dropped from a tier.", ["tier"])
         self._step_seconds = self._histogram("loramux_step_seconds", "One forward pass with its scheduling.", STEP)
         self._batch_rows = self._histogram("loramux_batch_rows", "Token rows of a step.", ROWS)

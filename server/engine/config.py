@@ -56,7 +56,8 @@ class EngineInfo:
 class EngineStats:
     """A snapshot. Counters (tokens queried and hit in the prefix cache, preemptions, loads, evictions) never fall.
 
-    `steps` are (seconds, token rows) of each step since the snapshot before; adapters are given by digest.
+    `steps` are (seconds, token rows) of each step since the snapshot before, `adapter_reads` the seconds that each read
+    of an adapter from disk took; adapters are given by digest.
     """
 
     running: int = 0
@@ -69,6 +70,8 @@ class EngineStats:
     preemptions: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0
+    adapter_reads: tuple[float, ...] = ()
+    host_evictions: int = 0
     adapters_host: int = 0
     adapters_device: int = 0
     running_adapters: tuple[str, ...] = ()

@@ -50,7 +50,7 @@ class Engine:
         """Load the model and allocate its memory. Raises ModelError with one clear sentence if that cannot be done."""
         runner = Runner(config)
         host = HostTier(config.host_memory, folder_reader(runner.model.linear_shape))
-        return cls(config, runner, EngineAdapters(host, runner.pool), clock)
+        return cls(config, runner, EngineAdapters(host, runner.pool, clock), clock)
 
     @property
     def has_work(self) -> bool:
@@ -109,7 +109,7 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        """A snapshot; the steps it reports are forgotten."""
+        """A snapshot; the steps and reads it reports are forgotten."""
         scheduler, pool = self.scheduler, self.runner.pool
         steps, self._steps = tuple(self._steps), []
         return EngineStats(
@@ -123,6 +123,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             adapter_loads=pool.counters.loads,
             adapter_evictions=pool.counters.evictions,
+            adapter_reads=self.adapters.take_read_seconds(),
+            host_evictions=self.adapters.host.counters.evictions,
             adapters_host=len(self.adapters.host),
             adapters_device=len(pool.residents),
             running_adapters=_digests(scheduler.running),

@@ -225,7 +225,10 @@ def test_few_pages_only_make_requests_wait(tiny_model: Path, registered: Registe
     small = Engine.from_config(EngineConfig(str(tiny_model), **{**SMALL, "page_memory": 3 * one}))
     assert set(small.info().num_pages.values()) == {3}
     assert run(small, requests) == run(engine, requests)
-    assert small.stats().adapter_evictions > 0
+    stats = small.stats()
+    assert stats.adapter_evictions > 0
+    assert len(stats.adapter_reads) == stats.adapters_host == 4
+    assert small.stats().adapter_reads == ()
 
 
 def test_memory_is_what_was_planned(engine: Engine) -> None:

@@ -51,6 +51,9 @@ def test_requests_by_adapter() -> None:
 def test_engine_counters_survive_a_restart_of_the_engine() -> None:
     metrics = Metrics()
     metrics.engine(EngineStats(prefix_queries=10, prefix_hits=4, adapter_loads=2, steps=((0.01, 3), (0.2, 40))), 1.0)
+    metrics.engine(
+        EngineStats(adapter_reads=(0.5, 0.25), host_evictions=3, prefix_queries=10, prefix_hits=4, adapter_loads=2), 1.5
+    )
     metrics.engine(EngineStats(prefix_queries=15, prefix_hits=4, adapter_loads=2), 2.0)
     metrics.engine(EngineStats(), 3.0)
     metrics.engine(EngineStats(prefix_queries=7, preemptions=1, adapter_evictions=1), 4.0)
@@ -58,6 +61,9 @@ def test_engine_counters_survive_a_restart_of_the_engine() -> None:
     assert value(metrics, "loramux_prefix_cache_hits_total") == 4
     assert value(metrics, "loramux_preemptions_total") == 1
     assert value(metrics, "loramux_adapter_loads_total", **{"from": "host", "to": "device"}) == 2
+    assert value(metrics, "loramux_adapter_loads_total", **{"from": "disk", "to": "host"}) == 2
+    assert value(metrics, "loramux_adapter_load_seconds_sum") == 0.75
+    assert value(metrics, "loramux_adapter_evictions_total", tier="host") == 3
     assert value(metrics, "loramux_adapter_evictions_total", tier="device") == 1
     assert value(metrics, "loramux_step_seconds_count") == 2
     assert value(metrics, "loramux_batch_rows_sum") == 43
