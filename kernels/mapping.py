@@ -22,12 +22,14 @@ class RowSpan:
     """Consecutive token rows [start, stop) of one sequence, which use the same pages of one target group.
 
     `weights[i]` belongs to `pages[i]` and contains the adapter's own scale. Weights of a repeated page add up.
+    `ranks[i]` rank rows of the page are in use, the others are zero; empty where that is not known.
     """
 
     start: int
     stop: int
     pages: tuple[int, ...]
     weights: tuple[float, ...]
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,57 @@
 
 from collections.abc import Mapping as ReadOnlyDict
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention import AttentionMeta
-from kernels.mapping import Mapping
+from kernels.summands import Summands
+
+Attention: TypeAlias = Any
+"""A step's attention layout, each backend's own: `kernels.gather.AttentionMeta` or `kernels.attention.PagedMeta`."""
+
+Mapping: TypeAlias = Any
+"""A step's mapping matrix of one target group, each backend's own: `kernels.mapping.Mapping` or
+`kernels.tiles.LoraTiles`."""
 
 
 class Ops(Protocol):
-    """One backend. T token rows; D head size; all tensors on one device, in the model's dtype unless said otherwise."""
+    """One backend. T token rows; D head size; all tensors on one device, in the model's dtype unless said otherwise.
+
+    captures: all that changes between steps is read from device memory, so that a step can be captured as a graph.
+    """
+
+    captures: bool
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last dimension, in fp32. `weight` broadcasts against x."""
         ...
 
-    def rms_norm_residual(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+    def rms_norm_residual(self, x: Summands, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(sum), sum) of sum = x + residual."""
         ...
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of x [T, heads, D] (halves convention); cos, sin [T, D], the first half of sin negated."""
-        ...
-
-    def silu_mul(self, x: Tensor) -> Tensor:
+    def silu_mul(self, x: Summands) -> Tensor:
         """silu(gate) * up for x [T, 2 * n] = (gate, up) -> [T, n]."""
+        ...
+
+    def rotary_store(
+        self,
+        qkv: Summands,
+        qk_norm: Tensor | None,
+        eps: float,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        meta: Attention,
+    ) -> Tensor:
+        """Queries [T, heads, D] of qkv [T, (heads + 2 * kv heads) * D]; keys and values go to the cache.
+
+        qk_norm: None, or the weights [heads + kv heads, D] of an RMS norm of every query and key head.
+        rotary: cos, sin [T, D] in the halves convention, the first half of sin negated; queries and keys are rotated.
+        cache: keys, values [blocks, block_size, kv heads, D].
+        """
         ...
 
     def pack_linear(self, weight: Tensor) -> Tensor:
@@ -39,42 +63,45 @@ class Ops(Protocol):
         """x [T, in] @ weight[out, in]^T + bias -> [T, out]; `weight` from `pack_linear`."""
         ...
 
-    def lora_(
+    def lora_linear(
         self,
-        y: Tensor,
         x: Tensor,
-        a_pages: Tensor,
-        b_pages: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pages: tuple[Tensor, Tensor],
         mapping: Mapping,
         slices: tuple[int, ...],
         scale: Tensor | None = None,
-    ) -> Tensor:
-        """y [T, sum(slices)] += the low-rank updates of the rows' pages, in place.
+    ) -> Summands:
+        """`linear` plus the low-rank updates of the rows' pages, [T, sum(slices)].
 
-        a_pages [P, S * 16, in]: rows s*16..s*16+15 belong to output slice s; b_pages [P, 16, sum(slices)].
-        scale: None or fp32[S, T, len(mapping.pages)], a further factor for every slice, row and page.
-        A row never sees a page whose weight is 0 for it, whatever the page holds.
+        pages: A [P, S * 16, in], whose rows s*16..s*16+15 belong to output slice s, and B [P, 16, sum(slices)].
+        scale: None or fp32[S, T, columns], a further factor for every slice, row and page of the mapping.
+        A row never sees a page whose weight is 0 for it; a backend states what pages must hold for that.
         """
         ...
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta) -> None:
-        """Write k, v [T, kv heads, D] into the caches [blocks, block_size, kv heads, D] at `meta.slots`."""
-        ...
-
     def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, window: int | None
+        self, q: Tensor, cache: tuple[Tensor, Tensor], meta: Attention, scale: float, window: int | None
     ) -> Tensor:
         """Causal attention of q [T, heads, D] over the last `window` tokens of its sequence -> [T, heads, D]."""
         ...
 
 
-BACKENDS: ReadOnlyDict[str, Ops] = MappingProxyType({"reference": reference})
-DEFAULTS: ReadOnlyDict[str, str] = MappingProxyType({"cpu": "reference", "cuda": "reference"})
+BACKENDS = ("reference", "triton")
+DEFAULTS: ReadOnlyDict[str, str] = MappingProxyType({"cpu": "reference", "cuda": "triton"})
 
 
 def select_ops(device: torch.device, override: str | None = None) -> Ops:
-    """The backend for `device`, or the one that `override` names: "reference". Raises ValueError for an unknown one."""
+    """The backend for `device`, or the one that `override` names: "reference" or "triton".
+
+    A backend is imported when it is selected, so that a CPU never loads Triton. Raises ValueError for an unknown one.
+    """
     name = override or DEFAULTS.get(device.type, "")
     if name not in BACKENDS:
         raise ValueError(f"No backend {override!r} for {device.type}; there are {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    if name == "reference":
+        return reference
+    from kernels.triton_ops import TritonOps
+
+    return TritonOps(device)

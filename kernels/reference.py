@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention import AttentionMeta, KeyPlan
+from kernels.gather import AttentionMeta, KeyPlan
 from kernels.mapping import Mapping, ScatteredBlock, SharedBlock
+from kernels.summands import Summands
 
 PAGE_RANK = 16
 """Rank rows of one page."""
+
+captures = False
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,10 +27,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.mul_(weight)
 
 
-def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_residual(x: Summands, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); the sum is written into x."""
-    x += residual
-    return rms_norm(x, weight, eps), x
+    total = add(x)
+    total += residual
+    return rms_norm(total, weight, eps), total
+
+
+def add(x: Summands) -> Tensor:
+    """The sum, written into its first part."""
+    y, delta = x
+    return y if delta is None else y.add_(delta)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,9 +48,29 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos[:, None]).addcmul_(x.roll(x.shape[-1] // 2, -1), sin[:, None])
 
 
-def silu_mul(x: Tensor) -> Tensor:
+def rotary_store(
+    qkv: Summands,
+    qk_norm: Tensor | None,
+    eps: float,
+    rotary_rows: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    meta: AttentionMeta,
+) -> Tensor:
+    """Normed, rotated queries [T, heads, D] of qkv [T, (heads + 2 * kv heads) * D]; keys and values go to the cache."""
+    kv_heads, size = cache[0].shape[2:]
+    heads = add(qkv).unflatten(-1, (-1, size))
+    rotated = heads.shape[1] - kv_heads
+    qk, v = heads[:, :rotated], heads[:, rotated:]
+    if qk_norm is not None:
+        qk = rms_norm(qk, qk_norm, eps)
+    qk = rotary(qk, *rotary_rows)
+    store_kv(qk[:, rotated - kv_heads :], v, *cache, meta)
+    return qk[:, : rotated - kv_heads]
+
+
+def silu_mul(x: Summands) -> Tensor:
     """silu(gate) * up for x [T, 2 * n] = (gate, up) -> [T, n] (Shazeer 2020)."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = add(x).chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
 
 
@@ -57,7 +87,7 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call,no-any-return]
+    return torch.backends.mkldnn.is_available()  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,6 +96,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
     return functional.linear(x, weight, bias)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pages: tuple[Tensor, Tensor],
+    mapping: Mapping,
+    slices: tuple[int, ...],
+    scale: Tensor | None = None,
+) -> Summands:
+    """`linear` with the updates of `lora_` already added. Pages may hold anything: no row meets a page of another."""
+    return lora_(linear(x, weight, bias), x, *pages, mapping, slices, scale), None
 
 
 def lora_(
@@ -142,7 +185,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Atten
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMeta, scale: float, window: int | None
+    q: Tensor, cache: tuple[Tensor, Tensor], meta: AttentionMeta, scale: float, window: int | None
 ) -> Tensor:
     """Causal attention of q [T, heads, D] over the last `window` cached tokens of its sequence -> [T, heads, D].
 
@@ -150,6 +193,7 @@ def paged_attention(
     Query heads that share a key head are taken as further queries or as a broadcast: no key is copied for them.
     """
     out = torch.empty_like(q)
+    k_cache, v_cache = cache
     decodes = meta.num_decodes
     for plan in meta.decode_plans(k_cache, window):
         if plan.rows is None:

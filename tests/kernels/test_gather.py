@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import reference
-from kernels.attention import GROUP_COST, build_attention
+from kernels.gather import GROUP_COST, build_attention
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def test_paged_attention_equals_plain_attention(
         for parts in (keys, values)
     )
     reference.store_kv(new_keys, new_values, k_cache, v_cache, meta)
-    out = reference.paged_attention(q, k_cache, v_cache, meta, 0.5, window)
+    out = reference.paged_attention(q, (k_cache, v_cache), meta, 0.5, window)
     expected = [
         plain(query, k.repeat_interleave(heads // kv_heads, 1), v.repeat_interleave(heads // kv_heads, 1), window)
         for query, k, v in zip(q.split(query_lens), keys, values, strict=True)
@@ -117,8 +117,8 @@ def test_bf16_attention_is_close_to_fp32() -> None:
     k_cache, v_cache = torch.randn(2, 8, 4, 2, 16, dtype=torch.bfloat16).unbind()
     q = torch.randn(5, 4, 16, dtype=torch.bfloat16)
     layout = [[3, 1], [0], [5, 2]], [1, 1, 3], [7, 2, 6], 4, CPU
-    out = reference.paged_attention(q, k_cache, v_cache, build_attention(*layout), 0.25, None)
+    out = reference.paged_attention(q, (k_cache, v_cache), build_attention(*layout), 0.25, None)
     assert out.dtype == torch.bfloat16
     caches = k_cache.float(), v_cache.float()
-    exact = reference.paged_attention(q.float(), *caches, build_attention(*layout), 0.25, None)
+    exact = reference.paged_attention(q.float(), caches, build_attention(*layout), 0.25, None)
     assert functional.cosine_similarity(out.float(), exact, dim=-1).min() > 0.999
