@@ -50,11 +50,15 @@ def pages_needed(mix: Mix, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, 
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """One adapter in one target group: a (layers, pages, S * 16, in), b (layers, pages, 16, sum(out)), one scale."""
+    """One adapter in one target group: a (layers, pages, S * 16, in), b (layers, pages, 16, sum(out)), one scale.
+
+    `ranks`: how many rank rows of each page are in use; the others are zero.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    ranks: tuple[int, ...]
 
 
 def pack(weights: AdapterWeights, shape: LinearShape, dtype: torch.dtype) -> dict[str, PackedGroup]:
@@ -87,7 +91,9 @@ def _pack_group(
             stop = min(start + PAGE_RANK, pair.rank)
             a[layer, page, place, : stop - start] = pair.a[start:stop]
             columns[page, : stop - start] = transposed[start:stop]
-    return PackedGroup(a.flatten(2, 3), b, scale)
+    rank = max(pair.rank for pair in pairs.values())
+    ranks = tuple(min(PAGE_RANK, rank - start) for start in range(0, rank, PAGE_RANK))
+    return PackedGroup(a.flatten(2, 3), b, scale, ranks)
 
 
 def _common_scale(scales: list[float]) -> float:

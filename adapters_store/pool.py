@@ -20,22 +20,25 @@ class PageLease:
     """The pages of one mix while a sequence runs; given back exactly once by `PagePool.release`.
 
     `pages[group]` and `weights[group]` run in parallel over all pages of all adapters of the mix, for every group name;
-    a weight is the mix's weight times the adapter's own scale. `keys` are the residents that own the pages.
+    a weight is the mix's weight times the adapter's own scale. `ranks[group]`: the rank rows of each page that are in
+    use. `keys` are the residents that own the pages.
     """
 
     mix: Mix
     pages: Mapping[str, tuple[int, ...]]
     weights: Mapping[str, tuple[float, ...]]
+    ranks: Mapping[str, tuple[int, ...]]
     keys: tuple[str, ...]
     released: bool = False
 
 
 @dataclass(eq=False)
 class _Resident:
-    """An adapter, or a materialised fusion, on the device: its page ids and its scale per group name."""
+    """An adapter, or a materialised fusion, on the device: page ids, their ranks and the scale, by group name."""
 
     pages: dict[str, tuple[int, ...]]
     scales: dict[str, float]
+    ranks: dict[str, tuple[int, ...]]
     references: int = 0
 
 
@@ -231,7 +234,7 @@ class PagePool:
         self.counters.evictions += 1
 
     def _write(self, key: str, groups: Mapping[str, PackedGroup]) -> None:
-        resident = _Resident({}, {})
+        resident = _Resident({}, {}, {})
         for name, packed in groups.items():
             pages = tuple(heapq.heappop(self._free[name]) for _ in range(packed.a.shape[1]))
             index = torch.tensor(pages, device=self.device)
@@ -239,6 +242,7 @@ class PagePool:
                 pool.index_copy_(1, index, source.to(self.device))
             resident.pages[name] = pages
             resident.scales[name] = packed.scale
+            resident.ranks[name] = packed.ranks
         self._residents[key] = resident
         self._idle[key] = None
         self.counters.loads += 1
@@ -247,6 +251,7 @@ class PagePool:
         weights_of = {mix.digest: 1.0} if mix.composition is Composition.FUSION else dict(mix.entries)
         pages: dict[str, tuple[int, ...]] = dict.fromkeys(self.num_pages, ())
         weights: dict[str, tuple[float, ...]] = dict.fromkeys(self.num_pages, ())
+        ranks: dict[str, tuple[int, ...]] = dict.fromkeys(self.num_pages, ())
         for key in keys:
             resident = self._residents[key]
             resident.references += 1
@@ -254,7 +259,8 @@ class PagePool:
             for name, own in resident.pages.items():
                 pages[name] += own
                 weights[name] += (weights_of[key] * resident.scales[name],) * len(own)
-        lease = PageLease(mix, pages, weights, tuple(keys))
+                ranks[name] += resident.ranks[name]
+        lease = PageLease(mix, pages, weights, ranks, tuple(keys))
         self._leases.add(lease)
         return lease
 

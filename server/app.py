@@ -73,7 +73,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     if settings.serve.adapters is not None:
         store.register_folder(settings.serve.adapters)
     tokenizer = ChatTokenizer.from_folder(folder)
-    engine = EngineClient(settings.serve.engine_config(folder))
+    engine = EngineClient(settings.serve.engine_config(folder, settings.data_dir))
     services = assemble(settings, served_name, engine, store, tokenizer)
     engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
     try:

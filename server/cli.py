@@ -65,6 +65,10 @@ def serve(
     host_memory: Size = None,
     prefix_cache: Annotated[bool | None, typer.Option(help="Reuse the KV of equal prompt beginnings [on].")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine [all cores].")] = None,
+    cuda_graphs: Annotated[
+        str | None, typer.Option(metavar="capture|lazy|eager", help="GPU: captured at start, when needed, never.")
+    ] = None,
+    kernel_cache: Annotated[Path | None, typer.Option(help="GPU: folder of compiled kernels [in --data-dir].")] = None,
     shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds that streams may go on [30].")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Serve other machines without keys.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
@@ -129,7 +133,7 @@ def bench(
 ) -> None:
     """Measure the engine beside transformers and peft. The last line printed is JSON."""
     from server.checkpoint import CheckpointError, locate
-    from server.engine.bench import main
+    from server.engine.bench_peft import main
     from server.model.config import ModelError
 
     with _failing(CheckpointError, ModelError):

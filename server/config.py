@@ -78,6 +78,8 @@ class ServeSettings(BaseModel):
     host_memory: Size = 4 * GIB
     prefix_cache: bool = True
     num_threads: int | None = Field(default=None, ge=1)
+    cuda_graphs: Literal["capture", "lazy", "eager"] = "capture"
+    kernel_cache: Path | None = None
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     insecure: bool = False
 
@@ -96,7 +98,7 @@ class ServeSettings(BaseModel):
             raise ValueError("served_name auto is reserved for routers, expected another name")
         return self
 
-    def engine_config(self, model: Path) -> EngineConfig:
+    def engine_config(self, model: Path, data_dir: Path) -> EngineConfig:
         """The engine's share, for the model in a local folder."""
         return EngineConfig(
             model=str(model),
@@ -110,6 +112,8 @@ class ServeSettings(BaseModel):
             host_memory=self.host_memory or 4 * GIB,
             prefix_cache=self.prefix_cache,
             num_threads=self.num_threads,
+            cuda_graphs=self.cuda_graphs,
+            kernel_cache=str(self.kernel_cache or data_dir / "kernels"),
         )
 
 

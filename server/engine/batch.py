@@ -3,7 +3,7 @@
 import torch
 
 from adapters_store.types import GROUPS
-from kernels.attention import build_attention
+from kernels.gather import build_attention
 from kernels.mapping import Mapping, RowSpan, build_mapping
 from server.engine.scheduler import Chunk
 from server.model.decoder import ForwardBatch
@@ -25,15 +25,14 @@ class BatchBuilder:
         positions: list[int] = []
         logit_rows: list[int] = []
         for chunk in chunks:
-            start, stop = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
-            ids += chunk.sequence.tokens[start:stop]
-            positions += range(start, stop)
+            ids += chunk.sequence.tokens[chunk.start : chunk.stop]
+            positions += range(chunk.start, chunk.stop)
             if chunk.samples:
                 logit_rows.append(len(ids) - 1)
         attention = build_attention(
             [chunk.sequence.blocks for chunk in chunks],
             [chunk.num_tokens for chunk in chunks],
-            [chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks],
+            [chunk.stop for chunk in chunks],
             self.block_size,
             self.device,
         )
@@ -46,18 +45,20 @@ class BatchBuilder:
         )
 
     def _mapping(self, group: str, chunks: list[Chunk]) -> Mapping | None:
-        spans = _spans(group, chunks)
+        spans = spans_of(group, chunks)
         known = self._mappings.get(group)
         if known is None or known[0] != spans:
             known = self._mappings[group] = (spans, build_mapping(spans, self.device))
         return known[1]
 
 
-def _spans(group: str, chunks: list[Chunk]) -> Spans:
+def spans_of(group: str, chunks: list[Chunk]) -> Spans:
+    """Which rows use which pages of a target group."""
     spans, row = [], 0
     for chunk in chunks:
         lease = chunk.sequence.lease
         if lease is not None and lease.pages[group]:
-            spans.append(RowSpan(row, row + chunk.num_tokens, lease.pages[group], lease.weights[group]))
+            stop = row + chunk.num_tokens
+            spans.append(RowSpan(row, stop, lease.pages[group], lease.weights[group], lease.ranks[group]))
         row += chunk.num_tokens
     return tuple(spans)

@@ -20,6 +20,9 @@ class EngineConfig:
     """Settings of one engine. Memory sizes are bytes; None chooses by device. `model` is a local folder.
 
     `max_batch_tokens` bounds the token rows of one step, and so how long decoding rows wait for a chunk of a prompt.
+    `backend` is "auto", or the name of the kernels' backend. `load_format` "random" takes config.json alone and makes
+    weights of `seed`, for measuring. `cuda_graphs` "eager" captures none, "lazy" only what is needed, when it is.
+    `kernel_cache`: folder of compiled kernels, which makes later starts fast; None: Triton's own.
     """
 
     model: str
@@ -34,11 +37,17 @@ class EngineConfig:
     block_size: int = 16
     prefix_cache: bool = True
     num_threads: int | None = None
+    backend: str = "auto"
+    load_format: str = "safetensors"
+    seed: int = 0
+    cuda_graphs: str = "capture"
+    kernel_cache: str | None = None
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the front end needs to know of a started engine. `memory` is bytes by kind: kv, pages."""
+    """What the front end needs to know of a started engine. `memory` is bytes by kind: weights, kv, pages,
+    and the workspace that steps are planned to need on a GPU."""
 
     model_fingerprint: str
     max_model_len: int

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 
 from adapters_store.tiers import HostTier, folder_reader
 from server.engine.adapters import EngineAdapters
-from server.engine.batch import BatchBuilder
 from server.engine.blocks import BlockPool
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
-from server.engine.runner import Runner
-from server.engine.sampler import sample, stop_ids
+from server.engine.runner import Launched, Runner
+from server.engine.sampler import stop_ids
 from server.engine.scheduler import Chunk, Scheduler
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
 
@@ -24,7 +23,7 @@ Clock = Callable[[], float]
 
 
 class Engine:
-    """Continuous batching over one model. Not thread-safe."""
+    """Continuous batching over one model. Not thread-safe. `waited`: seconds spent waiting for the device."""
 
     def __init__(self, config: EngineConfig, runner: Runner, adapters: EngineAdapters, clock: Clock) -> None:
         self.config = config
@@ -40,10 +39,11 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             clock=clock,
         )
-        self._builder = BatchBuilder(config.block_size, runner.device)
+        self.waited = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._endings: list[Output] = []
         self._steps: list[tuple[float, int]] = []
+        self._launched: Launched | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig, clock: Clock = time.monotonic) -> "Engine":
@@ -78,19 +78,23 @@ class Engine:
             self._endings.append(Output(request_id, finish_reason=FinishReason.ABORT))
 
     def step(self) -> list[Output]:
-        """Schedule, build, run, commit. Returns what became of every sequence that moved or ended."""
+        """Schedule, build, run, commit. Returns what became of every sequence that moved or ended.
+
+        Where the device allows, the step that is committed is the one launched by the call before: the host prepares a
+        step while the device runs another.
+        """
         started = self.clock()
         plan = self.scheduler.schedule()
         outputs, self._endings = self._endings, []
         for sequence, reason in plan.failed:
             self._end(sequence)
             outputs.append(Output(sequence.request.id, finish_reason=FinishReason.ERROR, error=reason))
-        if plan.chunks:
-            logits = self.runner.forward(self._builder.build(plan.chunks))
-            sampled = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-            tokens, logprobs = sample(logits, sampled, self.eos_token_ids)
-            outputs += self._commit(plan.chunks, tokens, logprobs)
-            self._steps.append((self.clock() - started, sum(chunk.num_tokens for chunk in plan.chunks)))
+        launched = self._launch(plan.chunks) if plan.chunks else None
+        if self.runner.lookahead:
+            launched, self._launched = self._launched, launched
+        if launched is not None:
+            outputs += self._commit(launched)
+            self._steps.append((self.clock() - started, sum(chunk.num_tokens for chunk in launched.chunks)))
         return outputs
 
     def info(self) -> EngineInfo:
@@ -105,7 +109,12 @@ class Engine:
             eos_token_ids=tuple(sorted(self.eos_token_ids)),
             device=str(runner.device),
             dtype=str(runner.dtype).removeprefix("torch."),
-            memory={"kv": runner.kv_bytes, "pages": runner.pool.num_bytes},
+            memory={
+                "weights": runner.weight_bytes,
+                "kv": runner.kv_bytes,
+                "pages": runner.pool.num_bytes,
+                "workspace": runner.workspace_bytes,
+            },
         )
 
     def stats(self) -> EngineStats:
@@ -160,22 +169,31 @@ class Engine:
                 code="context_length_exceeded",
             )
 
-    def _commit(
-        self, chunks: list[Chunk], tokens: list[int | None], logprobs: list[TokenLogprobs | None]
-    ) -> list[Output]:
+    def _launch(self, chunks: list[Chunk]) -> Launched:
+        launched = self.runner.launch(chunks, self.eos_token_ids)
+        for chunk in chunks:
+            self.scheduler.advance(chunk)
+        return launched
+
+    def _commit(self, launched: Launched) -> list[Output]:
+        """Take over what a step has yielded. Sequences that ended while it was under way are left out."""
+        started = self.clock()
+        tokens, logprobs = launched.wait()
+        self.waited += self.clock() - started
         outputs: list[Output] = []
         sampled = iter(zip(tokens, logprobs, strict=True))
-        for chunk in chunks:
-            if not chunk.samples:
-                self.scheduler.commit(chunk, None)
+        for chunk in launched.chunks:
+            token, logprob = next(sampled) if chunk.samples else (None, None)
+            sequence = chunk.sequence
+            if self._sequences.get(sequence.request.id) is not sequence:
                 continue
-            token, logprob = next(sampled)
-            if token is None:
-                self._end(chunk.sequence)
-                outputs.append(_not_finite(chunk.sequence))
+            if chunk.samples and token is None:
+                self._end(sequence)
+                outputs.append(_not_finite(sequence))
                 continue
             self.scheduler.commit(chunk, token)
-            outputs.append(self._output(chunk.sequence, token, logprob))
+            if token is not None:
+                outputs.append(self._output(sequence, token, logprob))
         return outputs
 
     def _output(self, sequence: Sequence, token: int, logprob: TokenLogprobs | None) -> Output:

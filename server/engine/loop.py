@@ -99,6 +99,8 @@ def send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:
 def start_engine(config: EngineConfig) -> Engine:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.kernel_cache is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", config.kernel_cache)
     return Engine.from_config(config)
 
 

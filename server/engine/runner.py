@@ -1,49 +1,86 @@
-"""The model with its memory: runs one batch and returns logits."""
+"""The model with its memory: launches steps, and gives back the tokens that they yield."""
+
+from dataclasses import dataclass
 
 import torch
 
 from adapters_store.pages import plan_pages
 from adapters_store.pool import PagePool
-from server.engine.config import GIB, EngineConfig
+from kernels.ops import select_ops
+from server.engine.config import EngineConfig
+from server.engine.memory import plan_memory
+from server.engine.sampler import Sampled, sample
+from server.engine.scheduler import Chunk
+from server.engine.sequence import TokenLogprobs
+from server.engine.steps import EagerSteps, KvCache, Steps
 from server.model.config import ModelConfig, ModelError
-from server.model.decoder import Decoder, ForwardBatch
-
-KvCache = list[tuple[torch.Tensor, torch.Tensor]]
+from server.model.decoder import Decoder
+from server.model.weights import load_weights, random_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CPU_KV_MEMORY = 2 * GIB
-CPU_PAGE_MEMORY = 1 * GIB
-CUDA_SHARE = 0.9
-CUDA_PAGE_SHARE = 0.15
+LOAD_FORMATS = ("safetensors", "random")
+GRAPH_MODES = ("capture", "lazy", "eager")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step under way: its chunks, and the copy of its tokens to the host."""
+
+    chunks: list[Chunk]
+    sampled: Sampled
+    done: torch.cuda.Event | None
+
+    def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.sampled.read()
 
 
 class Runner:
-    """Weights, KV cache and rank pages on one device, each as large as planned, and the forward pass."""
+    """Weights, KV cache and rank pages on one device, each as large as planned, and the steps that use them."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.model = ModelConfig.from_folder(config.model)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device, self.model)
-        self.decoder = Decoder.from_folder(config.model, self.device, self.dtype)
-        kv_memory, page_memory = self._plan_memory(config)
+        self.decoder = self._load(config)
+        plan = plan_memory(config, self.model, self.device, self.dtype)
         self.max_model_len = self._max_model_len(config)
-        self.num_blocks = kv_memory // self.block_bytes(config.block_size)
+        self.num_blocks = plan.kv // self.block_bytes(config.block_size)
         longest = -(-self.max_model_len // config.block_size)
         if self.num_blocks < longest:
             needed = longest * self.block_bytes(config.block_size)
             raise ModelError(
-                f"{kv_memory:,} bytes of KV memory hold {self.num_blocks * config.block_size} tokens, fewer than the"
+                f"{plan.kv:,} bytes of KV memory hold {self.num_blocks * config.block_size} tokens, fewer than the"
                 f" context of {self.max_model_len}: give at least {needed:,} bytes or a smaller max_model_len"
             )
         shape = self.model.linear_shape
-        num_pages = plan_pages(shape, page_memory, self.dtype.itemsize)
+        num_pages = plan_pages(shape, plan.pages, self.dtype.itemsize)
         self.pool = PagePool(shape, num_pages, self.device, self.dtype)
         self.kv_cache = self._allocate_kv(config.block_size)
+        self.workspace_bytes = plan.workspace
+        self.steps = self._make_steps(config)
 
-    @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits of `batch.logit_rows`: (rows, vocabulary) float32."""
-        return self.decoder.forward(batch, self.kv_cache, self.pool.tensors)
+    @property
+    def lookahead(self) -> bool:
+        return self.steps.lookahead
+
+    def launch(self, chunks: list[Chunk], eos_token_ids: frozenset[int]) -> Launched:
+        """Start a step. With `lookahead`, the next one may be launched before its tokens have been waited for."""
+        logits, greedy = self.steps.launch(chunks)
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        sampled = sample(logits, sequences, eos_token_ids, greedy)
+        if sampled.tokens is not greedy:
+            self.steps.remember(sampled.tokens)
+        for row, sequence in enumerate(sequences):
+            sequence.sampled_row = row
+        if self.device.type != "cuda":
+            return Launched(chunks, sampled, None)
+        host = sampled.to_host()
+        done = torch.cuda.Event()
+        done.record()
+        return Launched(chunks, host, done)
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of keys and values of one block over all layers."""
@@ -54,6 +91,45 @@ class Runner:
     def kv_bytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.kv_cache)
 
+    def _load(self, config: EngineConfig) -> Decoder:
+        backend = None if config.backend == "auto" else config.backend
+        try:
+            ops = select_ops(self.device, backend)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        if config.load_format not in LOAD_FORMATS:
+            raise ModelError(f"load_format is {config.load_format!r}, expected one of {', '.join(LOAD_FORMATS)}")
+        if config.load_format == "random":
+            weights = random_weights(self.model, self.device, self.dtype, config.seed)
+        else:
+            weights = load_weights(config.model, self.model, self.device, self.dtype)
+        self.weight_bytes = weights.num_bytes
+        return Decoder(self.model, weights, ops)
+
+    def _make_steps(self, config: EngineConfig) -> Steps:
+        """Graphs for the Triton backend, which a plain CPU never imports; else one step after the other."""
+        if config.cuda_graphs not in GRAPH_MODES:
+            raise ModelError(f"cuda_graphs is {config.cuda_graphs!r}, expected one of {', '.join(GRAPH_MODES)}")
+        pages = self.pool.tensors
+        if not self.decoder.ops.captures:
+            return EagerSteps(self.decoder, self.kv_cache, pages, config.block_size)
+        from server.engine.capacity import Capacities
+        from server.engine.graphs import GraphSteps
+
+        capacities = Capacities(config.max_num_seqs, config.max_batch_tokens)
+        steps = GraphSteps(
+            self.decoder,
+            self.kv_cache,
+            pages,
+            capacities,
+            block_size=config.block_size,
+            max_model_len=self.max_model_len,
+            use_graphs=config.cuda_graphs != "eager" and self.device.type == "cuda",
+        )
+        if config.cuda_graphs == "capture":
+            steps.capture_common()
+        return steps
+
     def _allocate_kv(self, block_size: int) -> KvCache:
         shape = (self.num_blocks, block_size, self.model.num_kv_heads, self.model.head_dim)
 
@@ -61,14 +137,6 @@ class Runner:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
         return [(cache(), cache()) for _ in range(self.model.num_layers)]
-
-    def _plan_memory(self, config: EngineConfig) -> tuple[int, int]:
-        """Bytes for KV and for rank pages. On CUDA `auto` shares what is free after the weights."""
-        if self.device.type != "cuda":
-            return config.kv_memory or CPU_KV_MEMORY, config.page_memory or CPU_PAGE_MEMORY
-        free = int(torch.cuda.mem_get_info(self.device)[0] * CUDA_SHARE)
-        pages = config.page_memory or int(free * CUDA_PAGE_SHARE)
-        return config.kv_memory or free - pages, pages
 
     def _max_model_len(self, config: EngineConfig) -> int:
         longest = self.model.max_position_embeddings

@@ -1,11 +1,14 @@
 """Logits -> one token a row, with its log-probabilities.
 
 A row's random number depends only on the request's seed and the index of the token in its output, so the same request
-draws the same numbers whatever shares the batch, and again after preemption.
+draws the same numbers whatever shares the batch, and again after preemption. Nothing here waits for the device until
+the result is fetched.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
 
@@ -26,32 +29,102 @@ def uniform(seed: int, index: int) -> float:
     return (mix(mix(seed & _MASK64) ^ index) >> 32) / 2**32
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens int64[R] on the device, -1 for a row that is not finite, and the log-probabilities of some of the rows.
+
+    `asked` are those rows; `top`: values and ids of their most likely tokens, [len(asked), widest]; `chosen`:
+    fp32[len(asked)]; `counts` how many of the top each of them wants.
+    """
+
+    tokens: torch.Tensor
+    asked: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
+    chosen: torch.Tensor | None = None
+
+    def to_host(self) -> "Sampled":
+        """Start the copies; their contents may be read when the stream has reached this point."""
+        top = self.top and (_to_host(self.top[0]), _to_host(self.top[1]))
+        chosen = None if self.chosen is None else _to_host(self.chosen)
+        return Sampled(_to_host(self.tokens), self.asked, self.counts, top, chosen)
+
+    def read(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        """By row: the token, None if it is not finite, and its log-probabilities if they were asked for."""
+        tokens = [token if token >= 0 else None for token in self.tokens.tolist()]
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        if self.top is not None and self.chosen is not None:
+            values, ids = self.top
+            found = zip(self.asked, self.counts, self.chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
+            for row, count, chosen, row_ids, row_values in found:
+                if tokens[row] is not None:
+                    logprobs[row] = TokenLogprobs(chosen, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+        return tokens, logprobs
+
+
 @torch.inference_mode()
 def sample(
-    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]
-) -> tuple[list[int | None], list[TokenLogprobs | None]]:
-    """Choose the next token of every row; None for a row that is not finite, as huge weights can make it.
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    eos_token_ids: frozenset[int],
+    greedy: torch.Tensor | None = None,
+) -> Sampled:
+    """Choose the next token of every row; -1 for a row that is not finite, as huge weights can make it.
 
-    logits: (rows, vocabulary) float32, changed in place. Log-probabilities are those of the unmodified distribution;
-    rows whose parameters do not ask for them get None.
+    logits: (rows, vocabulary); greedy: int64[rows], the most likely token of each row, -1 where the row is not finite,
+    if that is known already. Log-probabilities are those of the unmodified distribution, in float32.
     """
-    asked = [row for row, sequence in enumerate(sequences) if sequence.request.params.logprobs is not None]
-    raw = torch.log_softmax(logits[asked], dim=-1) if asked else None
-    for row, sequence in enumerate(sequences):
-        _adjust(logits[row], sequence, eos_token_ids)
-    highest, tokens = logits.max(dim=-1)  # NaN counts as the highest
-    drawn = [row for row, sequence in enumerate(sequences) if not sequence.request.params.greedy]
+    tokens = most_likely(logits) if greedy is None else greedy
+    special = [row for row, sequence in enumerate(sequences) if not _plain(sequence)]
+    if not special:
+        return Sampled(tokens)
+    index = upload(special, torch.int64, logits.device)
+    chosen = [sequences[row] for row in special]
+    own = logits.index_select(0, index).float()
+    asked = [i for i, sequence in enumerate(chosen) if sequence.request.params.logprobs is not None]
+    raw = torch.log_softmax(_rows(own, asked), dim=-1) if asked else None
+    for row, sequence in enumerate(chosen):
+        _adjust(own[row], sequence, eos_token_ids)
+    own_tokens = most_likely(own)
+    drawn = [i for i, sequence in enumerate(chosen) if not sequence.request.params.greedy]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [sequences[row] for row in drawn])
-    finite = highest.isfinite().tolist()
-    chosen = [token if is_finite else None for token, is_finite in zip(tokens.tolist(), finite, strict=True)]
-    logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
-    if raw is not None:
-        for index, row in enumerate(asked):
-            token = chosen[row]
-            if token is not None:
-                logprobs[row] = _logprobs(raw[index], token, sequences[row].request.params.logprobs or 0)
-    return chosen, logprobs
+        rows = upload(drawn, torch.int64, logits.device)
+        found = _draw(_rows(own, drawn), [chosen[i] for i in drawn])
+        finite = own_tokens.index_select(0, rows) >= 0
+        own_tokens.index_copy_(0, rows, torch.where(finite, found, -1))
+    tokens = tokens.index_copy(0, index, own_tokens)
+    if raw is None:
+        return Sampled(tokens)
+    counts = tuple(chosen[i].request.params.logprobs or 0 for i in asked)
+    values, ids = raw.topk(min(max(counts), raw.shape[-1]))
+    picked = raw.gather(1, _rows(own_tokens, asked).clamp(min=0)[:, None])[:, 0]
+    return Sampled(tokens, tuple(special[i] for i in asked), counts, (values, ids), picked)
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """int64[rows]: the first token of the highest logit; -1 where the highest is not finite, NaN counting as higher."""
+    highest, tokens = logits.max(dim=-1)
+    return torch.where(highest.isfinite(), tokens, -1)
+
+
+def upload(values: Iterable[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`values` as a tensor on `device`, from pinned memory: a plain copy to a GPU would wait for its stream."""
+    return torch.tensor(list(values), dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", non_blocking=True)  # into pinned memory, when it comes from a GPU
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits if len(rows) == len(logits) else logits.index_select(0, upload(rows, torch.int64, logits.device))
+
+
+def _plain(sequence: Sequence) -> bool:
+    """Whether the row's token is its most likely one, and nothing else is asked for."""
+    params = sequence.request.params
+    adjusted = params.needs_host_token or params.logit_bias or sequence.num_sampled < params.min_tokens
+    return params.greedy and params.logprobs is None and not adjusted
 
 
 def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
@@ -61,19 +134,19 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[i
     """
     params = sequence.request.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sequence.tokens, device=logits.device)  # repeated ids all write the same value
+        seen = upload(sequence.tokens, torch.int64, logits.device)  # repeated ids all write the same value
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if (params.presence_penalty or params.frequency_penalty) and sequence.num_output:
         counts = Counter(sequence.tokens[sequence.num_prompt :])
         penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-        ids = torch.tensor(list(counts), device=logits.device)
-        logits[ids] -= torch.tensor(penalties, dtype=logits.dtype, device=logits.device)
+        logits[upload(counts, torch.int64, logits.device)] -= upload(penalties, logits.dtype, logits.device)
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device)
-    if sequence.num_output < params.min_tokens:
-        logits[sorted(stop_ids(params, eos_token_ids))] = -torch.inf
+        ids = upload(params.logit_bias, torch.int64, logits.device)
+        logits[ids] += upload(params.logit_bias.values(), logits.dtype, logits.device)
+    if sequence.num_sampled < params.min_tokens:
+        banned = upload(sorted(stop_ids(params, eos_token_ids)), torch.int64, logits.device)
+        logits.index_fill_(0, banned, -torch.inf)
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
@@ -84,17 +157,20 @@ def stop_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset
 def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     """Inverse-transform sampling: one uniform number a row against the cumulated probabilities."""
     params = [sequence.request.params for sequence in sequences]
-    temperature = torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=logits.device)
+    temperature = upload([p.temperature for p in params], logits.dtype, logits.device)
     temperature.clamp_(min=torch.finfo(logits.dtype).tiny)
     # relative to the largest, which becomes 0, nothing overflows however small the temperature
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
     cut = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1.0 or p.min_p]
-    if cut:
-        logits[cut] = _truncate(logits[cut], [params[row] for row in cut])
+    if len(cut) == len(params):
+        logits = _truncate(logits, params)
+    elif cut:
+        rows = upload(cut, torch.int64, logits.device)
+        logits.index_copy_(0, rows, _truncate(logits.index_select(0, rows), [params[row] for row in cut]))
     # float64: over 150,000 tokens float32 sums lose more than the probability of many tokens
     cumulated = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    numbers = [uniform(s.request.params.seed, s.num_output) for s in sequences]
-    targets = torch.tensor(numbers, dtype=torch.float64, device=logits.device) * cumulated[:, -1]
+    numbers = [uniform(s.request.params.seed, s.num_sampled) for s in sequences]
+    targets = upload(numbers, torch.float64, logits.device) * cumulated[:, -1]
     drawn = torch.searchsorted(cumulated, targets[:, None], right=True).squeeze(1)
     return drawn.clamp_(max=logits.shape[-1] - 1)  # a row of NaN would give an id outside the vocabulary
 
@@ -105,9 +181,9 @@ def _truncate(logits: torch.Tensor, params: Rows[SamplingParams]) -> torch.Tenso
     Top-p keeps the smallest set of most likely tokens, among those that top-k kept, whose probability reaches p.
     """
     device, vocabulary = logits.device, logits.shape[-1]
-    top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    min_p = torch.tensor([p.min_p for p in params], dtype=logits.dtype, device=device)
+    top_k = upload([min(p.top_k or vocabulary, vocabulary) for p in params], torch.int64, device)
+    top_p = upload([p.top_p for p in params], torch.float64, device)
+    min_p = upload([p.min_p for p in params], logits.dtype, device)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocabulary, device=device)
     ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
@@ -117,9 +193,3 @@ def _truncate(logits: torch.Tensor, params: Rows[SamplingParams]) -> torch.Tenso
     unlikely[:, 0] = False
     ordered = ordered.masked_fill(unlikely, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
-
-
-def _logprobs(logprobs: torch.Tensor, token: int, count: int) -> TokenLogprobs:
-    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(logprob=float(logprobs[token]), top=top)

@@ -4,6 +4,9 @@ Every step takes the running sequences in order of admission, then admits waitin
 decode rows and chunks of prompts share each forward pass. When KV blocks run out, the sequence admitted last is
 preempted and will be recomputed. This file knows no tensors.
 
+Steps are launched (`advance`) and later committed; the next one may be scheduled in between, with the tokens that are
+not known yet counted as pending.
+
 Rank pages cannot deadlock: the pages of a mix are acquired all at once or not at all, waiting and preempted sequences
 hold none, and a sequence whose pages stay missing for `STARVATION_STEPS` steps stops the admission of all others until
 the running ones have given back what it needs.
@@ -41,15 +44,24 @@ class AdapterPages(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next `num_tokens` uncomputed tokens of a sequence."""
+    """Tokens start .. start + num_tokens of a sequence, its next uncomputed ones.
+
+    `samples`: the chunk reaches the end of the sequence, so that its last row yields a token.
+    """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    samples: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> "Chunk":
+        start = sequence.num_computed
+        return cls(sequence, start, num_tokens, start + num_tokens == len(sequence))
 
     @property
-    def samples(self) -> bool:
-        """Whether this chunk reaches the end of the sequence, so that its last row yields a token."""
-        return self.sequence.num_computed + self.num_tokens == len(self.sequence)
+    def stop(self) -> int:
+        return self.start + self.num_tokens
 
 
 @dataclass
@@ -98,14 +110,19 @@ class Scheduler:
         plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
         return plan
 
+    def advance(self, chunk: Chunk) -> None:
+        """Record that a chunk has been launched; the next step may be scheduled behind it."""
+        chunk.sequence.num_computed += chunk.num_tokens
+        chunk.sequence.num_pending += chunk.samples
+
     def commit(self, chunk: Chunk, token: int | None) -> None:
-        """Record that a chunk has been computed, and the token that it yielded."""
+        """Record that a launched chunk of a sequence that has not ended is done, and the token that it yielded."""
         sequence = chunk.sequence
-        sequence.num_computed += chunk.num_tokens
-        self._publish(sequence)
         if token is not None:
+            sequence.num_pending -= 1
             sequence.tokens.append(token)
             self.waiting.charge(sequence, 1, OUTPUT_PRICE)
+        self._publish(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """End a sequence, running or waiting, and take back all it holds."""
@@ -134,9 +151,11 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
+            if not sequence.ready:
+                continue
             count = min(sequence.num_uncomputed, budget)
             if self._grow(sequence, sequence.num_computed + count):
-                plan.chunks.append(Chunk(sequence, count))
+                plan.chunks.append(Chunk.of(sequence, count))
                 budget -= count
         return budget
 
@@ -179,6 +198,8 @@ class Scheduler:
         turn = [min(starving, key=lambda sequence: sequence.arrival)] if starving else self.waiting.in_turn()
         missing: set[str] = set()
         for sequence in turn:
+            if sequence.num_pending:  # preempted while a step was under way
+                continue
             if not self._acquire_pages(sequence, plan, missing):
                 continue
             if not self._take_blocks(sequence):
@@ -211,7 +232,7 @@ class Scheduler:
         self.waiting.started(sequence)
         self.running.append(sequence)
         count = min(sequence.num_uncomputed, budget)
-        plan.chunks.append(Chunk(sequence, count))
+        plan.chunks.append(Chunk.of(sequence, count))
         return count
 
     def _acquire_pages(self, sequence: Sequence, plan: Plan, missing: set[str]) -> bool:
@@ -234,8 +255,13 @@ class Scheduler:
         return False
 
     def _publish(self, sequence: Sequence) -> None:
+        """Enter full blocks into the prefix index.
+
+        A block may still be under way in a launched step: whoever reads it runs behind that step.
+        """
         size = self.blocks.block_size
-        while (sequence.num_hashed_blocks + 1) * size <= sequence.num_computed:
+        known = min(sequence.num_computed, len(sequence.tokens))
+        while (sequence.num_hashed_blocks + 1) * size <= known:
             start = sequence.num_hashed_blocks * size
             block, tokens = sequence.blocks[sequence.num_hashed_blocks], sequence.tokens[start : start + size]
             sequence.parent_hash = self.blocks.publish(block, tokens, sequence.parent_hash)

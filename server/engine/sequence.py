@@ -48,6 +48,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def needs_host_token(self) -> bool:
+        """Whether a token must be known to the host before the next one can be sampled, as counting penalties need."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
 
 @dataclass(frozen=True)
 class Request:
@@ -101,14 +106,17 @@ class Output:
 class Sequence:
     """A request while the engine works on it.
 
-    `num_computed` tokens have their KV in `blocks`; each step brings it closer to `len(tokens)`.
-    Waiting sequences hold neither blocks nor rank pages.
+    `num_computed` tokens have their KV in `blocks`, or will have it when the launched steps are done; each step brings
+    it closer to `len(sequence)`. `num_pending` tokens (0 or 1) are sampled, but not known to the host yet: the last
+    launched step writes them as its row `sampled_row`. Waiting sequences hold neither blocks nor rank pages.
     """
 
     request: Request
     tokens: list[int]
     arrival: float = 0.0
     num_computed: int = 0
+    num_pending: int = 0
+    sampled_row: int = 0
     blocks: list[int] = field(default_factory=list)
     lease: PageLease | None = None
     num_cached: int = 0
@@ -123,7 +131,7 @@ class Sequence:
         return cls(request=request, tokens=list(request.prompt), arrival=arrival, parent_hash=request.cache_key)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.tokens) + self.num_pending
 
     @property
     def num_prompt(self) -> int:
@@ -131,11 +139,23 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
+        """Output tokens that the host knows."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def num_sampled(self) -> int:
+        """Output tokens that are sampled: the index of the next one."""
+        return self.num_output + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+        return len(self) - self.num_computed
+
+    @property
+    def ready(self) -> bool:
+        """Whether another step can be launched before the pending token is known."""
+        params = self.request.params
+        return not self.num_pending or not (params.needs_host_token or self.num_sampled >= params.max_tokens)
 
     def forget_computed(self) -> None:
         """Back to nothing computed, as preemption by recompute needs. Blocks and lease must have been given back."""

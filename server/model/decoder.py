@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention import AttentionMeta
-from kernels.mapping import Mapping
-from kernels.ops import Ops, select_ops
+from kernels.ops import Attention as AttentionLayout
+from kernels.ops import Mapping, Ops, select_ops
+from kernels.summands import Summands
 from server.model.config import ModelConfig
 from server.model.layers import Attention, FeedForward, RotaryEmbedding
 from server.model.lora import LayerRouter, LoraContext
@@ -28,7 +28,7 @@ class ForwardBatch:
 
     ids: Tensor
     positions: Tensor
-    attention: AttentionMeta
+    attention: AttentionLayout
     mappings: ReadOnlyDict[str, Mapping | None]
     logit_rows: Tensor
     router: LayerRouter | None = None
@@ -47,21 +47,22 @@ class DecoderLayer:
 
     def __call__(
         self,
-        x: Tensor,
+        x: Summands,
         residual: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
-        meta: AttentionMeta,
+        meta: AttentionLayout,
         lora: LoraContext,
-    ) -> tuple[Tensor, Tensor]:
-        """(x, residual) before the layer -> after it, both [T, hidden]; their sum is the hidden state."""
+    ) -> tuple[Summands, Tensor]:
+        """(x, residual) before the layer -> after it, all [T, hidden]; their sum is the hidden state."""
         if residual is None:
-            residual, x = x, self.ops.rms_norm(x, self.input_norm, self.eps)
+            residual = x[0]
+            normed = self.ops.rms_norm(residual, self.input_norm, self.eps)
         else:
-            x, residual = self.ops.rms_norm_residual(x, residual, self.input_norm, self.eps)
-        x = self.attention(x, rotary, cache, meta, lora)
-        x, residual = self.ops.rms_norm_residual(x, residual, self.post_attention_norm, self.eps)
-        return self.feed_forward(x, lora), residual
+            normed, residual = self.ops.rms_norm_residual(x, residual, self.input_norm, self.eps)
+        x = self.attention(normed, rotary, cache, meta, lora)
+        normed, residual = self.ops.rms_norm_residual(x, residual, self.post_attention_norm, self.eps)
+        return self.feed_forward(normed, lora), residual
 
 
 class Decoder:
@@ -93,21 +94,23 @@ class Decoder:
         kv_cache: Sequence[tuple[Tensor, Tensor]],
         pages: ReadOnlyDict[str, tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Logits fp32[R, vocab]. Writes the new tokens' keys and values into `kv_cache`.
+        """Logits [R, vocab] in the model's dtype. Writes the new tokens' keys and values into `kv_cache`.
 
         kv_cache: per layer (k, v), each [blocks, block_size, kv heads, head_dim].
         pages: by group name (a [layers, pages, S * 16, in], b [layers, pages, 16, out]), for groups with a mapping.
         """
         meta = batch.attention
-        rotary = self.rotary(batch.positions, max(meta.kv_lens))
-        x, residual = functional.embedding(batch.ids, self.embedding), None
+        rotary = self.rotary(batch.positions, meta.longest)
+        x: Summands = functional.embedding(batch.ids, self.embedding), None
+        residual = None
         for layer, cache, lora in zip(self.layers, kv_cache, self._lora(batch, pages), strict=True):
             x, residual = layer(x, residual, rotary, cache, meta, lora)
-        rows = batch.logit_rows
-        if residual is not None:
-            x = x.index_select(0, rows) + residual.index_select(0, rows)
-        x = self.ops.rms_norm(x, self.norm, self.config.norm_eps)
-        return self.ops.linear(x, self.lm_head, None).float()
+        if residual is None:
+            raise ValueError("the model has no layers")
+        rows, (y, delta) = batch.logit_rows, x
+        last = y.index_select(0, rows), None if delta is None else delta.index_select(0, rows)
+        normed, _ = self.ops.rms_norm_residual(last, residual.index_select(0, rows), self.norm, self.config.norm_eps)
+        return self.ops.linear(normed, self.lm_head, None)
 
     def _lora(self, batch: ForwardBatch, pages: ReadOnlyDict[str, tuple[Tensor, Tensor]]) -> list[LoraContext]:
         """One context a layer; unbinding all layers at once spares two calls a group and layer."""

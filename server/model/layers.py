@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from adapters_store.types import DOWN, GATE_UP, QKV, O
-from kernels.attention import AttentionMeta
+from kernels.ops import Attention as AttentionLayout
 from kernels.ops import Ops
+from kernels.summands import Summands
 from server.model.config import ModelConfig, RopeConfig
 from server.model.lora import LoraContext, LoraLinear
 from server.model.weights import LayerWeights
@@ -68,9 +69,6 @@ class Attention:
         if weights.q_norm is not None and weights.k_norm is not None:
             heads = (weights.q_norm.expand(config.num_heads, -1), weights.k_norm.expand(config.num_kv_heads, -1))
             self.qk_norm = torch.cat(heads)
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
-        self.head_dim = config.head_dim
         self.eps = config.norm_eps
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_windows[layer]
@@ -81,18 +79,12 @@ class Attention:
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
-        meta: AttentionMeta,
+        meta: AttentionLayout,
         lora: LoraContext,
-    ) -> Tensor:
+    ) -> Summands:
         """x [T, hidden] -> [T, hidden]; writes the new keys and values into `cache`."""
-        rotated = self.num_heads + self.num_kv_heads
-        qkv = self.qkv(x, lora).view(len(x), rotated + self.num_kv_heads, self.head_dim)
-        qk, v = qkv[:, :rotated], qkv[:, rotated:]
-        if self.qk_norm is not None:
-            qk = self.ops.rms_norm(qk, self.qk_norm, self.eps)
-        qk = self.ops.rotary(qk, *rotary)
-        self.ops.store_kv(qk[:, self.num_heads :], v, *cache, meta)
-        out = self.ops.paged_attention(qk[:, : self.num_heads], *cache, meta, self.scale, self.window)
+        q = self.ops.rotary_store(self.qkv(x, lora), self.qk_norm, self.eps, rotary, cache, meta)
+        out = self.ops.paged_attention(q, cache, meta, self.scale, self.window)
         return self.o(out.flatten(1), lora)
 
 
@@ -105,6 +97,6 @@ class FeedForward:
         self.down = LoraLinear(DOWN, shape.group_outputs(DOWN), weights.down, weights.down_bias, ops)
         self.ops = ops
 
-    def __call__(self, x: Tensor, lora: LoraContext) -> Tensor:
+    def __call__(self, x: Tensor, lora: LoraContext) -> Summands:
         """x [T, hidden] -> [T, hidden]."""
         return self.down(self.ops.silu_mul(self.gate_up(x, lora)), lora)

@@ -7,15 +7,19 @@ from typing import Protocol
 from torch import Tensor
 
 from adapters_store.types import TargetGroup
-from kernels.mapping import Mapping
-from kernels.ops import Ops
+from kernels.ops import Mapping, Ops
+from kernels.summands import Summands
 
 
 class LayerRouter(Protocol):
     """Scales the weights of a mapping, layer by layer, from the input of the linears."""
 
     def scale(self, layer: int, group: str, x: Tensor, mapping: Mapping) -> Tensor | None:
-        """fp32[S, T, U] for the group's S targets, the T rows of x [T, in] and the U `mapping.pages`; None for 1."""
+        """fp32[S, T, U] for the group's S targets, the T rows of x [T, in] and the U `mapping.pages`; None for 1.
+
+        On a GPU it runs while a graph is captured: it may only launch work whose shapes follow from those of x and of
+        the mapping, and reads all that changes between steps from device memory.
+        """
         ...
 
 
@@ -42,13 +46,12 @@ class LoraLinear:
         self.bias = bias
         self.ops = ops
 
-    def __call__(self, x: Tensor, context: LoraContext) -> Tensor:
-        """x [T, in] -> [T, sum(outputs)]."""
-        y = self.ops.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, context: LoraContext) -> Summands:
+        """x [T, in] -> [T, sum(outputs)], as a sum that the consumer carries out."""
         mapping = context.mappings.get(self.group)
         if mapping is None:
-            return y
+            return self.ops.linear(x, self.weight, self.bias), None
         router = context.router
         scale = None if router is None else router.scale(context.layer, self.group, x, mapping)
-        a_pages, b_pages = context.pages[self.group]
-        return self.ops.lora_(y, x, a_pages, b_pages, mapping, self.outputs, scale)
+        pages = context.pages[self.group]
+        return self.ops.lora_linear(x, self.weight, self.bias, pages, mapping, self.outputs, scale)

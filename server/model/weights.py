@@ -42,6 +42,13 @@ class ModelWeights:
     norm: Tensor
     lm_head: Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, a tied head counted once."""
+        own = [self.embedding, self.norm, *([] if self.lm_head is self.embedding else [self.lm_head])]
+        own += [tensor for layer in self.layers for tensor in vars(layer).values() if tensor is not None]
+        return sum(tensor.nbytes for tensor in own)
+
 
 def load_weights(folder: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelWeights:
     """Read every tensor of a Hugging Face folder (one file, or shards with an index) and convert it to `dtype`.
@@ -68,6 +75,18 @@ def load_weights(folder: str | Path, config: ModelConfig, device: torch.device, 
         raise ModelError(
             f"The weights in {folder} hold tensors that a {config.family} model does not have: {_some(unknown)}."
         )
+    return weights
+
+
+def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> ModelWeights:
+    """Weights of the right shapes and magnitudes (normal, sigma 0.02; norms 1), for measuring without a checkpoint."""
+    weights, parts = _allocate(config, device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for tensor in parts.values():
+        if tensor.dim() == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
     return weights
 
 

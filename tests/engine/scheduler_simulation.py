@@ -40,7 +40,7 @@ class FakePages:
         if sum(self.sizes[digest] for digest in digests | set(+self.references)) > self.capacity:
             return None
         self.references.update(digests)
-        lease = PageLease(request.mix, {}, {}, tuple(sorted(digests)))
+        lease = PageLease(request.mix, {}, {}, {}, tuple(sorted(digests)))
         self.leases.add(lease)
         return lease
 
@@ -73,10 +73,17 @@ def alone(request: Request) -> list[int]:
 
 
 class Simulation:
-    """Drives a scheduler as the engine does, and checks after each step all that must always hold."""
+    """Drives a scheduler as the engine does, and checks after each step all that must always hold.
 
-    def __init__(self, scheduler: Scheduler, pages: FakePages) -> None:
+    The simulated device works in the order of launches. With `lookahead` a step is committed after the next one has
+    been launched, so that the device knows one token more than the host.
+    """
+
+    def __init__(self, scheduler: Scheduler, pages: FakePages, lookahead: bool = False) -> None:
         self.scheduler = scheduler
+        self.lookahead = lookahead
+        self.launched: list[tuple[Chunk, int | None]] = []
+        self.sampled: dict[Sequence, int] = {}
         self.pages = pages
         self.sequences: dict[str, Sequence] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -107,29 +114,48 @@ class Simulation:
         self.check_integrity()
         self.check_plan(plan.chunks, before)
         planned = {chunk.sequence for chunk in plan.chunks}
-        assert planned >= set(decoding) & set(self.scheduler.running), "a decode row waits"
+        ready = {sequence for sequence in decoding if sequence.ready}
+        assert planned >= ready & set(self.scheduler.running), "a decode row waits"
         if self.scheduler.preemptions > preemptions:
             assert set(self.scheduler.running) <= set(before), "what was preempted for one is given to another"
         for sequence, _ in plan.failed:
             self.end(sequence.request.id, "error")
-        for chunk in plan.chunks:
+        self.launch(plan.chunks)
+        return plan.chunks
+
+    def launch(self, chunks: list[Chunk]) -> None:
+        """Write and compute as the device does, then commit this step or, looking ahead, the one before."""
+        for chunk in chunks:
             self.write(chunk)
-        tokens = [self.compute(chunk) for chunk in plan.chunks]
-        for chunk, token in zip(plan.chunks, tokens, strict=True):
-            self.scheduler.commit(chunk, token)
+        launched = [(chunk, self.compute(chunk)) for chunk in chunks]
+        for chunk, token in launched:
+            self.scheduler.advance(chunk)
             self.progress[chunk.sequence] = chunk.sequence.num_computed
+            if token is not None:
+                self.sampled[chunk.sequence] = token
+        if self.lookahead:
+            launched, self.launched = self.launched, launched
+        self.commit([step for step in launched if self.sequences.get(step[0].sequence.request.id) is step[0].sequence])
+
+    def commit(self, launched: list[tuple[Chunk, int | None]]) -> None:
+        for chunk, token in launched:
+            self.scheduler.commit(chunk, token)
             self.check_integrity()
-        for chunk, token in zip(plan.chunks, tokens, strict=True):
+        for chunk, token in launched:
             served = chunk.sequence.request
             if token is not None and stops(served, token):
                 self.end(served.id, "stop")
             elif chunk.sequence.num_output == served.params.max_tokens:
                 self.end(served.id, "length")
-        return plan.chunks
+
+    def known(self, sequence: Sequence) -> list[int]:
+        """All tokens that the device knows."""
+        return [*sequence.tokens, self.sampled[sequence]] if sequence.num_pending else sequence.tokens
 
     def run(self) -> None:
         """To the end. The oldest running sequence moves in every step, which bounds their number."""
         left = sum(len(s.request.prompt) + s.request.params.max_tokens for s in self.sequences.values())
+        left = 2 * left + 1 if self.lookahead else left  # a token that the host must know takes two steps
         while self.sequences:
             assert left > 0, "no progress"
             self.step()
@@ -146,8 +172,11 @@ class Simulation:
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence in scheduler.running
-            assert len(sequence.blocks) * scheduler.blocks.block_size >= sequence.num_computed + chunk.num_tokens
-            assert chunk.samples == (sequence.num_computed + chunk.num_tokens == len(sequence))
+            assert chunk.start == sequence.num_computed
+            assert len(sequence.blocks) * scheduler.blocks.block_size >= chunk.stop
+            assert chunk.samples == (chunk.stop == len(sequence))
+            assert sequence.ready
+            assert sequence.num_sampled < sequence.request.params.max_tokens, "more is sampled than was asked for"
             if sequence in before:
                 assert sequence.num_computed == self.progress[sequence], "tokens are skipped or computed twice"
             else:
@@ -165,9 +194,9 @@ class Simulation:
 
     def write(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self.scheduler.blocks.block_size
-        content = fingerprints(sequence.request.cache_key, sequence.tokens)
+        content = fingerprints(sequence.request.cache_key, self.known(sequence))
         references = self.scheduler.blocks.references()
-        for position in range(sequence.num_computed, sequence.num_computed + chunk.num_tokens):
+        for position in range(chunk.start, chunk.stop):
             block = sequence.blocks[position // size]
             assert references[block] == 1, "a shared block is written"
             self.kv[block, position % size] = content[position]
@@ -175,11 +204,10 @@ class Simulation:
     def compute(self, chunk: Chunk) -> int | None:
         """Attention over all positions so far; the next token if the chunk yields one."""
         sequence, size = chunk.sequence, self.scheduler.blocks.block_size
-        stop = sequence.num_computed + chunk.num_tokens
-        content = fingerprints(sequence.request.cache_key, sequence.tokens[:stop])
-        read = [self.kv[sequence.blocks[position // size], position % size] for position in range(stop)]
+        content = fingerprints(sequence.request.cache_key, self.known(sequence)[: chunk.stop])
+        read = [self.kv[sequence.blocks[position // size], position % size] for position in range(chunk.stop)]
         assert read == content, "the KV of another prefix is read"
-        return next_token(sequence.request.cache_key, sequence.tokens) if chunk.samples else None
+        return next_token(sequence.request.cache_key, self.known(sequence)) if chunk.samples else None
 
 
 def simulate(
@@ -192,6 +220,7 @@ def simulate(
     max_num_seqs: int = 8,
     max_batch_tokens: int = 32,
     prefix_cache: bool = True,
+    lookahead: bool = False,
 ) -> Simulation:
     pages = FakePages(capacity, sizes, broken)
     scheduler = Scheduler(
@@ -201,7 +230,7 @@ def simulate(
         max_batch_tokens=max_batch_tokens,
         clock=lambda: 0.0,
     )
-    return Simulation(scheduler, pages)
+    return Simulation(scheduler, pages, lookahead)
 
 
 def request(
@@ -211,10 +240,11 @@ def request(
     max_tokens: int = 4,
     tenant: str = "default",
     ignore_eos: bool = True,
+    penalty: float = 0.0,
 ) -> Request:
     mix = Mix.of([(adapter, 1.0) for adapter in adapters])
     tokens = tuple(1 + position % 20 for position in range(prompt)) if isinstance(prompt, int) else prompt
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, presence_penalty=penalty)
     return Request(name, tokens, params, mix=mix, cache_key=mix.digest.encode(), tenant=tenant)
 
 

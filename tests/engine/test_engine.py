@@ -15,10 +15,10 @@ from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from server.model.config import ModelConfig
-from tests.conftest import MakeAdapter
+from tests.conftest import HAS_GPU, MakeAdapter
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-SMALL = {"kv_memory": 1 << 22, "page_memory": 1 << 22, "device": "cpu"}
+SMALL = {"kv_memory": 1 << 22, "page_memory": 1 << 22, "device": "cuda" if HAS_GPU else "cpu", "cuda_graphs": "lazy"}
 PROMPTS = [tuple((7 * row + 3 * column * column + 5) % 500 + 2 for column in range(4 + 9 * row)) for row in range(6)]
 
 

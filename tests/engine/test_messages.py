@@ -40,6 +40,11 @@ CONFIG = EngineConfig(
     block_size=32,
     prefix_cache=False,
     num_threads=2,
+    backend="triton",
+    load_format="random",
+    seed=4,
+    cuda_graphs="lazy",
+    kernel_cache="/cache",
 )
 PARAMS = SamplingParams(
     temperature=0.3,

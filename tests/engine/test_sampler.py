@@ -17,8 +17,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from server.engine.sampler import _adjust, _draw, _truncate, sample, stop_ids, uniform
-from server.engine.sequence import Request, SamplingParams, Sequence
+from server.engine import sampler
+from server.engine.sampler import _adjust, _draw, _truncate, stop_ids, uniform
+from server.engine.sequence import Request, SamplingParams, Sequence, TokenLogprobs
 
 NO_EOS: frozenset[int] = frozenset()
 
@@ -30,6 +31,12 @@ def sequence(prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **par
     found = Sequence.of(Request("r", prompt, SamplingParams(**params)))
     found.tokens += output
     return found
+
+
+def sample(
+    logits: torch.Tensor, sequences: list[Sequence], eos: frozenset[int]
+) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+    return sampler.sample(logits, sequences, eos).to_host().read()
 
 
 def seeded(count: int, **params: Any) -> list[Sequence]:

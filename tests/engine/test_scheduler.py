@@ -36,6 +36,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             max_tokens=draw(st.integers(1, 12)),
             tenant=draw(st.sampled_from("xyz")),
             ignore_eos=draw(st.booleans()),
+            penalty=draw(st.sampled_from([0.0, 0.0, 1.0])),
         )
         abort_after = draw(st.one_of(st.none(), st.none(), st.integers(0, 12)))
         found.append(Arrival(draw(st.integers(0, 8)), item, abort_after))
@@ -50,8 +51,9 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     max_num_seqs=st.integers(1, 5),
     spare_tokens=st.integers(0, 12),
     prefix_cache=st.booleans(),
+    lookahead=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_request_gets_what_it_would_get_alone(
     planned: list[Arrival],
     block_size: int,
@@ -60,6 +62,7 @@ def test_every_request_gets_what_it_would_get_alone(
     max_num_seqs: int,
     spare_tokens: int,
     prefix_cache: bool,
+    lookahead: bool,
 ) -> None:
     longest = max(len(arrival.request.prompt) + arrival.request.params.max_tokens for arrival in planned)
     simulation = simulate(
@@ -71,6 +74,7 @@ def test_every_request_gets_what_it_would_get_alone(
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_num_seqs + spare_tokens,
         prefix_cache=prefix_cache,
+        lookahead=lookahead,
     )
     for step in range(1 + max(arrival.step + (arrival.abort_after or 0) for arrival in planned)):
         for arrival in planned:

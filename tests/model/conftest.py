@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from adapters_store.types import GROUPS, PAGE_RANK, LinearShape, LoraPair
-from kernels.attention import build_attention
+from kernels.gather import build_attention
 from kernels.mapping import RowSpan, build_mapping
 from server.model.decoder import Decoder, ForwardBatch
 from server.model.lora import LayerRouter

@@ -116,7 +116,7 @@ def test_loopback() -> None:
 
 def test_the_engines_share() -> None:
     settings = load_settings({"serve": {"kv_memory": "1MiB", "max_num_seqs": 3, "dtype": "bfloat16"}})
-    config = settings.serve.engine_config(Path("/models/m"))
+    config = settings.serve.engine_config(Path("/models/m"), Path("/data"))
     assert (config.model, config.kv_memory, config.max_num_seqs, config.dtype) == ("/models/m", 1 << 20, 3, "bfloat16")
     assert config.page_memory is None
 

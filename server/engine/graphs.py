@@ -1,0 +1,135 @@
+"""Steps on a GPU: metadata in one copy, the forward pass from a captured CUDA graph, tokens that stay on the device.
+
+A graph has a capacity (`StepShape`): so many token rows, so many tiles of adapters in so many groups. A step runs in
+the smallest one that holds it; one that none holds runs without a graph, slower and with the same result.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention import query_blocks
+from kernels.triton_ops import TritonOps
+from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
+from server.engine.planner import StepTiles, TilePlanner, no_tiles
+from server.engine.scheduler import Chunk
+from server.engine.staging import Staging, StepShape, StepViews, fill
+from server.engine.steps import KvCache, Pages
+from server.model.decoder import Decoder, ForwardBatch
+
+
+class GraphSteps:
+    """Runs the steps of one model on one GPU. On a CPU it runs Triton's interpreter and captures nothing, for tests."""
+
+    lookahead = True
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KvCache,
+        pages: Pages,
+        capacities: Capacities,
+        *,
+        block_size: int,
+        max_model_len: int,
+        use_graphs: bool = True,
+    ) -> None:
+        if not isinstance(decoder.ops, TritonOps):
+            raise TypeError("captured steps need the Triton backend")
+        self.decoder = decoder
+        self.ops = decoder.ops
+        self.kv_cache = kv_cache
+        self.pages = pages
+        self.capacities = capacities
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.use_graphs = use_graphs
+        self.eager_steps = 0
+        device, rows = decoder.device, capacities.max_num_seqs
+        decoder.rotary.grow(max_model_len)
+        self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty(rows, decoder.config.vocab_size, dtype=decoder.dtype, device=device)
+        self._table_words = rows * -(-max_model_len // block_size)
+        self._staging = Staging(self._table_words + capacities.words, device)
+        self._eager_staging = self._staging
+        self._planner = TilePlanner()
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._capturing: torch.cuda.Stream | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
+        """Logits and most likely tokens of the rows that yield one. Nothing waits for the device."""
+        rows = sum(chunk.num_tokens for chunk in chunks)
+        decoding = rows == len(chunks)
+        tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
+        shape = self.capacities.smallest(rows, decoding, tiles.plans)
+        if shape is None or not self.use_graphs:
+            self._run_eagerly(chunks, tiles)
+        else:
+            graph = self._graphs.get(shape) or self._capture(shape)
+            self._stage(self._staging, shape, chunks, tiles)
+            graph.replay()
+        count = sum(chunk.samples for chunk in chunks)
+        return self._logits[:count], self._sampled[:count].clone()
+
+    def remember(self, tokens: Tensor) -> None:
+        self._sampled[: len(tokens)].copy_(tokens)
+
+    @torch.inference_mode()
+    def capture_common(self) -> int:
+        """Capture the graphs that steady traffic needs; returns their number. Others are captured when first used."""
+        for shape in self.capacities.common() if self.use_graphs else ():
+            if shape not in self._graphs:
+                self._capture(shape)
+        return self.num_graphs
+
+    def _stage(self, staging: Staging, shape: StepShape, chunks: list[Chunk], tiles: StepTiles) -> None:
+        words = {group: tiles.words(group, capacity) for group, capacity in shape.tiles}
+        staging.send(fill(staging.begin(), shape, chunks, words, self.block_size))
+
+    def _run(self, staging: Staging, shape: StepShape) -> None:
+        """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
+        views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
+        ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
+        batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows)
+        logits = self.decoder.forward(batch, self.kv_cache, self.pages)
+        self._sampled[: len(logits)].copy_(self.ops.greedy(logits))
+        self._logits[: len(logits)].copy_(logits)
+
+    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles) -> None:
+        """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
+        self.eager_steps += 1
+        decodes = next((i for i, chunk in enumerate(chunks) if chunk.num_tokens > 1), len(chunks))
+        blocks = len(query_blocks([(0, 0, chunk.num_tokens, chunk.start) for chunk in chunks[decodes:]]))
+        samples = max(1, sum(chunk.samples for chunk in chunks))
+        rows = sum(chunk.num_tokens for chunk in chunks)
+        shape = StepShape(rows, decodes, blocks, samples, tuple((g, plan.shape) for g, plan in tiles.plans.items()))
+        if shape.words + self._table_words > self._eager_staging.capacity:
+            self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
+        self._stage(self._eager_staging, shape, chunks, tiles)
+        self._run(self._eager_staging, shape)
+
+    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+        """Run once, which compiles, on padding that touches nothing; then capture."""
+        self._stage(self._staging, shape, [], StepTiles({group: no_tiles(tiles) for group, tiles in shape.tiles}))
+        sampled = self._sampled.clone()  # the step about to be launched may look ahead to them
+        # one stream for all captures: cuBLAS keeps a workspace for each that it meets
+        stream = self._capturing = self._capturing or torch.cuda.Stream(self.decoder.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._run(self._staging, shape)
+            graph.capture_begin(pool=self._pool)
+            self._run(self._staging, shape)
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._sampled.copy_(sampled)
+        self._graphs[shape] = graph
+        return graph

@@ -1,0 +1,47 @@
+"""How the memory of a device is shared out among keys and values, rank pages, and what a step needs while it runs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from adapters_store.types import GROUPS
+from server.engine.config import GIB, EngineConfig
+from server.model.config import ModelConfig
+
+CPU_KV_MEMORY = 2 * GIB
+CPU_PAGE_MEMORY = 1 * GIB
+CUDA_SHARE = 0.95
+CUDA_PAGE_SHARE = 0.15
+FIXED_WORKSPACE = GIB // 2
+"""cuBLAS's workspaces, compiled kernels, metadata, and what the allocator rounds up."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes for keys and values, for rank pages, and for everything that lives no longer than a step."""
+
+    kv: int
+    pages: int
+    workspace: int
+
+
+def plan_memory(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
+    """What the settings say; on CUDA, sizes that they leave open share what is free once the weights are loaded."""
+    if device.type != "cuda":
+        return MemoryPlan(config.kv_memory or CPU_KV_MEMORY, config.page_memory or CPU_PAGE_MEMORY, 0)
+    workspace = workspace_bytes(model, dtype, config.max_num_seqs, config.max_batch_tokens)
+    free = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE) - workspace
+    pages = config.page_memory or int(free * CUDA_PAGE_SHARE)
+    return MemoryPlan(config.kv_memory or free - pages, pages, workspace)
+
+
+def workspace_bytes(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_batch_tokens: int) -> int:
+    """Activations of the largest step, once for captured graphs and once for steps without, and the sampler's copies.
+
+    At most the output of a group of linears, its delta and the product after it are alive beside the residual stream.
+    """
+    shape = model.linear_shape
+    widest = max(sum(shape.group_outputs(group)) for group in GROUPS)
+    activations = max_batch_tokens * (3 * widest + 4 * model.hidden_size) * dtype.itemsize
+    sampler = max_num_seqs * model.vocab_size * (3 * dtype.itemsize + 3 * 4 + 3 * 8)
+    return 2 * activations + sampler + FIXED_WORKSPACE
