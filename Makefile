@@ -8,7 +8,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model demo test test-slow check bench lock clean
+.PHONY: setup model demo test test-slow gpu-test check bench bench-gpu lock clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,11 @@ test: model
 test-slow: model
 	$(RUN)/python -m pytest -m slow
 
+# Every kernel and the engine on this machine's GPU; compute-sanitizer comes with CUDA's toolkit.
+gpu-test: model
+	$(RUN)/python -m pytest -m "gpu or not slow" tests/kernels tests/model tests/engine tests/gpu
+	PYTHON=$(RUN)/python deploy/gpu_sanitize.sh
+
 check: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -45,6 +50,19 @@ check: setup
 
 bench: model
 	$(RUN)/loramux bench
+
+# All figures of docs/results.md's GPU section, about 25 minutes; `make bench-gpu MODELS=8b` measures one model.
+MODELS := 8b 1b smollm2-135m
+bench-gpu: setup
+	mkdir -p docs/results
+	for model in $(MODELS); do \
+	  $(RUN)/python -m kernels.bench --model $$model --tune && \
+	  $(RUN)/python -m kernels.bench --model $$model --out docs/results/kernels-$$model.json && \
+	  $(RUN)/python -m server.engine.bench --model $$model --scenario throughput,decode --out docs/results/engine-$$model.json || exit 1; \
+	done
+	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,memory --out docs/results/memory-8b.json
+	$(RUN)/python -m server.engine.results docs/results/*.json
 
 lock:
 	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra dev \
