@@ -61,27 +61,32 @@ class PackedGroup:
     ranks: tuple[int, ...]
 
 
-def pack(weights: AdapterWeights, shape: LinearShape, dtype: torch.dtype) -> dict[str, PackedGroup]:
+def pack(
+    weights: AdapterWeights, shape: LinearShape, dtype: torch.dtype, pinned: bool = False
+) -> dict[str, PackedGroup]:
     """`weights` as rank pages in host memory, by group name; untouched slices and rank rows are zero.
+
+    `pinned`: in page-locked memory, from which a copy to a GPU does not make the host wait.
 
     Where the pairs of a group differ in scale, the most frequent one is the group's and the ratio goes into B.
     """
     pages = rank_pages(weights.group_ranks)
     return {
-        group.name: _pack_group(weights, shape, group, pages[group.name], dtype)
+        group.name: _pack_group(weights, shape, group, pages[group.name], dtype, pinned)
         for group in GROUPS
         if group.name in pages
     }
 
 
 def _pack_group(
-    weights: AdapterWeights, shape: LinearShape, group: TargetGroup, pages: int, dtype: torch.dtype
+    weights: AdapterWeights, shape: LinearShape, group: TargetGroup, pages: int, dtype: torch.dtype, pinned: bool
 ) -> PackedGroup:
     outputs = shape.group_outputs(group)
     pairs = {key: pair for key, pair in weights.pairs.items() if GROUP_OF[key[1]] is group}
     scale = _common_scale([pair.scale for pair in pairs.values()])
-    a = torch.zeros(shape.num_layers, pages, len(outputs), PAGE_RANK, shape.group_input(group), dtype=dtype)
-    b = torch.zeros(shape.num_layers, pages, PAGE_RANK, sum(outputs), dtype=dtype)
+    a_shape = shape.num_layers, pages, len(outputs), PAGE_RANK, shape.group_input(group)
+    a = torch.zeros(a_shape, dtype=dtype, pin_memory=pinned)
+    b = torch.zeros(shape.num_layers, pages, PAGE_RANK, sum(outputs), dtype=dtype, pin_memory=pinned)
     for (layer, target), pair in pairs.items():
         place = group.targets.index(target)
         columns = b[layer].narrow(-1, sum(outputs[:place]), outputs[place])

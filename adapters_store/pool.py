@@ -112,7 +112,9 @@ class PagePool:
             if victims is None:
                 return None
             loaded |= {digest: load(digest) for digest in sources if digest not in loaded}
-            packed = {key: pack(weights, self.shape, self.dtype) for key, weights in self._wanted(mix, loaded).items()}
+            pinned = self.device.type == "cuda"
+            wanted = self._wanted(mix, loaded).items()
+            packed = {key: pack(weights, self.shape, self.dtype, pinned) for key, weights in wanted}
             for key in victims:
                 self._evict(key)
             for key, groups in packed.items():
@@ -234,12 +236,13 @@ class PagePool:
         self.counters.evictions += 1
 
     def _write(self, key: str, groups: Mapping[str, PackedGroup]) -> None:
+        """Copy an adapter into free pages, behind the launched steps: these may still read what was evicted."""
         resident = _Resident({}, {}, {})
         for name, packed in groups.items():
             pages = tuple(heapq.heappop(self._free[name]) for _ in range(packed.a.shape[1]))
-            index = torch.tensor(pages, device=self.device)
+            index = torch.tensor(pages, pin_memory=packed.a.is_pinned()).to(self.device, non_blocking=True)
             for pool, source in zip(self.tensors[name], (packed.a, packed.b), strict=True):
-                pool.index_copy_(1, index, source.to(self.device))
+                pool.index_copy_(1, index, source.to(self.device, non_blocking=True))
             resident.pages[name] = pages
             resident.scales[name] = packed.scale
             resident.ranks[name] = packed.ranks
