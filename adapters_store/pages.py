@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters_store.types import GROUP_OF, GROUPS, PAGE_RANK, AdapterWeights, Composition, LinearShape, Mix, TargetGroup
+from adapters_store.types import (
+    GROUP_OF,
+    GROUPS,
+    PAGE_RANK,
+    AdapterError,
+    AdapterWeights,
+    Composition,
+    LinearShape,
+    Mix,
+    TargetGroup,
+)
 
 
 def page_bytes(shape: LinearShape, group: TargetGroup, dtype_size: int) -> int:
@@ -61,32 +71,28 @@ class PackedGroup:
     ranks: tuple[int, ...]
 
 
-def pack(
-    weights: AdapterWeights, shape: LinearShape, dtype: torch.dtype, pinned: bool = False
-) -> dict[str, PackedGroup]:
+def pack(weights: AdapterWeights, shape: LinearShape, dtype: torch.dtype) -> dict[str, PackedGroup]:
     """`weights` as rank pages in host memory, by group name; untouched slices and rank rows are zero.
 
-    `pinned`: in page-locked memory, from which a copy to a GPU does not make the host wait.
-
     Where the pairs of a group differ in scale, the most frequent one is the group's and the ratio goes into B.
+    Raises AdapterError `adapter_not_finite` where B overflows.
     """
     pages = rank_pages(weights.group_ranks)
     return {
-        group.name: _pack_group(weights, shape, group, pages[group.name], dtype, pinned)
+        group.name: _pack_group(weights, shape, group, pages[group.name], dtype)
         for group in GROUPS
         if group.name in pages
     }
 
 
 def _pack_group(
-    weights: AdapterWeights, shape: LinearShape, group: TargetGroup, pages: int, dtype: torch.dtype, pinned: bool
+    weights: AdapterWeights, shape: LinearShape, group: TargetGroup, pages: int, dtype: torch.dtype
 ) -> PackedGroup:
     outputs = shape.group_outputs(group)
     pairs = {key: pair for key, pair in weights.pairs.items() if GROUP_OF[key[1]] is group}
     scale = _common_scale([pair.scale for pair in pairs.values()])
-    a_shape = shape.num_layers, pages, len(outputs), PAGE_RANK, shape.group_input(group)
-    a = torch.zeros(a_shape, dtype=dtype, pin_memory=pinned)
-    b = torch.zeros(shape.num_layers, pages, PAGE_RANK, sum(outputs), dtype=dtype, pin_memory=pinned)
+    a = torch.zeros(shape.num_layers, pages, len(outputs), PAGE_RANK, shape.group_input(group), dtype=dtype)
+    b = torch.zeros(shape.num_layers, pages, PAGE_RANK, sum(outputs), dtype=dtype)
     for (layer, target), pair in pairs.items():
         place = group.targets.index(target)
         columns = b[layer].narrow(-1, sum(outputs[:place]), outputs[place])
@@ -96,6 +102,10 @@ def _pack_group(
             stop = min(start + PAGE_RANK, pair.rank)
             a[layer, page, place, : stop - start] = pair.a[start:stop]
             columns[page, : stop - start] = transposed[start:stop]
+    if not b.isfinite().all():
+        # finite in the file, but not in this dtype, or not once a scale or a fusion was multiplied in: rows of others
+        # may meet B with weight 0, and 0 times infinity is NaN
+        raise AdapterError("adapter_not_finite", f"adapter {weights.digest[:12]} has values too large for {dtype}")
     rank = max(pair.rank for pair in pairs.values())
     ranks = tuple(min(PAGE_RANK, rank - start) for start in range(0, rank, PAGE_RANK))
     return PackedGroup(a.flatten(2, 3), b, scale, ranks)

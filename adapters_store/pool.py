@@ -10,6 +10,7 @@ import torch
 from adapters_store.merge import fuse
 from adapters_store.pages import PackedGroup, pack, pages_needed
 from adapters_store.types import GROUPS, PAGE_RANK, AdapterWeights, Composition, LinearShape, Mix
+from adapters_store.upload import Uploader
 
 Load = Callable[[str], AdapterWeights]
 """Gives the weights of a digest from the host tier; the same digest always gives the same weights."""
@@ -73,6 +74,7 @@ class PagePool:
             group.name: self._allocate(group.name) for group in GROUPS
         }
         self.counters = PoolCounters()
+        self._upload = Uploader(device)
         self._free = {name: list(range(count)) for name, count in self.num_pages.items()}
         self._residents: dict[str, _Resident] = {}
         self._idle: dict[str, None] = {}  # unreferenced residents, the least recently used first
@@ -112,9 +114,7 @@ class PagePool:
             if victims is None:
                 return None
             loaded |= {digest: load(digest) for digest in sources if digest not in loaded}
-            pinned = self.device.type == "cuda"
-            wanted = self._wanted(mix, loaded).items()
-            packed = {key: pack(weights, self.shape, self.dtype, pinned) for key, weights in wanted}
+            packed = {key: pack(weights, self.shape, self.dtype) for key, weights in self._wanted(mix, loaded).items()}
             for key in victims:
                 self._evict(key)
             for key, groups in packed.items():
@@ -240,9 +240,9 @@ class PagePool:
         resident = _Resident({}, {}, {})
         for name, packed in groups.items():
             pages = tuple(heapq.heappop(self._free[name]) for _ in range(packed.a.shape[1]))
-            index = torch.tensor(pages, pin_memory=packed.a.is_pinned()).to(self.device, non_blocking=True)
+            index = self._upload(torch.tensor(pages))
             for pool, source in zip(self.tensors[name], (packed.a, packed.b), strict=True):
-                pool.index_copy_(1, index, source.to(self.device, non_blocking=True))
+                pool.index_copy_(1, index, self._upload(source))
             resident.pages[name] = pages
             resident.scales[name] = packed.scale
             resident.ranks[name] = packed.ranks

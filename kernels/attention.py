@@ -76,8 +76,8 @@ def prefill_config(dtype: torch.dtype, group: int, dim: int) -> AttentionConfig:
     packed = triton.next_power_of_2(group)
     if dtype == torch.float32:
         return AttentionConfig(max(16, packed), 16, 4, 1)
-    if dim > 128:
-        return AttentionConfig(max(64, packed), 32, 4, 5)
+    if dim > 128:  # more stages would not fit into the 99 KiB of sm_86 and sm_89
+        return AttentionConfig(max(64, packed), 32, 4, 3)
     return AttentionConfig(max(128, packed), 64, 8, 5)
 
 
@@ -144,6 +144,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: PagedMeta) -> None
         raise ValueError("k_cache and v_cache must have one shape, and contiguous blocks")
     if k_cache.shape[1] != meta.block_size:
         raise ValueError(f"the caches have blocks of {k_cache.shape[1]} tokens, the layout of {meta.block_size}")
+    if len(meta.decode_lens) > len(q):
+        raise ValueError(f"{len(meta.decode_lens)} decoding rows are more than the {len(q)} rows of q")
 
 
 def _layout(q: Tensor, k_cache: Tensor, window: int, pdl: bool) -> dict[str, int | bool]:

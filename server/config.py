@@ -20,7 +20,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from server.engine.config import GIB, EngineConfig
+from server.engine.config import GIB, MOST_BATCH_TOKENS, EngineConfig
 
 PREFIX = "LORAMUX_"
 SHORT_KEYS = {"LORAMUX_API_KEY": "api_key", "LORAMUX_ADMIN_KEY": "admin_key"}
@@ -71,7 +71,7 @@ class ServeSettings(BaseModel):
     metrics_public: bool = False
     metrics_max_adapters: int = Field(default=100, ge=1, le=10_000)
     max_num_seqs: int = Field(default=64, ge=1, le=4096)
-    max_batch_tokens: int = Field(default=512, ge=1)
+    max_batch_tokens: int = Field(default=512, ge=1, le=MOST_BATCH_TOKENS)
     max_model_len: int | None = Field(default=None, ge=1)
     kv_memory: Size = None
     page_memory: Size = None

@@ -107,6 +107,14 @@ class BlockPool:
             state.hash, state.tokens = name, tuple(tokens)
         return name
 
+    def unpublish(self, blocks: list[int]) -> None:
+        """Take held blocks out of the prefix index: nobody else shall find what they hold."""
+        for block in blocks:
+            state = self._blocks[block]
+            if state.hash is not None:
+                del self._index[state.hash]
+                state.hash, state.tokens = None, ()
+
     def release(self, blocks: list[int]) -> None:
         """Give back one reference of each. The tail of a prefix is evicted before its head."""
         for block in reversed(blocks):

@@ -5,12 +5,12 @@ from collections.abc import Mapping as ReadOnlyDict
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from adapters_store.types import GROUPS
+from adapters_store.types import GROUPS, QKV, TargetGroup
 from kernels.attention import QUERY_BLOCK
 from kernels.tiles import Kind, TilePlan, TileShape
 from server.engine.staging import StepShape
 
-DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MIXED_ROWS = (128, 256, 384, 512, 1024, 2048)
 """Token rows of graphs for decoding alone, and for decoding mixed with prompts, up to what the settings allow."""
 
@@ -22,6 +22,9 @@ MIXED_TILES = (16, 64, 256, 1024)
 """Tiles that graphs have room for. Unused ones are cheap: 256 for 8 in use cost 4 % of a step on an H100."""
 
 KINDS: tuple[Kind, ...] = ("rows", "shared")
+
+COMMON_GROUPS = (GROUPS, (QKV,))
+"""Adapters on all linears, and on those of attention's input, as PEFT does by default."""
 
 COMMON_TILES = 128
 """Graphs with at most so many tiles are captured at the start, others when they are first needed."""
@@ -82,10 +85,12 @@ class Capacities:
             for kind in KINDS
         )
 
-    def _with_tiles(self, shape: StepShape, decoding: bool, kind: Kind, tiles: int) -> StepShape:
-        """With that many tiles in every group."""
+    def _with_tiles(
+        self, shape: StepShape, decoding: bool, kind: Kind, tiles: int, groups: tuple[TargetGroup, ...] = GROUPS
+    ) -> StepShape:
+        """With that many tiles in each of these groups."""
         capacity = self.tiles(shape, decoding, kind, tiles)
-        return replace(shape, tiles=tuple((group.name, capacity) for group in GROUPS))
+        return replace(shape, tiles=tuple((group.name, capacity) for group in groups))
 
     def common(self) -> Iterator[StepShape]:
         """What steady traffic needs, the largest first: later graphs then find room in its memory."""
@@ -95,4 +100,5 @@ class Capacities:
                 yield shape
                 for tiles in sizes:
                     if tiles == sizes[0] or shape.rows > 8:
-                        yield self._with_tiles(shape, decoding, "rows", tiles)
+                        for groups in COMMON_GROUPS:
+                            yield self._with_tiles(shape, decoding, "rows", tiles, groups)

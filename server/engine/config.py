@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 GIB = 1 << 30
+MOST_BATCH_TOKENS = (1 << 16) - 1
+"""Rows of a step: what the second dimension of a kernel's grid can have."""
 
 
 class RequestError(ValueError):

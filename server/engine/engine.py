@@ -54,7 +54,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._endings)
+        return bool(self._sequences or self._endings or self._launched)
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -188,7 +188,7 @@ class Engine:
             if self._sequences.get(sequence.request.id) is not sequence:
                 continue
             if chunk.samples and token is None:
-                self._end(sequence)
+                self._end(sequence, forget=True)
                 outputs.append(_not_finite(sequence))
                 continue
             self.scheduler.commit(chunk, token)
@@ -219,9 +219,9 @@ class Engine:
         scheduled = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
         return Timings(queue=scheduled - sequence.arrival, prefill=self.clock() - scheduled)
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
         del self._sequences[sequence.request.id]
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, forget=forget)
 
 
 def _not_finite(sequence: Sequence) -> Output:

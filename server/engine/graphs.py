@@ -4,6 +4,8 @@ A graph has a capacity (`StepShape`): so many token rows, so many tiles of adapt
 the smallest one that holds it; one that none holds runs without a graph, slower and with the same result.
 """
 
+import gc
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +19,11 @@ from server.engine.scheduler import Chunk
 from server.engine.staging import Staging, StepShape, StepViews, fill
 from server.engine.steps import KvCache, Pages
 from server.model.decoder import Decoder, ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 256
+"""Each keeps some megabytes on the device: 4 sizes of tiles, 2 kinds and 15 sets of groups make 120 a row count."""
 
 
 class GraphSteps:
@@ -55,6 +62,7 @@ class GraphSteps:
         self._eager_staging = self._staging
         self._planner = TilePlanner()
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._without: set[StepShape] = set()
         self._pool: Any = None
         self._capturing: torch.cuda.Stream | None = None
 
@@ -74,7 +82,10 @@ class GraphSteps:
         else:
             graph = self._graphs.get(shape) or self._capture(shape)
             self._stage(self._staging, shape, chunks, tiles)
-            graph.replay()
+            if graph is None:
+                self._run(self._staging, shape)
+            else:
+                graph.replay()
         count = sum(chunk.samples for chunk in chunks)
         return self._logits[:count], self._sampled[:count].clone()
 
@@ -84,6 +95,7 @@ class GraphSteps:
     @torch.inference_mode()
     def capture_common(self) -> int:
         """Capture the graphs that steady traffic needs; returns their number. Others are captured when first used."""
+        gc.collect()  # what the collector frees in the middle of a capture could break it
         for shape in self.capacities.common() if self.use_graphs else ():
             if shape not in self._graphs:
                 self._capture(shape)
@@ -115,8 +127,13 @@ class GraphSteps:
         self._stage(self._eager_staging, shape, chunks, tiles)
         self._run(self._eager_staging, shape)
 
-    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
-        """Run once, which compiles, on padding that touches nothing; then capture."""
+    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
+        """Run once, which compiles, on padding that touches nothing; then capture.
+
+        None where that fails, as for lack of memory, or where there are graphs enough: the step runs without.
+        """
+        if shape in self._without or self.num_graphs >= MOST_GRAPHS:
+            return None
         self._stage(self._staging, shape, [], StepTiles({group: no_tiles(tiles) for group, tiles in shape.tiles}))
         sampled = self._sampled.clone()  # the step about to be launched may look ahead to them
         # one stream for all captures: cuBLAS keeps a workspace for each that it meets
@@ -126,10 +143,16 @@ class GraphSteps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             self._run(self._staging, shape)
-            graph.capture_begin(pool=self._pool)
-            self._run(self._staging, shape)
-            graph.capture_end()
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    self._run(self._staging, shape)
+                finally:
+                    graph.capture_end()
+                self._graphs[shape] = graph
+            except RuntimeError as error:
+                logger.warning("a step of %d rows runs without a graph: %s", shape.rows, error)
+                self._without.add(shape)
         torch.cuda.current_stream().wait_stream(stream)
         self._sampled.copy_(sampled)
-        self._graphs[shape] = graph
-        return graph
+        return self._graphs.get(shape)

@@ -6,7 +6,7 @@ import torch
 
 from adapters_store.types import GROUPS
 from server.engine.config import GIB, EngineConfig
-from server.model.config import ModelConfig
+from server.model.config import ModelConfig, ModelError
 
 CPU_KV_MEMORY = 2 * GIB
 CPU_PAGE_MEMORY = 1 * GIB
@@ -26,13 +26,22 @@ class MemoryPlan:
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
-    """What the settings say; on CUDA, sizes that they leave open share what is free once the weights are loaded."""
+    """What the settings say; on CUDA, sizes that they leave open share what is free once the weights are loaded.
+
+    Raises ModelError where they do not fit.
+    """
     if device.type != "cuda":
         return MemoryPlan(config.kv_memory or CPU_KV_MEMORY, config.page_memory or CPU_PAGE_MEMORY, 0)
     workspace = workspace_bytes(model, dtype, config.max_num_seqs, config.max_batch_tokens)
     free = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE) - workspace
-    pages = config.page_memory or int(free * CUDA_PAGE_SHARE)
-    return MemoryPlan(config.kv_memory or free - pages, pages, workspace)
+    pages = config.page_memory or int((free - (config.kv_memory or 0)) * CUDA_PAGE_SHARE)
+    kv = config.kv_memory or free - pages
+    if kv <= 0 or pages <= 0 or kv + pages > free:
+        raise ModelError(
+            f"{kv:,} bytes of KV memory and {pages:,} of page memory do not fit: {max(free, 0):,} bytes are free beside"
+            f" the weights and a workspace of {workspace:,}"
+        )
+    return MemoryPlan(kv, pages, workspace)
 
 
 def workspace_bytes(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_batch_tokens: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from adapters_store.pages import plan_pages
 from adapters_store.pool import PagePool
 from kernels.ops import select_ops
-from server.engine.config import EngineConfig
+from server.engine.config import MOST_BATCH_TOKENS, EngineConfig
 from server.engine.memory import plan_memory
 from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import Chunk
@@ -41,8 +41,15 @@ class Runner:
     """Weights, KV cache and rank pages on one device, each as large as planned, and the steps that use them."""
 
     def __init__(self, config: EngineConfig) -> None:
+        if not config.max_num_seqs <= config.max_batch_tokens <= MOST_BATCH_TOKENS:
+            raise ModelError(
+                f"max_batch_tokens is {config.max_batch_tokens}, expected max_num_seqs ({config.max_num_seqs}) to"
+                f" {MOST_BATCH_TOKENS}"
+            )
         self.model = ModelConfig.from_folder(config.model)
         self.device = choose_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.dtype = choose_dtype(config.dtype, self.device, self.model)
         self.decoder = self._load(config)
         plan = plan_memory(config, self.model, self.device, self.dtype)

@@ -124,8 +124,13 @@ class Scheduler:
             self.waiting.charge(sequence, 1, OUTPUT_PRICE)
         self._publish(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """End a sequence, running or waiting, and take back all it holds."""
+    def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """End a sequence, running or waiting, and take back all it holds.
+
+        forget: its blocks hold what must not be reused, as after an overflow, and leave the prefix cache.
+        """
+        if forget:
+            self.blocks.unpublish(sequence.blocks)
         if sequence in self.running:
             self._leave(sequence)
         else:

@@ -5,7 +5,17 @@ import torch
 
 from adapters_store.pages import pack, page_bytes, pages_needed, plan_pages, rank_pages
 from adapters_store.pool import PagePool
-from adapters_store.types import DOWN, GROUPS, QKV, AdapterWeights, Composition, LinearShape, LoraPair, Mix
+from adapters_store.types import (
+    DOWN,
+    GROUPS,
+    QKV,
+    AdapterError,
+    AdapterWeights,
+    Composition,
+    LinearShape,
+    LoraPair,
+    Mix,
+)
 
 
 def test_page_bytes(shape: LinearShape) -> None:
@@ -63,3 +73,19 @@ def test_pack_folds_differing_scales_into_b(
     columns = {"q_proj": slice(0, 16), "k_proj": slice(16, 24), "v_proj": slice(24, 32)}
     for (_, name), pair in pairs.items():
         torch.testing.assert_close(group.b[0, 0, :4, columns[name]] * group.scale, pair.b.T * pair.scale)
+
+
+def test_pages_of_rank_18_say_how_many_of_their_ranks_are_used(shape: LinearShape) -> None:
+    pairs = {(0, "o_proj"): LoraPair(torch.randn(18, 16), torch.randn(16, 18), 1.0)}
+    assert pack(AdapterWeights("x", pairs), shape, torch.float32)["o"].ranks == (16, 2)
+
+
+@pytest.mark.parametrize("overflow", ["dtype", "ratio"])
+def test_weights_that_do_not_fit_the_dtype_are_refused(shape: LinearShape, overflow: str) -> None:
+    """Finite as stored, but not as pages: rows of other requests may be multiplied with them, by 0."""
+    b = torch.full((16, 4), 3.4e38 if overflow == "dtype" else 1e30)
+    pairs = {(0, "q_proj"): LoraPair(torch.randn(4, 16), b, 1e20), (1, "q_proj"): LoraPair(torch.ones(4, 16), b, 1.0)}
+    pairs[0, "k_proj"] = LoraPair(torch.randn(4, 16), torch.randn(8, 4), 1.0)
+    with pytest.raises(AdapterError, match="too large") as error:
+        pack(AdapterWeights("x", pairs), shape, torch.bfloat16)
+    assert error.value.code == "adapter_not_finite"

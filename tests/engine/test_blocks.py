@@ -266,3 +266,20 @@ def test_check_integrity_notices_a_wrong_index() -> None:
     pool._index.clear()
     with pytest.raises(AssertionError, match="index"):
         pool.check_integrity()
+
+
+def test_unpublished_blocks_are_not_found_again_and_their_other_holder_keeps_them() -> None:
+    pool = BlockPool(4, 2)
+    blocks = pool.allocate(2)
+    assert blocks is not None
+    pool.publish(blocks[1], (3, 4), pool.publish(blocks[0], (1, 2), b"key"))
+    other, _ = pool.match([1, 2, 9], b"key")
+    assert other == blocks[:1]
+    pool.unpublish(blocks)
+    pool.check_integrity()
+    assert pool.match([1, 2, 3, 4, 5], b"key") == ([], b"key")
+    pool.release(blocks)
+    assert pool.references() == {blocks[0]: 1}
+    pool.release(other)
+    pool.check_integrity()
+    assert pool.num_free == 4

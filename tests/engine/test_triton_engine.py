@@ -130,13 +130,17 @@ class FakeGraph:
     """A graph on a CPU: it keeps the call that was made while it was being captured, and makes it again."""
 
     capturing: "FakeGraph | None" = None
+    broken = False
 
     def __init__(self) -> None:
         self.work: Callable[[], None] = lambda: None
         self.replays = 0
 
-    def capture_begin(self, pool: object) -> None:
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         assert pool is not None
+        assert capture_error_mode == "thread_local"
+        if FakeGraph.broken:
+            raise RuntimeError("out of memory")
         FakeGraph.capturing = self
 
     def capture_end(self) -> None:
@@ -169,8 +173,12 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # padding rows compute with memory that nothing was written to
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs of its own")
 @pytest.mark.usefixtures("fake_graphs")
-def test_capturing_a_graph_between_steps_changes_nothing(micro_model: Path, micro: Registered) -> None:
-    """Each step needs another graph than the one before, whose tokens the host does not know yet."""
+@pytest.mark.parametrize("broken", [False, True])
+def test_capturing_a_graph_between_steps_changes_nothing(
+    micro_model: Path, micro: Registered, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step needs another graph than the one before, whose tokens the host does not know; or cannot have one."""
+    monkeypatch.setattr(FakeGraph, "broken", broken)
     requests = [
         Request("0", (5, 9, 11), replace(GREEDY, max_tokens=5)),
         Request("1", (6, 4), replace(GREEDY, max_tokens=4)),
@@ -181,7 +189,7 @@ def test_capturing_a_graph_between_steps_changes_nothing(micro_model: Path, micr
     assert isinstance(steps, GraphSteps)
     steps.use_graphs = True
     found = texts(outputs_of(engine, requests))
-    assert steps.num_graphs >= 4
+    assert steps.num_graphs == 0 if broken else steps.num_graphs >= 4
     assert steps.eager_steps == 0
     assert found == texts(outputs_of(micro_engine(micro_model, "reference"), requests))
 

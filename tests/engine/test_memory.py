@@ -1,0 +1,44 @@
+"""How a GPU's memory is shared out, on a device that only says how much it has."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.config import GIB, EngineConfig
+from server.engine.memory import CUDA_SHARE, plan_memory, workspace_bytes
+from server.model.config import ModelConfig, ModelError
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 * GIB, 80 * GIB))
+    return ModelConfig.from_folder(tiny_model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_memory": 20 * GIB}, {"page_memory": 3 * GIB}, {"max_num_seqs": 256}])
+def test_all_together_fit_into_what_is_free(model: ModelConfig, settings: dict[str, int]) -> None:
+    plan = plan_memory(EngineConfig("m", **settings), model, CUDA, torch.bfloat16)
+    assert plan.kv + plan.pages + plan.workspace <= 64 * GIB * CUDA_SHARE
+    assert plan.kv > plan.pages > 0
+    assert plan.kv == settings.get("kv_memory", plan.kv)
+    assert plan.pages == settings.get("page_memory", plan.pages)
+
+
+@pytest.mark.parametrize("settings", [{"kv_memory": 63 * GIB}, {"kv_memory": 40 * GIB, "page_memory": 30 * GIB}])
+def test_what_does_not_fit_is_refused_with_the_figures(model: ModelConfig, settings: dict[str, int]) -> None:
+    with pytest.raises(ModelError, match=r"bytes of KV memory and .* of page memory do not fit: .* are free"):
+        plan_memory(EngineConfig("m", **settings), model, CUDA, torch.bfloat16)
+
+
+def test_the_workspace_grows_with_rows_and_sequences(model: ModelConfig) -> None:
+    least = workspace_bytes(model, torch.bfloat16, 1, 1)
+    assert workspace_bytes(model, torch.bfloat16, 1, 512) > least
+    assert workspace_bytes(model, torch.bfloat16, 64, 1) - least >= 63 * model.vocab_size * 42
+
+
+def test_a_cpu_needs_no_workspace(model: ModelConfig) -> None:
+    plan = plan_memory(EngineConfig("m", kv_memory=5), model, torch.device("cpu"), torch.float32)
+    assert (plan.kv, plan.workspace) == (5, 0)
