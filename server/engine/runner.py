@@ -160,7 +160,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {name} was asked for, but no CUDA device is available")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device, model: ModelConfig) -> torch.dtype:
