@@ -7,7 +7,8 @@ import numpy as np
 
 from adapters_store.pool import PageLease
 from adapters_store.types import GROUPS
-from kernels.tiles import Kind, TilePlan, TileShape, plan_tiles, write_tiles
+from kernels.tile_planner import plan_tiles
+from kernels.tiles import Kind, TilePlan, TileShape, write_tiles
 from server.engine.batch import spans_of
 from server.engine.scheduler import Chunk
 from server.engine.staging import Words

@@ -20,7 +20,8 @@ from kernels.lora import lora_delta
 from kernels.mapping import RowSpan
 from kernels.rotary_store import rotary_store
 from kernels.sampling import greedy, input_ids
-from kernels.tiles import Kind, TileShape, plan_tiles, view_tiles, write_tiles
+from kernels.tile_planner import plan_tiles
+from kernels.tiles import Kind, TileShape, view_tiles, write_tiles
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps

@@ -47,7 +47,7 @@ def shrink_case(program: Program) -> Case:
     floats = dict.fromkeys(("partials", "scale", "tile_weights"), "*fp32")
     counts = dict.fromkeys(("num_values", "scale_slice", "scale_row"), "i32")
     return Case(
-        "kernels.lora:shrink_kernel",
+        "kernels.lora_kernels:shrink_kernel",
         pointers | floats | counts | ints("tile_pages", "tile_ranks", "tile_columns", "tile_rows"),
         {
             "INPUTS": inputs,
@@ -75,7 +75,7 @@ def expand_case(program: Program) -> Case:
     pointers = dict.fromkeys(("values", "b_pages", "delta"), f"*{program.dtype}")
     if program.shape.kind == "shared":
         return Case(
-            "kernels.lora:expand_shared_kernel",
+            "kernels.lora_kernels:expand_shared_kernel",
             pointers
             | ints("pages", "page_ranks", "page_count")
             | dict.fromkeys(("num_rows", "value_rows", "value_blocks"), "i32"),
@@ -85,7 +85,7 @@ def expand_case(program: Program) -> Case:
         )
     splits = program.config.shrink.splits
     return Case(
-        "kernels.lora:expand_rows_kernel",
+        "kernels.lora_kernels:expand_rows_kernel",
         pointers
         | ({} if program.config.reduced else {"values": "*fp32"})
         | ints("tile_pages", "tile_ranks", "block_rows", "block_starts", "block_counts"),
@@ -102,7 +102,7 @@ def expand_case(program: Program) -> Case:
 
 def reduce_case(program: Program) -> Case:
     return Case(
-        "kernels.lora:reduce_kernel",
+        "kernels.lora_kernels:reduce_kernel",
         {"partials": "*fp32", "values": f"*{program.dtype}", "value_rows": "i32", "value_blocks": "i32"}
         | ints("tile_pages", "tile_columns", "tile_rows"),
         {

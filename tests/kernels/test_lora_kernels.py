@@ -12,7 +12,8 @@ from kernels import reference
 from kernels.lora import dense_lora_, lora_delta
 from kernels.lora_config import ExpandConfig, LoraConfig, ShrinkConfig
 from kernels.mapping import RowSpan, build_mapping
-from kernels.tiles import Kind, LoraTiles, TileShape, plan_tiles, view_tiles, write_tiles
+from kernels.tile_planner import plan_tiles
+from kernels.tiles import Kind, LoraTiles, TileShape, view_tiles, write_tiles
 
 # the interpreter makes its run-time loop bounds of arrays with one element
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

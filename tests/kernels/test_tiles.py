@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernels.mapping import RowSpan
-from kernels.tiles import Kind, LoraTiles, TilePlan, TileShape, plan_tiles, view_tiles, write_tiles
+from kernels.tile_planner import plan_tiles
+from kernels.tiles import Kind, LoraTiles, TilePlan, TileShape, view_tiles, write_tiles
 from tests.kernels.test_mapping import NUM_PAGES, from_spans, span_lists
 
 KINDS: tuple[Kind, ...] = ("rows", "shared")
