@@ -10,7 +10,7 @@ from server.model.config import ModelConfig, ModelError
 
 CPU_KV_MEMORY = 2 * GIB
 CPU_PAGE_MEMORY = 1 * GIB
-CUDA_SHARE = 0.95
+CUDA_SHARE = 0.9
 CUDA_PAGE_SHARE = 0.15
 FIXED_WORKSPACE = GIB // 2
 """cuBLAS's workspaces, compiled kernels, metadata, and what the allocator rounds up."""
@@ -33,7 +33,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, device: torch.device, 
     if device.type != "cuda":
         return MemoryPlan(config.kv_memory or CPU_KV_MEMORY, config.page_memory or CPU_PAGE_MEMORY, 0)
     workspace = workspace_bytes(model, dtype, config.max_num_seqs, config.max_batch_tokens)
-    free = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE) - workspace
+    free = int((torch.cuda.mem_get_info(device)[0] - workspace) * CUDA_SHARE)
     pages = config.page_memory or int((free - (config.kv_memory or 0)) * CUDA_PAGE_SHARE)
     kv = config.kv_memory or free - pages
     if kv <= 0 or pages <= 0 or kv + pages > free:
