@@ -1,6 +1,7 @@
 """An engine in its own process: messages in, steps, messages out; `python -m server.engine.loop ADDRESS PARENT_PID`."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -107,6 +108,7 @@ def start_engine(config: EngineConfig) -> Engine:
 def main() -> int:
     """Connect to the front end, load what it says, and serve it."""
     address, parent = sys.argv[1], int(sys.argv[2])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in (signal.SIGINT, signal.SIGTERM):  # they may go to the whole group; the front end decides when to stop
         signal.signal(name, signal.SIG_IGN)
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:

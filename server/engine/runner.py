@@ -1,5 +1,7 @@
 """The model with its memory: launches steps, and gives back the tokens that they yield."""
 
+import logging
+import time
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from server.engine.steps import EagerSteps, KvCache, Steps
 from server.model.config import ModelConfig, ModelError
 from server.model.decoder import Decoder
 from server.model.weights import load_weights, random_weights
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOAD_FORMATS = ("safetensors", "random")
@@ -51,7 +55,14 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = choose_dtype(config.dtype, self.device, self.model)
+        started = time.perf_counter()
         self.decoder = self._load(config)
+        logger.info(
+            "%s GB of weights on %s in %.1f s",
+            _gigabytes(self.weight_bytes),
+            self.device,
+            time.perf_counter() - started,
+        )
         plan = plan_memory(config, self.model, self.device, self.dtype)
         self.max_model_len = self._max_model_len(config)
         self.num_blocks = plan.kv // self.block_bytes(config.block_size)
@@ -67,6 +78,11 @@ class Runner:
         self.pool = PagePool(shape, num_pages, self.device, self.dtype)
         self.kv_cache = self._allocate_kv(config.block_size)
         self.workspace_bytes = plan.workspace
+        logger.info(
+            "%s GB for the keys and values of %d tokens, %s GB for %d rank pages of every group of linears",
+            *(_gigabytes(self.kv_bytes), self.num_blocks * config.block_size),
+            *(_gigabytes(self.pool.num_bytes), min(self.pool.num_pages.values())),
+        )
         self.steps = self._make_steps(config)
 
     @property
@@ -133,8 +149,10 @@ class Runner:
             max_model_len=self.max_model_len,
             use_graphs=config.cuda_graphs != "eager" and self.device.type == "cuda",
         )
-        if config.cuda_graphs == "capture":
-            steps.capture_common()
+        if steps.use_graphs and config.cuda_graphs == "capture":
+            started = time.perf_counter()
+            captured = steps.capture_common()
+            logger.info("%d CUDA graphs captured in %.1f s", captured, time.perf_counter() - started)
         return steps
 
     def _allocate_kv(self, block_size: int) -> KvCache:
@@ -152,6 +170,10 @@ class Runner:
         if not 1 <= config.max_model_len <= longest:
             raise ModelError(f"max_model_len is {config.max_model_len}, but the model's context is {longest} tokens")
         return config.max_model_len
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f}"
 
 
 def choose_device(name: str) -> torch.device:
