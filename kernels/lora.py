@@ -234,3 +234,12 @@ def dense_lora_(
     for s, (out, part) in enumerate(zip(y.split(slices, 1), b.split(slices, 1), strict=True)):
         out.addmm_(ranks[:, s], part)
     return y
+
+
+def mapping_matrix(tiles: LoraTiles, num_rows: int) -> Tensor:
+    """M as fp32[num_rows, len(tiles.pages)], for `dense_lora_`; 0 for pages that a row does not use."""
+    rows = tiles.tile_rows.long()
+    columns = tiles.tile_columns.long()[:, None].expand_as(rows)
+    matrix = tiles.tile_weights.new_zeros(num_rows + 1, len(tiles.pages))  # the last row takes what is no row
+    matrix.index_put_((torch.where(rows < 0, num_rows, rows), columns), tiles.tile_weights)
+    return matrix[:num_rows]

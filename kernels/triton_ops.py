@@ -13,12 +13,18 @@ from kernels import attention, elementwise, rotary_store, sampling
 from kernels.attention import PagedMeta
 from kernels.gemm import gemm, new_counters
 from kernels.gemm_table import GemmTable
-from kernels.lora import lora_delta
+from kernels.lora import dense_lora_, lora_delta, mapping_matrix
 from kernels.summands import Summands
 from kernels.tiles import LoraTiles
 
 SIDE_ROWS = 128
 """Most rows for which LoRA runs beside the base product; from there on the product leaves no room on the GPU."""
+
+
+DENSE_PAGES = 32
+"""Most pages for which the many rows of prompts that a gate gives weights of their own meet all of them, as two dense
+products: 28 pages, two of them a row, 2048 rows of an 8B model cost 12 instead of 27 ms on an H100.
+"""
 
 
 class TritonOps:
@@ -74,6 +80,9 @@ class TritonOps:
         scale: Tensor | None = None,
     ) -> Summands:
         """Where rows share pages, pages must be finite: then a row meets pages of others with weight 0."""
+        if scale is not None and len(x) > SIDE_ROWS and len(mapping.pages) <= DENSE_PAGES:
+            y, matrix = self.linear(x, weight, bias), mapping_matrix(mapping, len(x))
+            return dense_lora_(y, x, *pages, mapping.pages.long().clamp(min=0), matrix, slices, scale), None
         if self._side is None or len(x) > SIDE_ROWS:
             return self.linear(x, weight, bias), lora_delta(x, *pages, mapping, slices, scale, pdl=self.pdl)
         main = torch.cuda.current_stream()

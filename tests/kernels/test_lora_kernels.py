@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.lora import dense_lora_, lora_delta
+from kernels.gemm_table import GemmTable
+from kernels.lora import dense_lora_, lora_delta, mapping_matrix
 from kernels.lora_config import ExpandConfig, LoraConfig, ShrinkConfig
 from kernels.mapping import RowSpan, build_mapping
 from kernels.tile_planner import plan_tiles
 from kernels.tiles import Kind, LoraTiles, TileShape, view_tiles, write_tiles
+from kernels.triton_ops import SIDE_ROWS, TritonOps
 
 # the interpreter makes its run-time loop bounds of arrays with one element
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -200,6 +202,36 @@ def test_dense_update_equals_the_reference(dtype: torch.dtype, scaled: bool) -> 
     result = dense_lora_(y, x, a, b, torch.tensor(mapping.pages, device=DEVICE), weights, SLICES, scale)
     assert result is y
     assert_near(y, reference_delta(x, pools, spans, SLICES, scale), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mapping_matrix_of_tiles(kind: Kind) -> None:
+    _, spans, x = small_case(torch.float32)
+    tiles = tiles_of(spans, len(x), kind)
+    pages = tiles.pages.tolist()
+    expected = torch.zeros(len(x), len(pages))
+    for span in spans:
+        for page, weight in zip(span.pages, span.weights, strict=True):
+            if weight:
+                expected[span.start : span.stop, pages.index(page)] += weight
+    torch.testing.assert_close(mapping_matrix(tiles, len(x)).cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gated_rows_take_the_dense_way(kind: Kind) -> None:
+    pools, spans, x = small_case(torch.float32)
+    many = SIDE_ROWS + 12
+    x = torch.cat([x, torch.randn(many - len(x), IN, device=DEVICE)])
+    tiles = tiles_of(spans, many, kind)
+    scale = torch.rand(3, many, len(tiles.pages), device=DEVICE)
+    weight = torch.zeros(sum(SLICES), IN, device=DEVICE)
+    a, b = (pool.nan_to_num() for pool in (pools.a, pools.b))
+    ops = TritonOps(DEVICE, GemmTable())
+    y, delta = ops.lora_linear(x, weight, None, (a, b), tiles, SLICES, scale)
+    assert delta is None
+    mapping = build_mapping(spans, DEVICE)
+    assert mapping is not None
+    assert_near(y, reference_delta(x, pools, spans, SLICES, scale[..., : len(mapping.pages)]), torch.float32)
 
 
 def test_wrong_shapes_are_refused() -> None:
