@@ -1,15 +1,23 @@
-"""A tiny model's shape, and PEFT folders that fit it."""
+"""A tiny model's shape and PEFT folders that fit it; registries in SQLite and in a real PostgreSQL."""
 
+import itertools
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import torch
 from safetensors.torch import save_file
+from sqlalchemy import Engine, event
 
+from adapters_store.registry import DEFAULT_TENANT, Database, Registry, TenantRow, open_engine
+from adapters_store.registry.schema import metadata
 from adapters_store.types import LinearShape
+from tests.adapters_store.postgres import MISSING, find_binaries, running_server
+from tests.adapters_store.registered import MakeUrl, forget_syncing
 
 Writer = Callable[..., Path]
 
@@ -53,3 +61,80 @@ def write(tmp_path: Path) -> Writer:
         return folder
 
     return write_folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip(MISSING)
+    with running_server(binaries) as url:
+        Registry.open(f"{url}/template1", lambda: 0.0).close()
+        yield url
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("registry") / "template.db"
+    Registry.open(f"sqlite:///{path}", lambda: 0.0).close()
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
+    """`make_url()` is a database with the current schema, `make_url(empty=True)` one with nothing."""
+    counter = itertools.count()
+    if request.param == "sqlite":
+        template = request.getfixturevalue("sqlite_template")
+
+        def make_sqlite(empty: bool = False) -> str:
+            path = tmp_path / f"{next(counter)}.db"
+            if not empty:
+                shutil.copy(template, path)
+            return f"sqlite:///{path}"
+
+        return make_sqlite
+    server: str = request.getfixturevalue("postgres")
+
+    def make_postgres(empty: bool = False) -> str:
+        with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+            name = f"test_{connection.execute('SELECT count(*) FROM pg_database').fetchone()[0]}"  # type: ignore[index]
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {'template0' if empty else 'template1'}".encode())
+        return f"{server}/{name}"
+
+    return make_postgres
+
+
+@pytest.fixture(scope="session")
+def sqlite_engine(sqlite_template: Path) -> Iterator[Engine]:
+    """One database for all tests that leave only rows behind: a new engine compiles all its statements again."""
+    path = sqlite_template.with_name("shared.db")
+    shutil.copy(sqlite_template, path)
+    engine = open_engine(f"sqlite:///{path}")
+    event.listen(engine, "connect", forget_syncing)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def postgresql_engine(postgres: str) -> Iterator[Engine]:
+    """As `sqlite_engine`."""
+    with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
+        connection.execute("CREATE DATABASE shared TEMPLATE template1")
+    engine = open_engine(f"{postgres}/shared")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry(request: pytest.FixtureRequest) -> Registry:
+    """Tenants `default`, `acme` and `umbrella`; the clock ticks once a reading, from 100 on."""
+    engine: Engine = request.getfixturevalue(f"{request.param}_engine")
+    with engine.begin() as connection:
+        for table in reversed(metadata.sorted_tables):
+            connection.execute(table.delete())
+    ticks = itertools.count(100)
+    registry = Registry(Database(engine, lambda: float(next(ticks))))
+    for tenant in (DEFAULT_TENANT, "acme", "umbrella"):
+        registry.accounts.add(TenantRow(tenant))
+    return registry

@@ -1,0 +1,268 @@
+"""The registry: the adapters of all tenants under their names."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from sqlalchemy import Row, case, delete, exists, or_, select, union, update
+
+from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts, lock_tenant, tenant_values
+from adapters_store.registry.checks import NAME_PATTERN, check_name, seek_name
+from adapters_store.registry.database import Database, chunks, insert, no_fault, open_engine
+from adapters_store.registry.errors import NotFound
+from adapters_store.registry.ledger import Ledger
+from adapters_store.registry.migrations import migrate
+from adapters_store.registry.names import (
+    check_own,
+    check_tags,
+    digests_of,
+    existing,
+    given_settings,
+    insert_name,
+    is_name,
+    move_name,
+    replace_tags,
+    update_settings,
+)
+from adapters_store.registry.page import Page, paginate
+from adapters_store.registry.registration import Outcome, Registration, check_quotas, insert_adapter, insert_revision
+from adapters_store.registry.resolution import meaning_of, resolve_statement
+from adapters_store.registry.routers import Routers
+from adapters_store.registry.rows import AdapterRow, NamedAdapter, Resolved, TenantRow, Use
+from adapters_store.registry.schema import adapters, names, revisions, routers, tenants, uses
+from adapters_store.registry.views import load, load_one, visible
+
+
+class Registry:
+    """Adapters and their names; beside them the `accounts`, the `ledger` and the trained `routers` of one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.accounts = Accounts(database)
+        self.ledger = Ledger(database)
+        self.routers = Routers(database)
+
+    @classmethod
+    def open(cls, url: str, clock: Callable[[], float], fault: Callable[[str], None] = no_fault) -> "Registry":
+        """The registry at `sqlite:///<file>` or `postgresql://...`: creates or upgrades its schema.
+
+        The tenant "default" exists afterwards. `clock` gives seconds since the epoch. `fault` is for tests of crashes:
+        it is called as `fault("<operation>.<step>")` in every write, with the steps `begin`, `commit` (just before)
+        and `committed`, and in a registration `tenant`, `adapter`, `name`, `revision`, `metadata`, `quota` too.
+
+        Raises ValueError for another URL, SchemaTooNew for a database of a newer version, RegistryUnavailable.
+        """
+        registry = cls(Database(open_engine(url), clock, fault))
+        try:
+            with registry._database.write("open") as connection:
+                migrate(connection)
+                default = tenant_values(TenantRow(DEFAULT_TENANT, created=clock()))
+                connection.execute(insert(connection, tenants).values(default).on_conflict_do_nothing())
+        except BaseException:
+            registry.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
+
+    def register(
+        self,
+        tenant: str,
+        name: str,
+        adapter: AdapterRow,
+        *,
+        public: bool | None = None,
+        pinned: bool | None = None,
+        description: str | None = None,
+        tags: Sequence[str] | None = None,
+        samples: Sequence[str] | None = None,
+        replace: bool = False,
+    ) -> Registration:
+        """Make `name` point to `adapter`, whose blobs are stored already.
+
+        With `replace` a name that exists moves to the digest; what is None then keeps its value (for a new name it is
+        False, or empty). Raises InvalidValue, NotFound for the tenant, NameTaken, QuotaExceeded.
+        """
+        check_name("adapter", name)
+        settings = given_settings(public, pinned, description, samples)
+        new_tags = check_tags(tags)
+        now = self._database.clock()
+        with self._database.write("register") as connection:
+            limits = lock_tenant(connection, tenant)
+            self._database.fault("register.tenant")
+            insert_adapter(connection, adapter, now)
+            self._database.fault("register.adapter")
+            created = insert_name(connection, tenant, name, adapter.digest, settings, now)
+            self._database.fault("register.name")
+            before = adapter.digest if created else move_name(connection, tenant, name, adapter.digest, replace)
+            grown = insert_revision(connection, tenant, name, adapter.digest, now)
+            self._database.fault("register.revision")
+            if not created:
+                update_settings(connection, tenant, name, settings)
+            replace_tags(connection, tenant, name, new_tags)
+            self._database.fault("register.metadata")
+            if grown:
+                check_quotas(connection, tenant, limits, created)
+            self._database.fault("register.quota")
+            stored = load_one(connection, tenant, tenant, name)
+        if created:
+            return Registration(Outcome.CREATED, stored)
+        return Registration(Outcome.SAME if before == adapter.digest else Outcome.REVISED, stored)
+
+    def roll_back(self, tenant: str, name: str, digest: str) -> NamedAdapter:
+        """Move a tenant's own name to another of its revisions. Raises NotFound for the name or the revision."""
+        seek_name("adapter", name)
+        with self._database.write("roll_back") as connection:
+            lock_tenant(connection, tenant)
+            check_own(connection, tenant, name)
+            known = select(revisions.c.number).where(is_name(revisions, tenant, name), revisions.c.digest == digest)
+            if connection.execute(known).first() is None:
+                raise NotFound("revision", f"{name}@{digest}")
+            connection.execute(update(names).where(is_name(names, tenant, name)).values(digest=digest))
+            return load_one(connection, tenant, tenant, name)
+
+    def update(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        public: bool | None = None,
+        pinned: bool | None = None,
+        description: str | None = None,
+        tags: Sequence[str] | None = None,
+        samples: Sequence[str] | None = None,
+    ) -> NamedAdapter:
+        """Change what is not None of a tenant's own name. Raises NotFound, InvalidValue, NameTaken (as public)."""
+        seek_name("adapter", name)
+        settings = given_settings(public, pinned, description, samples)
+        new_tags = check_tags(tags)
+        with self._database.write("update") as connection:
+            lock_tenant(connection, tenant)
+            check_own(connection, tenant, name)
+            update_settings(connection, tenant, name, settings)
+            replace_tags(connection, tenant, name, new_tags)
+            return load_one(connection, tenant, tenant, name)
+
+    def get(self, tenant: str, name: str) -> NamedAdapter:
+        """The adapter of this name that a tenant may use: its own before a public one. Raises NotFound."""
+        seek_name("adapter", name)
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(names.c.tenant)
+                .where(names.c.name == name, ~names.c.deleting, or_(names.c.tenant == tenant, names.c.public))
+                .order_by(case((names.c.tenant == tenant, 0), else_=1))
+                .limit(1)
+            ).first()
+            if found is None:
+                raise NotFound("adapter", name)
+            return load_one(connection, tenant, found.tenant, name)
+
+    def list(
+        self, tenant: str, *, limit: int = 100, cursor: str | None = None, tag: str | None = None, own: bool = False
+    ) -> Page[NamedAdapter]:
+        """The adapters that a tenant may use, by name; with `own`, only those that belong to it.
+
+        A tenant's own name hides a public one. Neither shows names that are being deleted.
+        """
+        wanted = visible(tenant, own, cursor or "", limit + 1, tag)
+        with self._database.read() as connection:
+            rows = load(connection, tenant, wanted)
+        return paginate(rows, limit, lambda row: row.name)
+
+    def resolve(self, tenant: str, wanted: Iterable[str]) -> Mapping[str, Resolved]:
+        """What each `name` or `name@<digest prefix>` means for a tenant, in one query; what means nothing is absent.
+
+        A prefix has at least `MIN_PREFIX` digits and fits exactly one revision of the tenant's own name or, without
+        one, of the public name.
+        """
+        plain = {each: each.partition("@")[0] for each in wanted}
+        plain = {each: name for each, name in plain.items() if re.fullmatch(NAME_PATTERN, name)}
+        pinned = any("@" in each for each in plain)
+        found: dict[str, list[Row[Any]]] = defaultdict(list)
+        with self._database.read() as connection:
+            for some in chunks(sorted(set(plain.values()))):
+                for row in connection.execute(resolve_statement(tenant, some, pinned)):
+                    found[row.name].append(row)
+        meanings = {each: meaning_of(tenant, each, found.get(name, [])) for each, name in plain.items()}
+        return {each: meaning for each, meaning in meanings.items() if meaning is not None}
+
+    def samples(self, tenant: str, wanted: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+        """The example inputs of a tenant's own names; names that do not exist are absent."""
+        found: dict[str, tuple[str, ...]] = {}
+        with self._database.read() as connection:
+            for some in chunks(sorted(set(wanted))):
+                statement = select(names.c.name, names.c.samples).where(
+                    names.c.tenant == tenant, names.c.name.in_(some)
+                )
+                found |= {row.name: tuple(row.samples) for row in connection.execute(statement)}
+        return found
+
+    def mark_deleting(self, tenant: str, name: str, deleting: bool = True) -> tuple[str, ...]:
+        """Hide a tenant's own name from every use, or show it again; returns the digests of its revisions.
+
+        It stays taken until `remove`. Marking it twice is no error. Raises NotFound.
+        """
+        seek_name("adapter", name)
+        with self._database.write("mark_deleting") as connection:
+            changed = (
+                update(names).where(is_name(names, tenant, name)).values(deleting=deleting).returning(names.c.name)
+            )
+            if connection.execute(changed).first() is None:
+                raise NotFound("adapter", name)
+            return digests_of(connection, tenant, name)
+
+    def deleting(self) -> tuple[tuple[str, str], ...]:
+        """(tenant, name) of what was marked and not yet removed: a server finishes it when it starts."""
+        with self._database.read() as connection:
+            statement = select(names.c.tenant, names.c.name).where(names.c.deleting).order_by(*names.primary_key)
+            return tuple((row.tenant, row.name) for row in connection.execute(statement))
+
+    def remove(self, tenant: str, name: str) -> tuple[str, ...]:
+        """Forget a tenant's own name, marked or not; returns the digests that nobody has under any name now.
+
+        Raises NotFound.
+        """
+        seek_name("adapter", name)
+        with self._database.write("remove") as connection:
+            lock_tenant(connection, tenant)
+            digests = digests_of(connection, tenant, name)
+            if not digests:
+                raise NotFound("adapter", name)
+            # Locked before the name goes, in the order of `register`: neither waits for the other in a circle.
+            these = adapters.c.digest.in_(digests)
+            connection.execute(select(adapters.c.digest).where(these).order_by(adapters.c.digest).with_for_update())
+            connection.execute(delete(names).where(is_name(names, tenant, name)))
+            self._database.fault("remove.name")
+            unused = ~exists().where(revisions.c.digest == adapters.c.digest)
+            gone = connection.execute(delete(adapters).where(these, unused).returning(adapters.c.digest))
+            return tuple(sorted(row.digest for row in gone))
+
+    def referenced_blobs(self) -> frozenset[str]:
+        """sha256 of every blob that an adapter or a router needs, of all tenants."""
+        statement = union(select(adapters.c.config_blob), select(adapters.c.weights_blob), select(routers.c.blob))
+        with self._database.read() as connection:
+            return frozenset(connection.execute(statement).scalars())
+
+    def touch(self, batch: Iterable[Use]) -> None:
+        """Count requests on adapters. Names that are gone meanwhile are left out."""
+        merged: dict[tuple[str, str, str], Use] = {}
+        for use in batch:
+            key = use.owner, use.name, use.tenant
+            old = merged.get(key, replace(use, requests=0))
+            last_used = max(old.last_used, use.last_used)
+            merged[key] = replace(use, requests=old.requests + use.requests, last_used=last_used)
+        if not merged:
+            return
+        with self._database.write("touch") as connection:
+            known = existing(connection, sorted({(owner, name) for owner, name, _ in merged}))
+            rows = [asdict(merged[key]) for key in sorted(merged) if key[:2] in known]
+            statement = insert(connection, uses)
+            new = statement.excluded
+            later = case((new.last_used > uses.c.last_used, new.last_used), else_=uses.c.last_used)
+            changes = {"requests": uses.c.requests + new.requests, "last_used": later}
+            if rows:
+                connection.execute(statement.on_conflict_do_update(index_elements=uses.primary_key, set_=changes), rows)

@@ -1,0 +1,36 @@
+"""What `name` and `name@<digest prefix>` mean."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row, Select, or_, select
+
+from adapters_store.registry.names import is_name
+from adapters_store.registry.rows import Resolved
+from adapters_store.registry.schema import adapters, names, revisions
+
+MIN_PREFIX = 4
+"""Fewest hexadecimal digits of a digest in `name@<digest prefix>`."""
+
+
+def resolve_statement(tenant: str, wanted: Sequence[str], pinned: bool) -> Select[Any]:
+    """All revisions of the names that a tenant may use if `pinned`, else the current ones."""
+    digest = revisions.c.digest if pinned else names.c.digest
+    blobs = adapters.c.config_blob, adapters.c.weights_blob
+    current = (names.c.digest == digest).label("current")
+    statement = select(names.c.tenant, names.c.name, digest, names.c.public, *blobs, current)
+    if pinned:
+        statement = statement.join(revisions, is_name(revisions, names.c.tenant, names.c.name))
+    usable = or_(names.c.tenant == tenant, names.c.public)
+    return statement.join(adapters, adapters.c.digest == digest).where(
+        names.c.name.in_(wanted), ~names.c.deleting, usable
+    )
+
+
+def meaning_of(tenant: str, wanted: str, rows: Sequence[Row[Any]]) -> Resolved | None:
+    rows = [row for row in rows if row.tenant == tenant] or rows
+    _, at, prefix = wanted.partition("@")
+    if at and len(prefix) < MIN_PREFIX:
+        return None
+    fitting = [row for row in rows if (row.digest.startswith(prefix.lower()) if at else row.current)]
+    return Resolved(*tuple(fitting[0])[:-1]) if len(fitting) == 1 else None

@@ -1,0 +1,42 @@
+"""Trained routers."""
+
+from dataclasses import asdict, replace
+
+from sqlalchemy import delete, select, update
+
+from adapters_store.registry.checks import check_name, must_exist
+from adapters_store.registry.database import Database, insert
+from adapters_store.registry.errors import NameTaken
+from adapters_store.registry.rows import RouterRow
+from adapters_store.registry.schema import routers, tenants
+
+
+class Routers:
+    """The trained routers, which belong to no tenant."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, router: RouterRow, *, replace_existing: bool = False) -> RouterRow:
+        """Store a router; `created` is set here. Raises NameTaken unless it may be replaced, InvalidValue."""
+        check_name("router", router.name)
+        router = replace(router, created=self._database.clock())
+        with self._database.write("add_router") as connection:
+            if replace_existing:
+                connection.execute(delete(routers).where(routers.c.name == router.name))
+            statement = insert(connection, routers).values(asdict(router)).on_conflict_do_nothing()
+            if connection.execute(statement.returning(routers.c.name)).first() is None:
+                raise NameTaken("router", f"router {router.name!r} exists: expected a new name, or replacement")
+        return router
+
+    def list(self) -> tuple[RouterRow, ...]:
+        """All routers by name."""
+        with self._database.read() as connection:
+            return tuple(RouterRow(**row._mapping) for row in connection.execute(select(routers).order_by("name")))
+
+    def remove(self, name: str) -> None:
+        """Forget a router, also as tenants' default. Raises NotFound."""
+        with self._database.write("remove_router") as connection:
+            gone = connection.execute(delete(routers).where(routers.c.name == name).returning(routers.c.name))
+            must_exist(gone.first(), "router", name)
+            connection.execute(update(tenants).where(tenants.c.default_router == name).values(default_router=None))

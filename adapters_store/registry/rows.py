@@ -1,0 +1,130 @@
+"""What the registry takes and gives. Times are seconds since the epoch, sizes bytes."""
+
+from dataclasses import dataclass, field
+from datetime import date
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """Limits of one tenant; None is unlimited. `adapters` counts names, `bytes` their distinct revisions."""
+
+    requests_per_second: float | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    adapters: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class TenantRow:
+    """One tenant. `weight` is its share of the engine's tokens beside other tenants."""
+
+    id: str
+    weight: float = 1.0
+    quotas: Quotas = field(default_factory=Quotas)
+    default_router: str | None = None
+    created: float = 0.0
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """One API key: `salt` and `hash` are whatever its verifier made of the secret. `revoked`: since when, if it is."""
+
+    id: str
+    tenant: str
+    label: str
+    salt: bytes
+    hash: bytes
+    created: float = 0.0
+    revoked: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter, whoever registered it; the blobs are the sha256 of its two PEFT files."""
+
+    digest: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    modules: int
+    bytes: int
+    config_blob: str
+    weights_blob: str
+    warnings: tuple[str, ...] = ()
+    created: float = 0.0
+
+
+@dataclass(frozen=True)
+class RevisionRow:
+    """One digest that a name has pointed to; numbers start at 1."""
+
+    number: int
+    digest: str
+    created: float
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """A name and the adapter that it points to. `revisions` are all of the name's, oldest first.
+
+    `requests` and `last_used` are those of the tenant that asks, not of the name's owner `tenant`.
+    """
+
+    tenant: str
+    name: str
+    adapter: AdapterRow
+    public: bool
+    pinned: bool
+    description: str
+    tags: tuple[str, ...]
+    created: float
+    requests: int
+    last_used: float | None
+    revisions: tuple[RevisionRow, ...]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What one `name` or `name@<digest prefix>` means for a tenant; `tenant` is the name's owner."""
+
+    tenant: str
+    name: str
+    digest: str
+    public: bool
+    config_blob: str
+    weights_blob: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """`requests` more requests of `tenant` on the adapter `name` of `owner`, the last one at `last_used`."""
+
+    tenant: str
+    owner: str
+    name: str
+    requests: int
+    last_used: float
+
+
+@dataclass(frozen=True)
+class UsageRow:
+    """One line of the ledger: a tenant's use of an adapter ("": the base model) on one day, in UTC."""
+
+    tenant: str
+    adapter: str
+    day: date
+    requests: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(frozen=True)
+class RouterRow:
+    """One trained router; `blob` is the sha256 of its archive, `meta` what its inspection shows."""
+
+    name: str
+    kind: str
+    blob: str
+    meta: dict[str, object]
+    created: float = 0.0

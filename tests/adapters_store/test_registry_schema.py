@@ -1,0 +1,61 @@
+"""Databases of the registry: their migrations, settings and URLs."""
+
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from adapters_store.registry import DEFAULT_TENANT, Registry, SchemaTooNew, open_engine
+from adapters_store.registry.schema import metadata
+from tests.adapters_store.registered import MakeUrl, parallel
+
+
+class TestSchema:
+    def test_migrations_make_the_tables_of_the_schema(self, make_url: MakeUrl) -> None:
+        url = make_url(empty=True)
+        Registry.open(url, lambda: 0.0).close()
+        engine = open_engine(url)
+        with engine.connect() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        engine.dispose()
+
+    def test_several_servers_start_at_once(self, make_url: MakeUrl) -> None:
+        url = make_url(empty=True)
+        opened = parallel(4, lambda _: Registry.open(url, lambda: 0.0))
+        assert [type(each) for each in opened] == [Registry] * 4
+        for each in opened:
+            assert isinstance(each, Registry)
+            assert [row.id for row in each.accounts.list().items] == [DEFAULT_TENANT]
+            each.close()
+
+    def test_a_newer_schema_is_refused(self, make_url: MakeUrl) -> None:
+        url = make_url()
+        engine = open_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        engine.dispose()
+        with pytest.raises(SchemaTooNew, match="revision '9999', unknown to this version: expected a newer loramux"):
+            Registry.open(url, lambda: 0.0)
+
+    def test_sqlite_syncs_every_commit_and_checks_foreign_keys(self, tmp_path: Path) -> None:
+        engine = open_engine(f"sqlite:///{tmp_path / 'new' / 'registry.db'}")
+        with engine.connect() as connection:
+            pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+            values = [connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() for pragma in pragmas]
+        engine.dispose()
+        assert values == ["wal", 2, 1, 30_000]
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("mysql://host/name", "scheme 'mysql': expected sqlite or postgresql"),
+            ("registry.db", "malformed"),
+            ("sqlite://", "names no file"),
+            ("sqlite:///:memory:", "names no file"),
+        ],
+    )
+    def test_other_databases_are_refused(self, url: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            open_engine(url)
