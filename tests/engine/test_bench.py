@@ -120,6 +120,7 @@ def test_many_adapters_go_through_few_pages() -> None:
     assert rows[2]["loads"] >= rows[2]["adapters"] - TINY.device_adapters
 
 
+@pytest.mark.slow
 def test_latency_waits_for_arrivals() -> None:
     document = run(replace(TINY, traffic=("0", "1"), loads=(0.5,)), ["latency"], silent)
     rows = document["scenarios"]["latency"]["rows"]
@@ -158,6 +159,7 @@ def test_command_line_refuses(arguments: str) -> None:
         main(["--model", "tiny", "--device", "cpu", *arguments.split()])
 
 
+@pytest.mark.slow
 def test_runs_without_the_packages_of_the_server() -> None:
     missing = ("fastapi", "httpx", "msgspec", "peft", "pydantic", "rich", "tokenizers", "typer", "uvicorn", "zmq")
     code = f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\nimport server.engine.bench, kernels.bench"

@@ -129,6 +129,7 @@ def test_random_inputs_follow_the_seed() -> None:
     assert not torch.equal(where.random(4, 4), Where(where.device, where.dtype, seed=4).random(4, 4))
 
 
+@pytest.mark.slow
 def test_every_product_is_tuned_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def few(rows_class: int, *_: int) -> list[GemmConfig]:
         return [GemmConfig(rows_class, 64, 32, 1, 4, 2)]
