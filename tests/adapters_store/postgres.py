@@ -36,7 +36,7 @@ def running_server(binaries: Path) -> Iterator[str]:
 
     Nothing is synced to disk. Raises RuntimeError with the server's own words if it does not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix="loramux-postgres-"))
+    folder = Path(tempfile.mkdtemp(prefix="loramux-postgres-", dir=_common_folder()))
     options: dict[str, object] = {"cwd": folder, "stderr": subprocess.STDOUT}
     if os.geteuid() == 0:
         os.chown(folder, UNPRIVILEGED, UNPRIVILEGED)
@@ -74,13 +74,27 @@ def running_server(binaries: Path) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_open(folder: Path) -> bool:
+    """Whether every user can enter it."""
+    return folder.is_dir() and all(each.stat().st_mode & stat.S_IXOTH for each in (folder, *folder.parents))
+
+
+def _common_folder() -> Path:
+    """The folder for temporary files; under root one that the unprivileged user can enter, where that one is closed."""
+    usual = Path(tempfile.gettempdir()).resolve()
+    if os.geteuid() != 0:
+        return usual
+    open_ones = [path for path in (usual, Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")) if _is_open(path)]
+    return open_ones[0] if open_ones else usual
+
+
 def _reachable(binaries: Path, folder: Path) -> Path:
     """The binaries or, if they lie where the unprivileged user cannot go, that user's copy of them below `folder`.
 
     They find their libraries and time zones relative to themselves; a wheel's further libraries lie beside its package.
     """
     binaries = binaries.resolve()
-    if all(each.stat().st_mode & stat.S_IXOTH for each in (binaries, *binaries.parents)):
+    if _is_open(binaries):
         return binaries
     package = binaries.parents[1]
     libraries = package.with_name(f"{package.name}.libs")
