@@ -53,7 +53,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     prefix_cache=st.booleans(),
     lookahead=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_request_gets_what_it_would_get_alone(
     planned: list[Arrival],
     block_size: int,

@@ -50,7 +50,7 @@ def combine_case(heads: int, kv_heads: int, dim: int, pdl: bool) -> Case:
     return Case("kernels.attention_kernels:combine_kernel", PARTIALS | {"out": "*bf16"}, sizes, warps=2)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_fit_and_use_tensor_cores(capability: int) -> None:
     pdl = capability >= 90
     cases = [make(*shape, pdl) for shape in SHAPES for make in (decode_case, combine_case, prefill_case)]

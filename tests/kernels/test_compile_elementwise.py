@@ -45,7 +45,7 @@ def cases(pdl: bool) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_and_need_little(capability: int) -> None:
     compiled = compile_offline(cases(pdl=capability >= 90), capability)
     # reductions alone use shared memory, so that many programs share a multiprocessor

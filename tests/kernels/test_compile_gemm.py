@@ -47,7 +47,7 @@ def test_hopper_reads_tiles_by_tma_and_multiplies_in_warp_groups() -> None:
         assert result.shared <= SHARED_BUDGET, config
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_pointers_instead_of_tma(capability: int) -> None:
     configs = sample()[:2]
     results = compile_offline([case(c, tma=False, biased=False) for c in configs], capability)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 FAST, SLOW = GemmConfig(16, 64, 128, 1, 4, 5), GemmConfig(16, 32, 128, 1, 4, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_every_operation_is_right_and_has_its_set_up(
     op: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
