@@ -14,6 +14,7 @@ CHUNK_BYTES = 1 << 20
 DEFAULT_CACHE_BYTES = 32 << 30
 DIGEST = re.compile(r"[0-9a-f]{64}")
 UNAVAILABLE = "files cannot be stored or read now"
+CLAIMED = "the blob store belongs to another registry: expected another --blob-url, or the --database-url of its own"
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -58,6 +59,13 @@ class BlobCorrupt(BlobError):
     """The blob's content is no longer that of its name. It has been set aside: the same content can be put again."""
 
     code = "blob_corrupt"
+
+
+class BlobsClaimed(BlobError):
+    """The blobs are those of another registry, whose files a sweep would remove."""
+
+    code = "store_claimed"
+    status = 409
 
 
 class BlobTooLarge(BlobError):
@@ -128,6 +136,10 @@ class BlobStore(ABC):
         if "://" in url:
             raise ValueError("the blob URL is not understood: expected a path, file:///path or s3://bucket/prefix")
         return LocalBlobs(Path(url), fault)
+
+    @abstractmethod
+    def claim(self, owner: str) -> None:
+        """Bind the store to the registry of this id, for good. Raises BlobsClaimed, BlobUnavailable."""
 
     @abstractmethod
     def put_file(self, path: Path, max_bytes: int | None = None) -> Blob:

@@ -13,10 +13,12 @@ from typing import BinaryIO
 
 from adapters_store.blobs import (
     CHUNK_BYTES,
+    CLAIMED,
     DIGEST,
     Blob,
     BlobCorrupt,
     BlobMissing,
+    BlobsClaimed,
     BlobStore,
     BlobTooLarge,
     Fault,
@@ -27,17 +29,31 @@ from adapters_store.blobs import (
 
 
 class LocalBlobs(BlobStore):
-    """A folder: `sha256/<digest>`, beside `temporary`, `quarantine` and the file `lock`."""
+    """A folder: `sha256/<digest>`, beside `temporary`, `quarantine` and the files `lock` and `owner`."""
 
     def __init__(self, root: Path, fault: Fault = no_fault) -> None:
         self._blobs = root / "sha256"
         self._temporary = root / "temporary"
         self._quarantine = root / "quarantine"
         self._lock_file = root / "lock"
+        self._owner_file = root / "owner"
         self._fault = fault
         with disk_errors():
             for folder in (self._blobs, self._temporary, self._quarantine):
                 folder.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, owner: str) -> None:
+        with disk_errors(), self._lock(fcntl.LOCK_EX):
+            if not self._owner_file.is_file():
+                with tempfile.NamedTemporaryFile(dir=self._temporary, delete=False) as file:
+                    file.write(owner.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(file.name, self._owner_file)
+                _sync_folder(self._owner_file.parent)
+            found = self._owner_file.read_text()
+        if found != owner:
+            raise BlobsClaimed(CLAIMED)
 
     def put_file(self, path: Path, max_bytes: int | None = None) -> Blob:
         with disk_errors(), path.open("rb") as file:

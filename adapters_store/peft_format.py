@@ -3,16 +3,17 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from adapters_store.model_card import read_description
 from adapters_store.peft_config import LoraSettings, ModuleSettings, read_settings
+from adapters_store.safetensors_file import DTYPES, MappedTensors, TensorHeader
 from adapters_store.types import TARGETS, AdapterError, AdapterWeights, LinearShape, LoraPair
 
 CONFIG_NAME = "adapter_config.json"
@@ -25,7 +26,6 @@ _TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<block>self_attn|mlp)\.(?P<target>\w+)"
     r"\.lora_(?P<factor>[AB])(?:\.default)?\.weight"
 )
-_DTYPES = ("F32", "F16", "BF16")
 
 Module = tuple[int, str]
 """(layer, target)"""
@@ -54,12 +54,23 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
-class _Header:
-    """Name, dtype and shape of one tensor in the file."""
+class _Opened:
+    """An adapter's files, checked but for the values: the A and B of every module, in order of (layer, target)."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    settings: LoraSettings
+    modules: Mapping[Module, tuple[TensorHeader, TensorHeader]]
+    loras: Mapping[Module, ModuleSettings]
+    file: MappedTensors
+
+    def pairs(self, tensor: Callable[[TensorHeader], torch.Tensor]) -> dict[Module, LoraPair]:
+        pairs: dict[Module, LoraPair] = {}
+        for module, heads in self.modules.items():
+            a, b = map(tensor, heads)
+            if a.dtype != b.dtype:
+                dtype = torch.promote_types(a.dtype, b.dtype)
+                a, b = a.to(dtype), b.to(dtype)
+            pairs[module] = LoraPair(a, b, self.loras[module].scale)
+        return pairs
 
 
 def read_adapter(folder: Path, shape: LinearShape, max_bytes: int = MAX_WEIGHTS_BYTES) -> AdapterFile:
@@ -71,18 +82,34 @@ def read_adapter(folder: Path, shape: LinearShape, max_bytes: int = MAX_WEIGHTS_
     `adapter_unsupported`, `adapter_corrupt`, `adapter_touches_no_module`, `adapter_unknown_tensor`,
     `adapter_shape_mismatch`, `adapter_wrong_base`, `adapter_not_finite`.
     """
+    with _open(folder, shape, max_bytes) as opened:
+        heads = [head for pair in opened.modules.values() for head in pair]
+        # The file is mapped; without the copy, whoever changes it would change the weights.
+        return _assemble(folder, opened, {head.name: opened.file.tensor(head).clone() for head in heads})
+
+
+@contextmanager
+def mapped_weights(folder: Path, shape: LinearShape, digest: str) -> Iterator[AdapterWeights]:
+    """The weights of a folder that is known to hold `digest`, without a copy and without a look at their values.
+
+    They are the file's own bytes: use them inside the context only. Raises what `read_adapter` raises of names, shapes
+    and the config.
+    """
+    with _open(folder, shape, MAX_WEIGHTS_BYTES) as opened:
+        yield AdapterWeights(digest, opened.pairs(opened.file.tensor))
+
+
+@contextmanager
+def _open(folder: Path, shape: LinearShape, max_bytes: int) -> Iterator[_Opened]:
     path = folder / WEIGHTS_NAME
     try:
         _check_files(folder, path, max_bytes)
         settings = read_settings(folder / CONFIG_NAME)
-        with safe_open(path, framework="pt") as file:
-            headers = [_header(file, name) for name in sorted(file.keys())]
-            modules = _map_tensors(headers, settings, shape)
-            loras = {module: settings.of(module_path(*module)) for module in modules}
-            _check_shapes(modules, loras, shape)
-            # The file is mapped; without the copy, whoever changes it would change the weights.
-            tensors = {head.name: file.get_tensor(head.name).clone() for pair in modules.values() for head in pair}
-        return _assemble(folder, settings, modules, loras, tensors)
+        file = MappedTensors(path)
+        modules = _map_tensors(file.headers, settings, shape)
+        loras = {module: settings.of(module_path(*module)) for module in modules}
+        _check_shapes(modules, loras, shape)
+        yield _Opened(settings, modules, loras, file)
     except SafetensorError as error:
         raise AdapterError(
             "adapter_corrupt", f"{WEIGHTS_NAME} cannot be read: expected a complete safetensors file"
@@ -109,16 +136,11 @@ def _check_files(folder: Path, path: Path, max_bytes: int) -> None:
         )
 
 
-def _header(file: Any, name: str) -> _Header:
-    part = file.get_slice(name)
-    return _Header(name, part.get_dtype(), tuple(part.get_shape()))
-
-
 def _map_tensors(
-    headers: Sequence[_Header], settings: LoraSettings, shape: LinearShape
-) -> dict[Module, tuple[_Header, _Header]]:
+    headers: Sequence[TensorHeader], settings: LoraSettings, shape: LinearShape
+) -> dict[Module, tuple[TensorHeader, TensorHeader]]:
     """The A and B of every module, in order of (layer, target)."""
-    found: dict[Module, dict[str, _Header]] = defaultdict(dict)
+    found: dict[Module, dict[str, TensorHeader]] = defaultdict(dict)
     strangers: list[str] = []
     for head in headers:
         _refuse_by_name(head.name)
@@ -164,7 +186,9 @@ def _expected(shape: LinearShape) -> str:
     return f"base_model.model.{module_path(0, 'q_proj')}.lora_A.weight to base_model.model.{last}.lora_B.weight"
 
 
-def _pair(module: Module, factors: Mapping[str, _Header], settings: LoraSettings) -> tuple[_Header, _Header]:
+def _pair(
+    module: Module, factors: Mapping[str, TensorHeader], settings: LoraSettings
+) -> tuple[TensorHeader, TensorHeader]:
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in factors:
             raise AdapterError(
@@ -177,19 +201,21 @@ def _pair(module: Module, factors: Mapping[str, _Header], settings: LoraSettings
             "exclude_modules: expected tensors and config to agree",
         )
     for head in factors.values():
-        if head.dtype not in _DTYPES:
+        if head.dtype not in DTYPES:
             raise AdapterError(
                 "adapter_unsupported",
-                f"tensor {head.name!r} has dtype {head.dtype}: expected one of {', '.join(_DTYPES)}",
+                f"tensor {head.name!r} has dtype {head.dtype}: expected one of {', '.join(DTYPES)}",
             )
     return factors["A"], factors["B"]
 
 
 def _check_shapes(
-    modules: Mapping[Module, tuple[_Header, _Header]], loras: Mapping[Module, ModuleSettings], shape: LinearShape
+    modules: Mapping[Module, tuple[TensorHeader, TensorHeader]],
+    loras: Mapping[Module, ModuleSettings],
+    shape: LinearShape,
 ) -> None:
     """Raise for the first tensor that does not fit; where every layer's features differ, it is another base model."""
-    misfits: list[tuple[_Header, tuple[int, int], bool]] = []
+    misfits: list[tuple[TensorHeader, tuple[int, int], bool]] = []
     foreign_layers: set[int] = set()
     for (layer, target), (a, b) in modules.items():
         rank, inputs, outputs = loras[layer, target].rank, shape.inputs[target], shape.outputs[target]
@@ -214,28 +240,19 @@ def _check_shapes(
     )
 
 
-def _assemble(
-    folder: Path,
-    settings: LoraSettings,
-    modules: Mapping[Module, tuple[_Header, _Header]],
-    loras: Mapping[Module, ModuleSettings],
-    tensors: Mapping[str, torch.Tensor],
-) -> AdapterFile:
-    pairs: dict[Module, LoraPair] = {}
+def _assemble(folder: Path, opened: _Opened, tensors: Mapping[str, torch.Tensor]) -> AdapterFile:
+    settings = opened.settings
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError("adapter_not_finite", f"tensor {name!r} holds NaN or infinity: expected finite numbers")
-    for module, (head_a, head_b) in modules.items():
-        a, b = tensors[head_a.name], tensors[head_b.name]
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        pairs[module] = LoraPair(a.to(dtype), b.to(dtype), loras[module].scale)
-    weights = AdapterWeights(_digest(settings.use_rslora, modules, loras, tensors), pairs)
+    digest = _digest(settings.use_rslora, opened.modules, opened.loras, tensors)
+    weights = AdapterWeights(digest, opened.pairs(lambda head: tensors[head.name]))
     return AdapterFile(
         weights=weights,
-        rank=max(pair.rank for pair in pairs.values()),
+        rank=max(pair.rank for pair in weights.pairs.values()),
         alpha=settings.alpha,
-        targets=tuple(sorted({target for _, target in pairs})),
-        modules=len(pairs),
+        targets=tuple(sorted({target for _, target in weights.pairs})),
+        modules=len(weights.pairs),
         num_bytes=weights.num_bytes,
         base_model=settings.base_model,
         description=read_description(folder) or settings.description,
@@ -244,7 +261,7 @@ def _assemble(
 
 def _digest(
     use_rslora: bool,
-    modules: Mapping[Module, tuple[_Header, _Header]],
+    modules: Mapping[Module, tuple[TensorHeader, TensorHeader]],
     loras: Mapping[Module, ModuleSettings],
     tensors: Mapping[str, torch.Tensor],
 ) -> str:

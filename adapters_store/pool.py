@@ -2,18 +2,17 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from adapters_store.merge import fuse
-from adapters_store.pages import PackedGroup, pack, pages_needed
-from adapters_store.types import GROUPS, PAGE_RANK, AdapterWeights, Composition, LinearShape, Mix
-from adapters_store.upload import Uploader
+from adapters_store.pages import allocate_pages, page_ranks, pages_needed, rank_pages
+from adapters_store.residents import Resident, State, choose_victims
+from adapters_store.types import GROUPS, Composition, LinearShape, Mix
 
-Load = Callable[[str], AdapterWeights]
-"""Gives the weights of a digest from the host tier; the same digest always gives the same weights."""
+Ranks = Mapping[str, Mapping[str, int]]
+"""`AdapterWeights.group_ranks` by digest."""
 
 
 @dataclass(eq=False)
@@ -34,13 +33,15 @@ class PageLease:
 
 
 @dataclass(eq=False)
-class _Resident:
-    """An adapter, or a materialised fusion, on the device: page ids, their ranks and the scale, by group name."""
+class Reservation:
+    """The pages of one mix while its adapters are being loaded; ended exactly once by `PagePool.settle`.
 
-    pages: dict[str, tuple[int, ...]]
-    scales: dict[str, float]
-    ranks: dict[str, tuple[int, ...]]
-    references: int = 0
+    `keys` are the residents of the mix; those in `missing` got pages for it, which whoever reserved must have written.
+    """
+
+    mix: Mix
+    keys: tuple[str, ...]
+    missing: tuple[str, ...]
 
 
 @dataclass
@@ -54,9 +55,14 @@ class PoolCounters:
 class PagePool:
     """A fixed number of rank pages per target group, with reference counts and least-recently-used eviction.
 
+    A mix's pages are had in two ways: `acquire` where all its adapters are loaded, else `reserve`, then `fill` or
+    `fail` for each that is missing, `settle`, and `acquire` again. What is being loaded belongs to nobody and cannot be
+    evicted; once it is there, it is a resident like all others. The pool itself copies nothing.
+
     `num_pages` is the number of pages of every group, or one by group name. `tensors[group]` is the pair
     a (layers, pages, S * 16, in), b (layers, pages, 16, sum(out)) that the kernels read, zero at first.
-    Free pages are given out lowest id first, so that residents lie together. Not thread-safe.
+    Free pages are given out lowest id first, so that residents lie together. `moved` collects the keys that became
+    loaded or went, for whoever reports them. Not thread-safe.
     """
 
     def __init__(
@@ -71,16 +77,16 @@ class PagePool:
         self.device = device
         self.dtype = dtype
         self.tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {
-            group.name: self._allocate(group.name) for group in GROUPS
+            group.name: allocate_pages(shape, group, num_pages[group.name], device, dtype) for group in GROUPS
         }
         self.counters = PoolCounters()
-        self._upload = Uploader(device)
+        self.moved: set[str] = set()
         self._free = {name: list(range(count)) for name, count in self.num_pages.items()}
-        self._residents: dict[str, _Resident] = {}
-        self._idle: dict[str, None] = {}  # unreferenced residents, the least recently used first
-        self._leases: set[PageLease] = set()
-        self._pins: dict[str, PageLease] = {}
-        self._ranks: dict[str, dict[str, int]] = {}
+        self._residents: dict[str, Resident] = {}
+        self._idle: dict[str, None] = {}  # loaded, unreferenced and not pinned, the least recently used first
+        self._holders: set[PageLease | Reservation] = set()
+        self._pins: dict[str, Mapping[str, int]] = {}  # pages by group name, whether they are resident yet or not
+        self._leaving: set[str] = set()
 
     @property
     def num_bytes(self) -> int:
@@ -89,185 +95,198 @@ class PagePool:
 
     @property
     def residents(self) -> tuple[str, ...]:
-        """Digests of the adapters, and of the materialised fusions, that are on the device."""
-        return tuple(self._residents)
+        """Digests of the adapters, and of the materialised fusions, that are loaded."""
+        return tuple(key for key in self._residents if self.is_loaded(key))
 
-    def fits(self, mix: Mix, ranks: Mapping[str, Mapping[str, int]]) -> bool:
-        """Whether `mix` could be acquired if only pins held pages. `ranks[digest]` is `AdapterWeights.group_ranks`."""
-        needed = pages_needed(mix, ranks)
-        keys = _keys(mix)
-        pinned = self._owned(key for key in self._pins if key not in keys)
+    def is_loaded(self, key: str) -> bool:
+        resident = self._residents.get(key)
+        return resident is not None and resident.state is State.LOADED
+
+    def holds(self, mix: Mix) -> bool:
+        """Whether `mix` could be acquired at once."""
+        return all(map(self.is_loaded, resident_keys(mix)))
+
+    def fits(self, mix: Mix, ranks: Ranks) -> bool:
+        """Whether `mix` could be acquired if only pins held pages."""
+        needed, pinned = pages_needed(mix, ranks), self._pinned(without=resident_keys(mix))
         return all(needed[name] + pinned[name] <= count for name, count in self.num_pages.items())
 
-    def acquire(self, mix: Mix, load: Load) -> PageLease | None:
-        """All pages of `mix`, resident and safe from eviction until released, or None if they do not fit now.
-
-        None changes nothing on the device. `load` is called for adapters that must be written, and once for one whose
-        size is not known yet. Whatever it raises leaves the pool as it was.
-        """
-        keys = _keys(mix)
-        missing = [key for key in keys if key not in self._residents]
-        if missing:
-            sources = mix.digests if mix.composition is Composition.FUSION else missing
-            loaded = self._learn(sources, load)
-            victims = self._choose_victims(self._needed(mix, missing), keep=keys)
-            if victims is None:
-                return None
-            loaded |= {digest: load(digest) for digest in sources if digest not in loaded}
-            packed = {key: pack(weights, self.shape, self.dtype) for key, weights in self._wanted(mix, loaded).items()}
-            for key in victims:
-                self._evict(key)
-            for key, groups in packed.items():
-                self._write(key, groups)
-        return self._lease(mix, keys)
-
-    def release(self, lease: PageLease) -> None:
-        """Give a lease back; its adapters stay until their pages are needed. Raises RuntimeError the second time."""
-        if lease.released or lease not in self._leases:
-            raise RuntimeError(f"lease of mix {lease.mix.digest[:12]} is released already or not of this pool")
-        lease.released = True
-        self._leases.remove(lease)
-        for key in lease.keys:
-            resident = self._residents[key]
-            resident.references -= 1
-            if resident.references == 0:
-                self._idle[key] = None
-
-    def pin(self, digest: str, load: Load) -> bool:
-        """Keep an adapter resident until `unpin`.
-
-        False if its pages do not fit now, or if pins would then own more than half of the pages of some group.
-        """
-        if digest in self._pins:
-            return True
-        mix = Mix(((digest, 1.0),))
-        self._learn(mix.digests, load)
-        pinned, needed = self._owned(self._pins), self._needed(mix, mix.digests)
-        if any(pinned[name] + needed[name] > count // 2 for name, count in self.num_pages.items()):
-            return False
-        lease = self.acquire(mix, load)
-        if lease is None:
-            return False
-        self._pins[digest] = lease
-        return True
-
-    def unpin(self, digest: str) -> None:
-        """Undo `pin`. Raises KeyError if the adapter is not pinned."""
-        self.release(self._pins.pop(digest))
-
-    def pages_by_state(self) -> dict[str, int]:
-        """Pages over all groups that are `free`, `used` (leased or pinned) or `cached` (resident, may be evicted)."""
-        free = sum(len(pages) for pages in self._free.values())
-        cached = self._owned(self._idle).total()
-        return {"free": free, "used": sum(self.num_pages.values()) - free - cached, "cached": cached}
-
-    def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page has exactly one owner and the reference counts equal the leases."""
-        for name, count in self.num_pages.items():
-            owned = [page for resident in self._residents.values() for page in resident.pages.get(name, ())]
-            if sorted(owned + self._free[name]) != list(range(count)):
-                raise RuntimeError(f"pages of group {name}: owned {sorted(owned)}, free {sorted(self._free[name])}")
-        references = Counter(key for lease in self._leases for key in lease.keys)
-        if references != +Counter({key: resident.references for key, resident in self._residents.items()}):
-            raise RuntimeError(f"residents' reference counts differ from the leases': {references}")
-        if self._idle.keys() != self._residents.keys() - references.keys():
-            raise RuntimeError("the idle residents are not those without a lease")
-        if not self._leases.issuperset(self._pins.values()):
-            raise RuntimeError("a pinned adapter has no lease")
-
-    def _allocate(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        group = next(group for group in GROUPS if group.name == name)
-        layers, pages, outputs = self.shape.num_layers, self.num_pages[name], self.shape.group_outputs(group)
-        a = (layers, pages, len(outputs) * PAGE_RANK, self.shape.group_input(group))
-        b = (layers, pages, PAGE_RANK, sum(outputs))
-        return (
-            torch.zeros(a, device=self.device, dtype=self.dtype),
-            torch.zeros(b, device=self.device, dtype=self.dtype),
-        )
-
-    def _learn(self, digests: Iterable[str], load: Load) -> dict[str, AdapterWeights]:
-        """Load the adapters whose size is not known, and remember it."""
-        loaded = {digest: load(digest) for digest in digests if digest not in self._ranks}
-        self._ranks |= {digest: weights.group_ranks for digest, weights in loaded.items()}
-        return loaded
-
-    def _needed(self, mix: Mix, missing: Sequence[str]) -> dict[str, int]:
-        """Pages to allocate per group name, for the residents of `mix` that are `missing`."""
-        if mix.composition is not Composition.FUSION:
-            mix = Mix(tuple((key, 1.0) for key in missing))
-        return pages_needed(mix, self._ranks)
-
-    def _wanted(self, mix: Mix, loaded: Mapping[str, AdapterWeights]) -> Mapping[str, AdapterWeights]:
-        """What is to be written, by resident key."""
-        if mix.composition is not Composition.FUSION:
-            return loaded
-        return {mix.digest: fuse([(loaded[digest], weight) for digest, weight in mix.entries], self.dtype)}
-
-    def _choose_victims(self, needed: Mapping[str, int], keep: Sequence[str]) -> list[str] | None:
-        """The idle residents to evict, oldest first and no more than it takes, or None if it cannot be done."""
-        short = {name: count - len(self._free[name]) for name, count in needed.items()}
-        victims: list[str] = []
-        for key in self._idle:
-            pages = self._owned([key])
-            if key not in keep and any(short[name] > 0 for name in pages):
-                victims.append(key)
-                short = {name: count - pages[name] for name, count in short.items()}
-        if any(count > 0 for count in short.values()):
+    def acquire(self, mix: Mix) -> PageLease | None:
+        """All pages of `mix`, safe from eviction until released, or None unless all its adapters are loaded."""
+        if not self.holds(mix):
             return None
-        for key in reversed(victims[:]):  # a later victim may have made an earlier one unnecessary
-            pages = self._owned([key])
-            if all(short[name] + pages[name] <= 0 for name in pages):
-                victims.remove(key)
-                short = {name: count + pages[name] for name, count in short.items()}
-        return victims
-
-    def _owned(self, keys: Iterable[str]) -> Counter[str]:
-        """Pages per group name that the residents `keys` own together."""
-        owned: Counter[str] = Counter()
-        for key in keys:
-            owned.update({name: len(pages) for name, pages in self._residents[key].pages.items()})
-        return owned
-
-    def _evict(self, key: str) -> None:
-        del self._idle[key]
-        for name, pages in self._residents.pop(key).pages.items():
-            for page in pages:
-                heapq.heappush(self._free[name], page)
-        self.counters.evictions += 1
-
-    def _write(self, key: str, groups: Mapping[str, PackedGroup]) -> None:
-        """Copy an adapter into free pages, behind the launched steps: these may still read what was evicted."""
-        resident = _Resident({}, {}, {})
-        for name, packed in groups.items():
-            pages = tuple(heapq.heappop(self._free[name]) for _ in range(packed.a.shape[1]))
-            index = self._upload(torch.tensor(pages))
-            for pool, source in zip(self.tensors[name], (packed.a, packed.b), strict=True):
-                pool.index_copy_(1, index, self._upload(source))
-            resident.pages[name] = pages
-            resident.scales[name] = packed.scale
-            resident.ranks[name] = packed.ranks
-        self._residents[key] = resident
-        self._idle[key] = None
-        self.counters.loads += 1
-
-    def _lease(self, mix: Mix, keys: Sequence[str]) -> PageLease:
+        keys = resident_keys(mix)
         weights_of = {mix.digest: 1.0} if mix.composition is Composition.FUSION else dict(mix.entries)
         pages: dict[str, tuple[int, ...]] = dict.fromkeys(self.num_pages, ())
         weights: dict[str, tuple[float, ...]] = dict.fromkeys(self.num_pages, ())
         ranks: dict[str, tuple[int, ...]] = dict.fromkeys(self.num_pages, ())
         for key in keys:
             resident = self._residents[key]
-            resident.references += 1
-            self._idle.pop(key, None)
             for name, own in resident.pages.items():
                 pages[name] += own
                 weights[name] += (weights_of[key] * resident.scales[name],) * len(own)
                 ranks[name] += resident.ranks[name]
-        lease = PageLease(mix, pages, weights, ranks, tuple(keys))
-        self._leases.add(lease)
+        lease = PageLease(mix, pages, weights, ranks, keys)
+        self._hold(lease)
         return lease
 
+    def release(self, lease: PageLease) -> None:
+        """Give a lease back; its adapters stay until their pages are needed. Raises RuntimeError the second time."""
+        if lease.released or lease not in self._holders:
+            raise RuntimeError(f"lease of mix {lease.mix.digest[:12]} is released already or not of this pool")
+        lease.released = True
+        self._let_go(lease)
 
-def _keys(mix: Mix) -> tuple[str, ...]:
+    def reserve(self, mix: Mix, ranks: Ranks, *, evict: bool = True) -> Reservation | None:
+        """Pages for all that `mix` lacks, evicting idle residents if need be and `evict`; None if they cannot be had.
+
+        None changes nothing. Those that are on their way already are shared.
+        """
+        keys = resident_keys(mix)
+        missing = tuple(key for key in keys if key not in self._residents)
+        fused = mix.composition is Composition.FUSION
+        needed = pages_needed(mix if fused else Mix(tuple((key, 1.0) for key in missing)), ranks) if missing else {}
+        short = {name: count - len(self._free[name]) for name, count in needed.items()}
+        idle = ((key, self._residents[key].sizes) for key in self._idle if key not in keys)
+        victims = choose_victims(idle, short)
+        if victims is None or (victims and not evict):
+            return None
+        for key in victims:
+            self.counters.evictions += 1
+            self._drop(key)
+        for key in missing:
+            own = {name: max(ranks[d].get(name, 0) for d in mix.digests) for name in needed} if fused else ranks[key]
+            self._place(key, own)
+        reservation = Reservation(mix, keys, missing)
+        self._hold(reservation)
+        return reservation
+
+    def settle(self, reservation: Reservation) -> None:
+        """End a reservation; what failed gives its pages back. Raises RuntimeError the second time."""
+        if reservation not in self._holders:
+            raise RuntimeError(f"reservation of mix {reservation.mix.digest[:12]} is settled already")
+        self._let_go(reservation)
+
+    def pages_of(self, key: str) -> Mapping[str, tuple[int, ...]]:
+        """Page ids of a resident by group name."""
+        return self._residents[key].pages
+
+    def fill(self, key: str, scales: Mapping[str, float]) -> None:
+        """The pages of `key` are written; its scales by group name."""
+        resident = self._loading(key)
+        resident.scales, resident.state = scales, State.LOADED
+        self.counters.loads += 1
+        self.moved.add(key)
+        self._rest(key)
+
+    def fail(self, key: str) -> None:
+        """The pages of `key` will not be written; they are free once every reservation of it has been settled."""
+        self._loading(key).state = State.FAILED
+        self._rest(key)
+
+    def pin(self, digest: str, ranks: Mapping[str, int]) -> bool:
+        """Keep an adapter on the device, once it is there, until `unpin`; it counts in `fits` from now on.
+
+        `ranks` by group name. False if pins would own more than half of the pages of some group. Loading it is up to
+        the caller.
+        """
+        sizes, pinned = rank_pages(ranks), self._pinned(without=(digest,))
+        if any(pinned[name] + sizes.get(name, 0) > count // 2 for name, count in self.num_pages.items()):
+            return False
+        self._pins[digest] = sizes
+        self._idle.pop(digest, None)
+        self._leaving.discard(digest)
+        return True
+
+    def unpin(self, digest: str) -> None:
+        """Undo `pin`, if there was one."""
+        if self._pins.pop(digest, None) is not None and digest in self._residents:
+            self._rest(digest)
+
+    def evict(self, key: str) -> None:
+        """Drop a resident as soon as nothing uses it, unless it is asked for again before. A pin of it ends."""
+        self._pins.pop(key, None)
+        if key in self._residents:
+            self._leaving.add(key)
+            self._rest(key)
+
+    def pages_by_state(self) -> dict[str, int]:
+        """Pages over all groups that are `free`, `used` (leased, pinned, being loaded) or `cached` (may be evicted)."""
+        free = sum(len(pages) for pages in self._free.values())
+        cached = sum(sum(self._residents[key].sizes.values()) for key in self._idle)
+        return {"free": free, "used": sum(self.num_pages.values()) - free - cached, "cached": cached}
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page has exactly one owner and the counts equal leases and reservations."""
+        for name, count in self.num_pages.items():
+            owned = [page for resident in self._residents.values() for page in resident.pages.get(name, ())]
+            if sorted(owned + self._free[name]) != list(range(count)):
+                raise RuntimeError(f"pages of group {name}: owned {sorted(owned)}, free {sorted(self._free[name])}")
+        references = Counter(key for holder in self._holders for key in holder.keys)
+        if references != +Counter({key: resident.references for key, resident in self._residents.items()}):
+            raise RuntimeError(f"residents' reference counts differ from the leases': {references}")
+        if self._idle.keys() != set(self.residents) - references.keys() - self._pins.keys():
+            raise RuntimeError("the idle residents are not those that nothing holds")
+        if not self._leaving <= self._residents.keys() - self._idle.keys() - self._pins.keys():
+            raise RuntimeError("a resident that was to leave is still there")
+        failed = {key for key, resident in self._residents.items() if resident.state is State.FAILED}
+        if not failed <= references.keys():
+            raise RuntimeError("what could not be loaded keeps its pages")
+
+    def _place(self, key: str, ranks: Mapping[str, int]) -> None:
+        """Give a new resident its pages."""
+        by_page = {name: page_ranks(rank) for name, rank in ranks.items() if rank}
+        pages = {name: tuple(heapq.heappop(self._free[name]) for _ in own) for name, own in by_page.items()}
+        self._residents[key] = Resident(pages, by_page)
+
+    def _drop(self, key: str) -> None:
+        resident = self._residents.pop(key)
+        for name, pages in resident.pages.items():
+            for page in pages:
+                heapq.heappush(self._free[name], page)
+        self._idle.pop(key, None)
+        self._leaving.discard(key)
+        self.moved.add(key)
+
+    def _hold(self, holder: PageLease | Reservation) -> None:
+        self._holders.add(holder)
+        for key in holder.keys:
+            self._residents[key].references += 1
+            self._idle.pop(key, None)
+            self._leaving.discard(key)
+
+    def _let_go(self, holder: PageLease | Reservation) -> None:
+        self._holders.remove(holder)
+        for key in holder.keys:
+            self._residents[key].references -= 1
+            self._rest(key)
+
+    def _rest(self, key: str) -> None:
+        """Find the place of a resident whose state or holders changed."""
+        resident = self._residents[key]
+        if resident.references or resident.state is State.LOADING:
+            return
+        if resident.state is State.FAILED or key in self._leaving:
+            self.counters.evictions += resident.state is State.LOADED
+            self._drop(key)
+        elif key not in self._pins:
+            self._idle[key] = None
+
+    def _loading(self, key: str) -> Resident:
+        resident = self._residents[key]
+        if resident.state is not State.LOADING:
+            raise RuntimeError(f"resident {key[:12]} is {resident.state.name.lower()}, expected one being loaded")
+        return resident
+
+    def _pinned(self, without: Iterable[str]) -> Counter[str]:
+        """Pages that pins own by group name."""
+        pinned: Counter[str] = Counter()
+        for key, sizes in self._pins.items():
+            if key not in without:
+                pinned.update(sizes)
+        return pinned
+
+
+def resident_keys(mix: Mix) -> tuple[str, ...]:
     """The residents that serve a mix: its adapters, or the one synthetic adapter of a fusion."""
     return (mix.digest,) if mix.composition is Composition.FUSION else mix.digests

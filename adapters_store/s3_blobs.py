@@ -1,5 +1,6 @@
 """Blobs in a bucket of an S3-compatible store, with a local folder as cache."""
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -7,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from adapters_store.blobs import (
     CHUNK_BYTES,
+    CLAIMED,
     DIGEST,
     UNAVAILABLE,
     Blob,
     BlobCorrupt,
     BlobMissing,
+    BlobsClaimed,
     BlobStore,
     BlobUnavailable,
     Fault,
@@ -42,6 +45,14 @@ class S3Blobs(BlobStore):
         self._cache = cache
         self._cache_bytes = cache_bytes
         self._fault = fault
+
+    def claim(self, owner: str) -> None:
+        with _s3_errors():
+            with contextlib.suppress(AlreadyExistsError):
+                obstore.put(self._store, "owner", owner.encode(), mode="create")
+            found = bytes(obstore.get(self._store, "owner").bytes()).decode()
+        if found != owner:
+            raise BlobsClaimed(CLAIMED)
 
     def put_file(self, path: Path, max_bytes: int | None = None) -> Blob:
         return self._upload(self._cache.put_file(path, max_bytes))

@@ -1,18 +1,55 @@
-"""The registered adapters: names by tenant, their revisions, and leases on the folders that hold them."""
+"""The registered adapters of one base model: names and revisions, their files, and leases on them.
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+Registry (SQL) and blobs are durable; beside them a store keeps folders with the adapters in use and, in memory, what
+names meant a moment ago. Nothing here blocks the event loop: SQL and disk are left to threads.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
-from adapters_store.peft_format import CONFIG_NAME, read_adapter
-from adapters_store.types import AdapterError, LinearShape
+from adapters_store.blobs import BlobError, BlobMissing, BlobStore, Fault, no_fault
+from adapters_store.deletion import AdapterInUse, Deletions
+from adapters_store.folders import Folders
+from adapters_store.intake import Intake, NewAdapter, find_adapters
+from adapters_store.leases import Leases, StoreLease
+from adapters_store.merging import MergeRecipe
+from adapters_store.names_cache import NamesCache
+from adapters_store.registry import (
+    DEFAULT_TENANT,
+    ModelRow,
+    NamedAdapter,
+    NotFound,
+    Page,
+    Registration,
+    Registry,
+    RegistryError,
+    Resolved,
+    SchemaTooNew,
+)
+from adapters_store.store_config import StoreConfig
+from adapters_store.types import LinearShape
+from adapters_store.work_folder import Staging, WorkFolder
+from adapters_store.workers import Workers
 
-DEFAULT_TENANT = "default"
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-MIN_PREFIX = 4
-"""Fewest hexadecimal digits of a digest in `name@<digest prefix>`."""
+__all__ = [
+    "DEFAULT_TENANT",
+    "AdapterInUse",
+    "AdapterStore",
+    "NewAdapter",
+    "StoreConfig",
+    "StoreLease",
+    "StoreOpenError",
+    "UnknownAdapter",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UnknownAdapter(LookupError):
@@ -23,183 +60,283 @@ class UnknownAdapter(LookupError):
         self.name = name
 
 
-@dataclass(frozen=True)
-class Revision:
-    """One digest that a name has pointed to; `created` is in seconds since the epoch."""
-
-    digest: str
-    created: float
-
-
-@dataclass(frozen=True)
-class RegisteredAdapter:
-    """One revision of a name. `revisions` lists all of the name's, oldest first, as of this one's registration."""
-
-    name: str
-    digest: str
-    tenant: str
-    public: bool
-    path: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    modules: int
-    bytes: int
-    base_model: str | None
-    description: str
-    created: float
-    revisions: tuple[Revision, ...]
-
-
-@dataclass(eq=False)
-class StoreLease:
-    """Adapters in use by one request: local folder by digest. Given back exactly once by `AdapterStore.release`."""
-
-    paths: Mapping[str, str]
-    released: bool = False
+class StoreOpenError(RuntimeError):
+    """A store that cannot be opened, in one sentence."""
 
 
 class AdapterStore:
-    """Adapters for a model of one shape. `clock` gives seconds since the epoch; `reserved` names are refused."""
+    """The adapters for a model of one shape. For one event loop, but `open` and `staging`, which belong to threads too.
 
-    def __init__(self, shape: LinearShape, clock: Callable[[], float], reserved: Iterable[str] = ()) -> None:
+    `on_gone` are called, on the event loop, with every digest that nobody has any more.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        blobs: BlobStore,
+        folder: WorkFolder,
+        shape: LinearShape,
+        base_name: str,
+        reserved: Iterable[str],
+        clock: Callable[[], float],
+        timer: Callable[[], float] = time.monotonic,
+        folder_bytes: int | None = None,
+        fault: Fault = no_fault,
+    ) -> None:
+        self.registry = registry
+        self.blobs = blobs
         self.shape = shape
+        self.on_gone: list[Callable[[str], None]] = []
         self._clock = clock
-        self._reserved = frozenset(reserved) | {"auto"}
-        self._names: dict[tuple[str, str], list[RegisteredAdapter]] = {}  # revisions, the current one last
-        self._public: dict[str, tuple[str, str]] = {}  # keys of _names by public name
-        self._paths: dict[str, str] = {}
-        self._leases: set[StoreLease] = set()
-        self._counts: Counter[str] = Counter()
+        self._fault = fault
+        self._folder = folder
+        self._intake = Intake(registry, blobs, folder, shape, base_name, reserved, fault)
+        self._workers = Workers()
+        self._leases = Leases()
+        self._folders = Folders(folder.adapters, blobs, self._workers.leases, self._is_leased, folder_bytes)
+        self._names = NamesCache(self._look_up, timer)
+        self._deletions = Deletions(self._mark, self._remove, self._leases, self._gone)
 
-    def register_folder(self, folder: Path) -> tuple[RegisteredAdapter, ...]:
+    @classmethod
+    def open(
+        cls,
+        shape: LinearShape,
+        base_name: str,
+        config: StoreConfig,
+        clock: Callable[[], float],
+        reserved: Iterable[str] = (),
+        fault: Fault = no_fault,
+    ) -> "AdapterStore":
+        """Open registry and blobs, finish deletions that a killed process left. Blocks.
+
+        `clock` gives seconds since the epoch; `reserved` names are refused; `fault` is for tests of crashes. Raises
+        StoreOpenError.
+        """
+        try:
+            registry = Registry.open(config.database_url, clock, fault)
+        except (ValueError, OSError, RegistryError, SchemaTooNew) as error:
+            raise StoreOpenError(str(error)) from error
+        try:
+            owner = registry.claim(shape.fingerprint, uuid.uuid4().hex)
+            is_remote = config.blob_url.startswith("s3://")
+            blobs = BlobStore.open(config.blob_url, config.folder / "cache", config.cache_bytes, fault)
+            blobs.claim(owner)
+            for tenant, name in registry.deleting():
+                with contextlib.suppress(NotFound):  # another process was faster
+                    registry.remove(tenant, name, only_marked=True)
+            folder = WorkFolder(config.folder)
+        except (ValueError, RegistryError, BlobError) as error:
+            registry.close()
+            raise StoreOpenError(str(error)) from error
+        folder_bytes = config.cache_bytes if is_remote else None
+        return cls(registry, blobs, folder, shape, base_name, reserved, clock, folder_bytes=folder_bytes, fault=fault)
+
+    async def close(self) -> None:
+        """Let writes under way end, stop everything else. Leases must be given back before."""
+        await self._deletions.close()
+        await self._workers.close()
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self.registry.close()
+        self._folder.close()
+
+    def staging(self) -> Staging:
+        """A fresh temporary folder on the blobs' side: `with` or `async with store.staging() as folder`."""
+        return self._folder.staging()
+
+    async def register(self, folder: Path, new: NewAdapter, recipe: Mapping[str, object] | None = None) -> Registration:
+        """Check, store and name the adapter in `folder`, which nobody else changes meanwhile.
+
+        Raises AdapterError, BlobError, RegistryError. Once begun, it is finished even if the caller stops waiting.
+        """
+        self._intake.check_name(new.name)
+        registration = await self._write(self._workers.writes, new.name, self._intake.register, folder, new, recipe)
+        self._warm(registration.adapter)
+        return registration
+
+    async def register_folder(self, folder: Path) -> tuple[NamedAdapter, ...]:
         """Register every sub-folder that holds an adapter, under its own name, for everyone.
 
-        Raises AdapterError, naming the sub-folder, for the first one that cannot be served.
+        A name whose current revision is the same adapter stays as it is, another gets a new revision. Raises
+        AdapterError, naming the sub-folder, for the first one that cannot be served; BlobError, RegistryUnavailable.
         """
-        if not folder.is_dir():
-            raise AdapterError("adapter_incomplete", f"{str(folder)!r} is not a folder: expected a folder of adapters")
-        if (folder / CONFIG_NAME).is_file():
-            raise AdapterError(
-                "adapter_incomplete", f"{str(folder)!r} is itself an adapter: expected the folder that holds adapters"
-            )
-        found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}") if not path.parent.name.startswith("."))
-        return tuple(self._register_named(path) for path in found)
+        found = await self._workers.run(self._workers.writes, find_adapters, folder)
+        register = self._intake.register_named
+        return tuple([await self._write(self._workers.writes, path.name, register, path) for path in found])
 
-    def register(
-        self,
-        name: str,
-        folder: Path,
-        tenant: str = DEFAULT_TENANT,
-        *,
-        public: bool = False,
-        replace_existing: bool = False,
-    ) -> RegisteredAdapter:
-        """Read, check and name the adapter in `folder`.
+    async def resolve(self, tenant: str, names: Sequence[str]) -> Mapping[str, Resolved]:
+        """What each `name` or `name@<digest prefix>` means for a tenant; what means nothing is absent.
 
-        A name that exists moves to the new digest if `replace_existing`. Raises AdapterError: `invalid_name` (400),
-        `adapter_exists` (409), or what `read_adapter` raises.
+        Answers are remembered for a second, and for longer while the registry fails. Raises RegistryUnavailable.
         """
-        self._check_name(name)
-        history = self._names.get((tenant, name), [])
-        if history and not replace_existing:
-            raise AdapterError("adapter_exists", f"adapter {name!r} exists: expected a new name, or replacement", 409)
-        if public and self._public.get(name, (tenant, name)) != (tenant, name):
-            raise AdapterError("adapter_exists", f"a public adapter {name!r} exists: expected a new name", 409)
-        file = read_adapter(folder, self.shape)
-        created = self._clock()
-        revision = RegisteredAdapter(
-            name=name,
-            digest=file.digest,
-            tenant=tenant,
-            public=public,
-            path=self._paths.setdefault(file.digest, str(folder.resolve())),
-            rank=file.rank,
-            alpha=file.alpha,
-            targets=file.targets,
-            modules=file.modules,
-            bytes=file.num_bytes,
-            base_model=file.base_model,
-            description=file.description,
-            created=created,
-            revisions=(),
-        )
-        kept = [old for old in history if old.digest != file.digest]
-        revisions = tuple(Revision(each.digest, each.created) for each in [*kept, revision])
-        revision = replace(revision, revisions=revisions)
-        self._names[tenant, name] = [*kept, revision]
-        if public:
-            self._public[name] = (tenant, name)
-        elif self._public.get(name) == (tenant, name):
-            del self._public[name]
-        return revision
+        return await self._names.resolve(tenant, names)
 
-    def resolve(self, tenant: str, name: str) -> RegisteredAdapter:
-        """The adapter that `name`, or `name@<digest prefix>`, means for a tenant: its own before a public one.
+    async def lease(self, tenant: str, adapters: Sequence[Resolved]) -> StoreLease:
+        """Keep the folders of these adapters in place, made of their blobs if need be.
 
-        Raises UnknownAdapter, also for a prefix that is too short, matches nothing or more than one revision.
+        Raises UnknownAdapter for a name that is being deleted or whose blobs are gone, BlobError.
         """
-        plain, at, prefix = name.partition("@")
-        key = (tenant, plain) if (tenant, plain) in self._names else self._public.get(plain)
-        if key is None:
-            raise UnknownAdapter(name)
-        history = self._names[key]
-        if not at:
-            return history[-1]
-        matches = [revision for revision in history if revision.digest.startswith(prefix.lower())]
-        if len(prefix) < MIN_PREFIX or len(matches) != 1:
-            raise UnknownAdapter(name)
-        return matches[0]
-
-    def list(self, tenant: str) -> tuple[RegisteredAdapter, ...]:
-        """The adapters that a tenant may use, by name."""
-        own = {name: (owner, name) for owner, name in self._names if owner == tenant}
-        visible = self._public | own
-        return tuple(self._names[visible[name]][-1] for name in sorted(visible))
-
-    def lease(self, digests: Iterable[str]) -> StoreLease:
-        """Keep the folders of these adapters in place. Raises UnknownAdapter for a digest never registered."""
-        paths: dict[str, str] = {}
-        for digest in digests:
-            if digest not in self._paths:
-                raise UnknownAdapter(digest)
-            paths[digest] = self._paths[digest]
-        lease = StoreLease(paths)
-        self._leases.add(lease)
-        self._counts.update(paths.keys())
+        for adapter in adapters:
+            if self._deletions.is_closed(adapter.tenant, adapter.name):
+                raise UnknownAdapter(adapter.name)
+        lease = self._leases.take(tenant, adapters)
+        try:
+            if len(adapters) > 1:  # those that are not there are fetched at the same time
+                await asyncio.gather(*(self._path(adapter) for adapter in adapters))
+            lease.paths = {adapter.digest: await self._path(adapter) for adapter in adapters}
+        except BaseException:
+            self._leases.give_back(lease)
+            raise
         return lease
 
     def release(self, lease: StoreLease) -> None:
         """Give a lease back. Raises RuntimeError the second time."""
-        if lease.released or lease not in self._leases:
-            raise RuntimeError("the lease is released already or not of this store")
-        lease.released = True
-        self._leases.remove(lease)
-        self._counts.subtract(lease.paths.keys())
-        self._counts += Counter()
+        self._leases.give_back(lease)
 
-    def leases(self, digest: str) -> int:
-        """How many leases hold an adapter."""
-        return self._counts[digest]
+    def leases(self, tenant: str, owner: str, name: str) -> int:
+        """How many leases of a tenant use a name."""
+        return self._leases.of_use(tenant, owner, name)
+
+    def digest_leases(self, digest: str) -> int:
+        """How many leases use an adapter, under whichever name."""
+        return self._leases.of_digest(digest)
+
+    async def get(self, tenant: str, name: str) -> NamedAdapter:
+        """The adapter of this name that a tenant may use. Raises NotFound, RegistryUnavailable."""
+        return await self._sql(self.registry.get, tenant, name)
+
+    async def list(
+        self, tenant: str, *, limit: int = 100, cursor: str | None = None, tag: str | None = None, own: bool = False
+    ) -> Page[NamedAdapter]:
+        """The adapters that a tenant may use, by name; with `own`, only those that belong to it."""
+        return await self._sql(self.registry.list, tenant, limit=limit, cursor=cursor, tag=tag, own=own)
+
+    async def models(self, tenant: str, limit: int | None = None, cursor: str | None = None) -> Page[ModelRow]:
+        """What `list` has, all of it unless limited, with little of each."""
+        return await self._sql(self.registry.models, tenant, limit=limit, cursor=cursor)
+
+    async def count(self) -> int:
+        """How many adapters are stored, whatever their names."""
+        return await self._sql(self.registry.count)
+
+    async def update(self, tenant: str, name: str, **changes: Any) -> NamedAdapter:
+        """Change a tenant's own name as `Registry.update` does. Raises NotFound, InvalidValue, NameTaken."""
+        return await self._write(self._workers.sql, name, self.registry.update, tenant, name, **changes)
+
+    async def roll_back(self, tenant: str, name: str, digest: str) -> NamedAdapter:
+        """Move a tenant's own name to another of its revisions. Raises NotFound, RegistryUnavailable."""
+        return await self._write(self._workers.sql, name, self.registry.roll_back, tenant, name, digest)
+
+    async def delete(self, tenant: str, name: str, wait: bool | None = None, timeout: float = 60.0) -> bool:
+        """Hide a tenant's own name from everybody at once, and forget it when no request uses it.
+
+        True: it is gone. False: it goes when those requests have ended. `wait` True waits for that, at most `timeout`
+        seconds; with False a name in use is refused by AdapterInUse. Raises NotFound, RegistryUnavailable.
+        """
+        removal = await self._workers.finish(self._deletions.begin(tenant, name, wait is not False))
+        if wait is not True and self._leases.of_name(tenant, name):
+            return False
+        done, _ = await asyncio.wait({removal}, timeout=timeout)
+        return bool(done) and not removal.cancelled()
+
+    async def merge(
+        self,
+        new: NewAdapter,
+        entries: Sequence[tuple[str, float]],
+        method: str,
+        rank: int | None = None,
+        density: float | None = None,
+        seed: int = 0,
+    ) -> Registration:
+        """Merge adapters that the new one's tenant may use, given by name and weight, as `merging.merge` does.
+
+        Raises UnknownAdapter, AdapterError, BlobError, RegistryError.
+        """
+        self._intake.check_name(new.name)
+        found = await self.resolve(new.tenant, [name for name, _ in entries])
+        for name, _ in entries:
+            if name not in found:
+                raise UnknownAdapter(name)
+        adapters = [(found[name], weight) for name, weight in entries]
+        recipe = MergeRecipe.of([(adapter.digest, weight) for adapter, weight in adapters], method, rank, density, seed)
+        return await self._workers.finish(self._merge(new, adapters, recipe))
+
+    async def sweep(self, grace: float) -> tuple[str, ...]:
+        """Remove blobs that nothing references and nobody put for `grace` seconds, and folders of forgotten adapters.
+
+        Returns the blobs' digests. Raises BlobError, RegistryUnavailable.
+        """
+        unused = [digest for digest in self._folders.digests if not self._is_leased(digest)]
+        known = await self._sql(self.registry.known, unused)
+        for digest in unused:
+            if digest not in known:
+                await self._gone(digest)
+        return await self._workers.run(self._workers.writes, self._sweep_blobs, grace)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless the counts equal the leases and every revision has a folder."""
-        if Counter(digest for lease in self._leases for digest in lease.paths) != self._counts:
-            raise RuntimeError(f"lease counts {dict(self._counts)} differ from the leases")
-        for (tenant, name), history in self._names.items():
-            digests = [revision.digest for revision in history]
-            if not digests or len(set(digests)) != len(digests) or not self._paths.keys() >= set(digests):
-                raise RuntimeError(f"adapter {name!r} of tenant {tenant!r} has bad revisions {digests}")
+        """Raise RuntimeError unless leases, cache and folders are what they count."""
+        self._leases.check_integrity()
+        self._names.check_integrity()
+        self._folders.check_integrity()
 
-    def _register_named(self, folder: Path) -> RegisteredAdapter:
+    async def _path(self, adapter: Resolved) -> str:
+        path = self._folders.find(adapter.digest)
+        if path is not None:
+            return path
         try:
-            return self.register(folder.name, folder, DEFAULT_TENANT, public=True)
-        except AdapterError as error:
-            raise AdapterError(error.code, f"adapter folder {folder.name!r}: {error.message}", error.status) from error
+            return await self._folders.make(adapter)
+        except BlobMissing as error:
+            raise UnknownAdapter(adapter.name) from error
 
-    def _check_name(self, name: str) -> None:
-        if not re.fullmatch(NAME_PATTERN, name) or name in self._reserved:
-            reserved = ", ".join(sorted(self._reserved))
-            raise AdapterError(
-                "invalid_name", f"adapter name {name!r} is not allowed: expected {NAME_PATTERN}, not {reserved}", 400
-            )
+    def _warm(self, named: NamedAdapter) -> None:
+        """Make the folder of a new adapter before it is leased; if that fails, the first lease says so."""
+        row = named.adapter
+        adapter = Resolved(named.tenant, named.name, row.digest, named.public, row.config_blob, row.weights_blob)
+        self._workers.start(self._folders.make(adapter))
+
+    async def _merge(
+        self, new: NewAdapter, adapters: Sequence[tuple[Resolved, float]], recipe: MergeRecipe
+    ) -> Registration:
+        lease = await self.lease(new.tenant, [adapter for adapter, _ in adapters])
+        try:
+            terms = [(adapter, lease.paths[adapter.digest], weight) for adapter, weight in adapters]
+            registration = await self._write(self._workers.merges, new.name, self._intake.merge, new, terms, recipe)
+        finally:
+            self.release(lease)
+        self._warm(registration.adapter)
+        return registration
+
+    def _sweep_blobs(self, grace: float) -> tuple[str, ...]:
+        return self.blobs.sweep(self.registry.referenced_blobs(), grace, self._clock())
+
+    def _is_leased(self, digest: str) -> bool:
+        return self._leases.of_digest(digest) > 0
+
+    async def _mark(self, owner: str, name: str, deleting: bool) -> None:
+        await self._write(self._workers.sql, name, self.registry.mark_deleting, owner, name, deleting)
+
+    async def _remove(self, owner: str, name: str) -> tuple[str, ...]:
+        return await self._write(self._workers.sql, name, self.registry.remove, owner, name, only_marked=True)
+
+    async def _gone(self, digest: str) -> None:
+        await self._folders.remove(digest)
+        for callback in self.on_gone:
+            callback(digest)
+
+    async def _look_up(self, tenant: str, names: Sequence[str]) -> dict[str, Resolved]:
+        return await self._sql(self.registry.resolve, tenant, names)
+
+    async def _sql(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        return await self._workers.run(self._workers.sql, call, *args, **options)
+
+    async def _write(self, threads: Executor, name: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Call what writes a name; failed or not, what the name meant before is forgotten."""
+
+        async def write() -> T:
+            try:
+                return await self._workers.run(threads, call, *args, **options)
+            finally:
+                self._names.forget(name)
+
+        return await self._workers.finish(write())

@@ -1,29 +1,29 @@
-"""The host tier: recently used adapters in this process's memory, between the disk and the device pages."""
+"""The host tier: recently used adapters in this process's memory, packed as the device takes them."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_store.peft_format import read_adapter
-from adapters_store.types import AdapterError, AdapterWeights, LinearShape
+import torch
 
-Read = Callable[[str, str], AdapterWeights]
-"""(digest, local folder) to weights."""
+from adapters_store.pages import PackedAdapter, pack
+from adapters_store.peft_format import mapped_weights
+from adapters_store.types import LinearShape
+
+Read = Callable[[str, str], PackedAdapter]
+"""(digest, local folder) to the packed adapter; called by any thread."""
 
 
-def folder_reader(shape: LinearShape) -> Read:
-    """Reads PEFT folders; raises AdapterError `adapter_corrupt` where a folder no longer holds its digest."""
+def folder_reader(shape: LinearShape, dtype: torch.dtype, *, pinned: bool = False) -> Read:
+    """Reads and packs PEFT folders, into page-locked memory if `pinned`; raises what `mapped_weights` and `pack` raise.
 
-    def read(digest: str, path: str) -> AdapterWeights:
-        weights = read_adapter(Path(path), shape).weights
-        if weights.digest != digest:
-            raise AdapterError(
-                "adapter_corrupt",
-                f"adapter folder {Path(path).name!r} holds digest {weights.digest[:12]}, expected {digest[:12]}: "
-                "its files changed after registration",
-            )
-        return weights
+    Folders come from verified blobs: neither their digest nor their values are looked at again.
+    """
+
+    def read(digest: str, path: str) -> PackedAdapter:
+        with mapped_weights(Path(path), shape, digest) as weights:
+            return pack(weights, shape, dtype, pinned=pinned)
 
     return read
 
@@ -38,67 +38,72 @@ class TierCounters:
 
 
 class HostTier:
-    """Weights by digest, at most `budget_bytes` of them, the least recently used ones dropped first.
+    """Packed adapters by digest, at most `budget_bytes` of them, the least recently used ones dropped first.
 
-    Weights that a caller still holds stay alive outside the budget until it lets go. Not thread-safe.
+    `moved` collects the digests that came or went, for whoever reports them. An adapter that a caller still holds
+    stays alive outside the budget until it lets go. Not thread-safe.
     """
 
-    def __init__(self, budget_bytes: int, read: Read) -> None:
+    def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
         self.counters = TierCounters()
-        self._read = read
-        self._entries: OrderedDict[str, AdapterWeights] = OrderedDict()
+        self.moved: set[str] = set()
+        self._entries: OrderedDict[str, PackedAdapter] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._entries
 
     @property
     def has_room(self) -> bool:
         """Whether one more adapter as large as those here would fit."""
         return self.num_bytes + self.num_bytes // max(1, len(self._entries)) <= self.budget_bytes
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._entries
-
-    def get(self, digest: str, path: str) -> AdapterWeights:
-        """The weights of `digest`, read from the folder `path` unless they are here.
-
-        Raises AdapterError `adapter_too_large` (413) for one larger than the whole budget, and what reading raises.
-        """
-        weights = self._entries.get(digest)
-        if weights is not None:
+    def get(self, digest: str) -> PackedAdapter | None:
+        """The adapter, from here on the most recently used one, or None if it is not here."""
+        packed = self._entries.get(digest)
+        if packed is not None:
             self._entries.move_to_end(digest)
             self.counters.hits += 1
-            return weights
-        weights = self._read(digest, path)
-        if weights.num_bytes > self.budget_bytes:
-            raise AdapterError(
-                "adapter_too_large",
-                f"adapter {digest[:12]} takes {weights.num_bytes} bytes, expected at most the host budget of "
-                f"{self.budget_bytes} bytes",
-                413,
-            )
+        return packed
+
+    def insert(self, packed: PackedAdapter, keep: Container[str] = ()) -> bool:
+        """Take an adapter in that has been read, dropping others except those in `keep`.
+
+        False if it does not fit all the same; then nothing is dropped.
+        """
         self.counters.loads += 1
-        self._make_room(weights.num_bytes)
-        self._entries[digest] = weights
-        self.num_bytes += weights.num_bytes
-        return weights
+        if packed.digest in self._entries:
+            return True
+        victims, missing = [], self.num_bytes + packed.num_bytes - self.budget_bytes
+        for digest, entry in self._entries.items():
+            if missing <= 0:
+                break
+            if digest not in keep:
+                victims.append(digest)
+                missing -= entry.num_bytes
+        if missing > 0:
+            return False
+        for digest in victims:
+            self.drop(digest)
+        self.counters.evictions += len(victims)
+        self._entries[packed.digest] = packed
+        self.num_bytes += packed.num_bytes
+        self.moved.add(packed.digest)
+        return True
 
     def drop(self, digest: str) -> None:
         """Forget an adapter if it is here."""
-        weights = self._entries.pop(digest, None)
-        if weights is not None:
-            self.num_bytes -= weights.num_bytes
+        packed = self._entries.pop(digest, None)
+        if packed is not None:
+            self.num_bytes -= packed.num_bytes
+            self.moved.add(digest)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the bytes add up, within the budget."""
-        total = sum(weights.num_bytes for weights in self._entries.values())
+        total = sum(packed.num_bytes for packed in self._entries.values())
         if total != self.num_bytes or total > self.budget_bytes:
             raise RuntimeError(f"host tier holds {total} bytes, counts {self.num_bytes}, budget {self.budget_bytes}")
-
-    def _make_room(self, num_bytes: int) -> None:
-        while self.num_bytes + num_bytes > self.budget_bytes:
-            _, weights = self._entries.popitem(last=False)
-            self.num_bytes -= weights.num_bytes
-            self.counters.evictions += 1

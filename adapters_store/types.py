@@ -1,6 +1,7 @@
 """The vocabulary of adapters: target groups, one adapter's weights, and the weighted set (mix) of one request."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,6 +56,12 @@ class LinearShape:
 
     def group_outputs(self, group: TargetGroup) -> tuple[int, ...]:
         return tuple(self.outputs[target] for target in group.targets)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the sizes: adapters of one shape fit any model of the same shape."""
+        sizes = [self.num_layers, sorted(self.inputs.items()), sorted(self.outputs.items())]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

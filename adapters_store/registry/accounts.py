@@ -4,16 +4,17 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, select, update
+from sqlalchemy import BigInteger, Connection, Row, Select, Text, cast, delete, func, select, update
 
 from adapters_store.registry.checks import check_name, check_text, must_exist, seek_name
 from adapters_store.registry.database import Database, insert
 from adapters_store.registry.errors import InvalidValue, NameTaken, RegistryError
 from adapters_store.registry.page import Page, paginate
 from adapters_store.registry.rows import KeyRow, Quotas, TenantRow
-from adapters_store.registry.schema import keys, names, tenants, uses
+from adapters_store.registry.schema import identity, keys, names, tenants, uses
 
 DEFAULT_TENANT = "default"
+_VERSION = "accounts"
 
 
 class Accounts:
@@ -21,6 +22,11 @@ class Accounts:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def version(self) -> str:
+        """Another one after every change of a tenant or a key: who has read both need not read them again before."""
+        with self._database.read() as connection:
+            return connection.execute(select(identity.c.value).where(identity.c.key == _VERSION)).scalar() or ""
 
     def add(self, tenant: TenantRow) -> TenantRow:
         """Create a tenant; `created` is set here. Raises InvalidValue, NameTaken."""
@@ -30,6 +36,7 @@ class Accounts:
             statement = insert(connection, tenants).values(tenant_values(tenant)).on_conflict_do_nothing()
             if connection.execute(statement.returning(tenants.c.id)).first() is None:
                 raise NameTaken("tenant", f"tenant {tenant.id!r} exists: expected a new id")
+            _count_change(connection)
         return tenant
 
     def get(self, tenant: str) -> TenantRow:
@@ -53,6 +60,7 @@ class Accounts:
             old = lock_tenant(connection, tenant)
             new = replace(change(old), id=old.id, created=old.created)
             connection.execute(update(tenants).where(tenants.c.id == tenant).values(tenant_values(new)))
+            _count_change(connection)
         return new
 
     def remove(self, tenant: str) -> None:
@@ -69,6 +77,7 @@ class Accounts:
                 raise RegistryError("tenant_in_use", f"tenant {tenant!r} has adapters: delete them first", 409)
             connection.execute(delete(uses).where(uses.c.tenant == tenant))
             connection.execute(delete(tenants).where(tenants.c.id == tenant))
+            _count_change(connection)
 
     def add_key(self, key: KeyRow) -> KeyRow:
         """Store a key; `created` is set here. Raises NotFound for the tenant, NameTaken, InvalidValue."""
@@ -80,6 +89,7 @@ class Accounts:
             statement = insert(connection, keys).values(asdict(key)).on_conflict_do_nothing()
             if connection.execute(statement.returning(keys.c.id)).first() is None:
                 raise NameTaken("key", f"key {key.id!r} exists: expected a new id")
+            _count_change(connection)
         return key
 
     def keys(self, tenant: str) -> tuple[KeyRow, ...]:
@@ -101,13 +111,22 @@ class Accounts:
             when = func.coalesce(keys.c.revoked, self._database.clock())
             this = keys.c.id == key, keys.c.tenant == tenant
             row = connection.execute(update(keys).where(*this).values(revoked=when).returning(keys)).first()
-            return KeyRow(**must_exist(row, "key", key)._mapping)
+            revoked = KeyRow(**must_exist(row, "key", key)._mapping)
+            _count_change(connection)
+        return revoked
 
 
 def lock_tenant(connection: Connection, tenant: str) -> TenantRow:
     """Until the transaction ends nobody else changes this tenant's adapters. Raises NotFound."""
     statement = _tenant_statement(tenant).with_for_update(key_share=True)
     return _tenant_row(must_exist(connection.execute(statement).first(), "tenant", tenant))
+
+
+def _count_change(connection: Connection) -> None:
+    """Last in its transaction, since all changes of accounts wait for one another here."""
+    statement = insert(connection, identity).values(key=_VERSION, value="1")
+    more = cast(cast(identity.c.value, BigInteger) + 1, Text)
+    connection.execute(statement.on_conflict_do_update(index_elements=identity.primary_key, set_={"value": more}))
 
 
 def _tenant_statement(tenant: str) -> Select[Any]:

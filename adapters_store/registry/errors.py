@@ -33,6 +33,14 @@ class NameTaken(RegistryError):
         super().__init__(f"{kind}_exists", message, 409)
 
 
+class OtherBaseModel(RegistryError):
+    """A registry whose adapters belong to another base model."""
+
+    def __init__(self) -> None:
+        message = "the registry belongs to another base model: expected another --database-url or --data-dir"
+        super().__init__("registry_other_model", message, 409)
+
+
 class QuotaExceeded(RegistryError):
     """A registration beyond the tenant's quota; `code` is `quota_adapters` or `quota_bytes`."""
 
@@ -45,3 +53,4 @@ class RegistryUnavailable(RegistryError):
 
     def __init__(self, reason: str) -> None:
         super().__init__("registry_unavailable", f"the registry is unavailable: {reason}", 503)
+        self.reason = reason

@@ -23,6 +23,12 @@ def check_own(connection: Connection, tenant: str, name: str) -> None:
     must_exist(connection.execute(statement).first(), "adapter", name)
 
 
+def check_marked(connection: Connection, tenant: str, name: str) -> None:
+    """Raises NotFound unless the tenant has this name, being deleted."""
+    statement = select(names.c.name).where(is_name(names, tenant, name), names.c.deleting)
+    must_exist(connection.execute(statement).first(), "adapter", name)
+
+
 def existing(connection: Connection, pairs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
     """Which (tenant, name) exist; they cannot go before the transaction ends."""
     found: set[tuple[str, str]] = set()

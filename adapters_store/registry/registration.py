@@ -1,5 +1,6 @@
 """What a registration does beside its name."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -36,14 +37,16 @@ def insert_adapter(connection: Connection, adapter: AdapterRow, now: float) -> N
     connection.execute(statement.on_conflict_do_update(index_elements=adapters.primary_key, set_=locked))
 
 
-def insert_revision(connection: Connection, tenant: str, name: str, digest: str, now: float) -> bool:
+def insert_revision(
+    connection: Connection, tenant: str, name: str, digest: str, now: float, recipe: Mapping[str, object] | None = None
+) -> bool:
     """Whether this digest is new among the revisions of the name."""
     of_name = is_name(revisions, tenant, name)
     if connection.execute(select(revisions.c.number).where(of_name, revisions.c.digest == digest)).first():
         return False
     last = connection.execute(select(func.max(revisions.c.number)).where(of_name)).scalar()
     values = {"tenant": tenant, "name": name, "number": (last or 0) + 1, "digest": digest, "created": now}
-    connection.execute(revisions.insert().values(values))
+    connection.execute(revisions.insert().values(values | {"recipe": recipe}))
     return True
 
 

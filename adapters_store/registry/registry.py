@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import Row, case, delete, exists, or_, select, union, update
+from sqlalchemy import Row, case, delete, exists, func, or_, select, union, update
 
 from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts, lock_tenant, tenant_values
 from adapters_store.registry.checks import NAME_PATTERN, check_name, seek_name
 from adapters_store.registry.database import Database, chunks, insert, no_fault, open_engine
 from adapters_store.registry.errors import NotFound
+from adapters_store.registry.identity import claim
 from adapters_store.registry.ledger import Ledger
 from adapters_store.registry.migrations import migrate
 from adapters_store.registry.names import (
+    check_marked,
     check_own,
     check_tags,
     digests_of,
@@ -30,9 +32,9 @@ from adapters_store.registry.page import Page, paginate
 from adapters_store.registry.registration import Outcome, Registration, check_quotas, insert_adapter, insert_revision
 from adapters_store.registry.resolution import meaning_of, resolve_statement
 from adapters_store.registry.routers import Routers
-from adapters_store.registry.rows import AdapterRow, NamedAdapter, Resolved, TenantRow, Use
+from adapters_store.registry.rows import AdapterRow, ModelRow, NamedAdapter, Resolved, TenantRow, Use
 from adapters_store.registry.schema import adapters, names, revisions, routers, tenants, uses
-from adapters_store.registry.views import load, load_one, visible
+from adapters_store.registry.views import MODEL, load, load_one, visible
 
 
 class Registry:
@@ -65,6 +67,14 @@ class Registry:
             raise
         return registry
 
+    def claim(self, base_model: str, new_id: str) -> str:
+        """Bind the registry to a base model, by its fingerprint; returns the registry's id, `new_id` the first time.
+
+        Raises OtherBaseModel if it is bound to another.
+        """
+        with self._database.write("claim") as connection:
+            return claim(connection, base_model, new_id)
+
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
@@ -80,12 +90,14 @@ class Registry:
         description: str | None = None,
         tags: Sequence[str] | None = None,
         samples: Sequence[str] | None = None,
+        recipe: Mapping[str, object] | None = None,
         replace: bool = False,
     ) -> Registration:
         """Make `name` point to `adapter`, whose blobs are stored already.
 
         With `replace` a name that exists moves to the digest; what is None then keeps its value (for a new name it is
-        False, or empty). Raises InvalidValue, NotFound for the tenant, NameTaken, QuotaExceeded.
+        False, or empty). `recipe`, JSON, stays with a new revision. Raises InvalidValue, NotFound for the tenant,
+        NameTaken, QuotaExceeded.
         """
         check_name("adapter", name)
         settings = given_settings(public, pinned, description, samples)
@@ -99,7 +111,7 @@ class Registry:
             created = insert_name(connection, tenant, name, adapter.digest, settings, now)
             self._database.fault("register.name")
             before = adapter.digest if created else move_name(connection, tenant, name, adapter.digest, replace)
-            grown = insert_revision(connection, tenant, name, adapter.digest, now)
+            grown = insert_revision(connection, tenant, name, adapter.digest, now, recipe)
             self._database.fault("register.revision")
             if not created:
                 update_settings(connection, tenant, name, settings)
@@ -173,7 +185,14 @@ class Registry:
             rows = load(connection, tenant, wanted)
         return paginate(rows, limit, lambda row: row.name)
 
-    def resolve(self, tenant: str, wanted: Iterable[str]) -> Mapping[str, Resolved]:
+    def models(self, tenant: str, *, limit: int | None = None, cursor: str | None = None) -> Page[ModelRow]:
+        """What `list` has, all of it unless limited, with little of each: 10,000 names take some 50 ms."""
+        wanted = visible(tenant, False, cursor or "", None if limit is None else limit + 1, None, MODEL)
+        with self._database.read() as connection:
+            rows = [ModelRow(*row) for row in connection.execute(select(wanted).order_by(wanted.c.name))]
+        return paginate(rows, len(rows) if limit is None else limit, lambda row: row.name)
+
+    def resolve(self, tenant: str, wanted: Iterable[str]) -> dict[str, Resolved]:
         """What each `name` or `name@<digest prefix>` means for a tenant, in one query; what means nothing is absent.
 
         A prefix has at least `MIN_PREFIX` digits and fits exactly one revision of the tenant's own name or, without
@@ -221,14 +240,16 @@ class Registry:
             statement = select(names.c.tenant, names.c.name).where(names.c.deleting).order_by(*names.primary_key)
             return tuple((row.tenant, row.name) for row in connection.execute(statement))
 
-    def remove(self, tenant: str, name: str) -> tuple[str, ...]:
-        """Forget a tenant's own name, marked or not; returns the digests that nobody has under any name now.
+    def remove(self, tenant: str, name: str, *, only_marked: bool = False) -> tuple[str, ...]:
+        """Forget a tenant's own name; returns the digests that nobody has under any name now.
 
-        Raises NotFound.
+        Raises NotFound, with `only_marked` also for a name that is not being deleted: it is another one by now.
         """
         seek_name("adapter", name)
         with self._database.write("remove") as connection:
             lock_tenant(connection, tenant)
+            if only_marked:
+                check_marked(connection, tenant, name)
             digests = digests_of(connection, tenant, name)
             if not digests:
                 raise NotFound("adapter", name)
@@ -246,6 +267,29 @@ class Registry:
         statement = union(select(adapters.c.config_blob), select(adapters.c.weights_blob), select(routers.c.blob))
         with self._database.read() as connection:
             return frozenset(connection.execute(statement).scalars())
+
+    def known(self, digests: Iterable[str]) -> frozenset[str]:
+        """Those digests that somebody has under some name."""
+        found: set[str] = set()
+        with self._database.read() as connection:
+            for some in chunks(sorted(set(digests))):
+                statement = select(adapters.c.digest).where(adapters.c.digest.in_(some))
+                found.update(connection.execute(statement).scalars())
+        return frozenset(found)
+
+    def pinned(self) -> tuple[Resolved, ...]:
+        """The pinned names of all tenants with what they mean, by tenant and name."""
+        blobs = adapters.c.config_blob, adapters.c.weights_blob
+        statement = select(names.c.tenant, names.c.name, names.c.digest, names.c.public, *blobs)
+        statement = statement.join(adapters, adapters.c.digest == names.c.digest)
+        statement = statement.where(names.c.pinned, ~names.c.deleting).order_by(*names.primary_key)
+        with self._database.read() as connection:
+            return tuple(Resolved(*row) for row in connection.execute(statement))
+
+    def count(self) -> int:
+        """How many adapters there are, whatever their names."""
+        with self._database.read() as connection:
+            return connection.execute(select(func.count()).select_from(adapters)).scalar_one()
 
     def touch(self, batch: Iterable[Use]) -> None:
         """Count requests on adapters. Names that are gone meanwhile are left out."""

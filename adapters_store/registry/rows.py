@@ -57,11 +57,12 @@ class AdapterRow:
 
 @dataclass(frozen=True)
 class RevisionRow:
-    """One digest that a name has pointed to; numbers start at 1."""
+    """One digest that a name has pointed to; numbers start at 1. `recipe` is how it was merged, if it was."""
 
     number: int
     digest: str
     created: float
+    recipe: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,22 @@ class NamedAdapter:
     requests: int
     last_used: float | None
     revisions: tuple[RevisionRow, ...]
+
+    @property
+    def recipe(self) -> dict[str, object] | None:
+        """How the current revision was merged, if it was."""
+        return next((each.recipe for each in self.revisions if each.digest == self.adapter.digest), None)
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """The little that a list of models shows of a name; `tenant` is its owner."""
+
+    tenant: str
+    name: str
+    digest: str
+    public: bool
+    created: float
 
 
 @dataclass(frozen=True)

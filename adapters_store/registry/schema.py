@@ -32,6 +32,14 @@ metadata = MetaData(
 # Ordered by code point in every database: pages of a list and prefixes of digests depend on it.
 Key = String().with_variant(String(collation="C"), "postgresql")
 
+# Whose registry this is: its own id, and the base model that its adapters fit; how often its accounts have changed.
+identity = Table(
+    "identity",
+    metadata,
+    Column("key", Key, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
 tenants = Table(
     "tenants",
     metadata,
@@ -108,6 +116,7 @@ revisions = Table(
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("digest", Key, ForeignKey("adapters.digest"), nullable=False, index=True),
     Column("created", Double, nullable=False),
+    Column("recipe", JSON(none_as_null=True)),
     UniqueConstraint("tenant", "name", "digest"),
     _of_name("tenant", "name"),
 )

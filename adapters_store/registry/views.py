@@ -4,28 +4,34 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Subquery, and_, exists, select, union_all
+from sqlalchemy import Column, Connection, Row, Subquery, and_, exists, select, union_all
 
 from adapters_store.registry.names import is_name
 from adapters_store.registry.rows import AdapterRow, NamedAdapter, RevisionRow
 from adapters_store.registry.schema import adapters, names, revisions, tags, uses
 
+_KEY = (names.c.tenant, names.c.name)
+MODEL = (*_KEY, names.c.digest, names.c.public, names.c.created)
+"""The columns of a ModelRow."""
 
-def visible(tenant: str, own: bool, cursor: str, limit: int, tag: str | None) -> Subquery:
-    """(tenant, name) of the first `limit` names after `cursor` that a tenant may use.
+
+def visible(
+    tenant: str, own: bool, cursor: str, limit: int | None, tag: str | None, columns: Sequence[Column[Any]] = _KEY
+) -> Subquery:
+    """`columns` of the first `limit` names after `cursor` that a tenant may use; None is no limit.
 
     Own and public names are limited each before they are merged, so that a page costs the same in a list of any length.
     """
     after = [names.c.name > cursor, ~names.c.deleting]
     if tag is not None:
         after.append(exists().where(is_name(tags, names.c.tenant, names.c.name), tags.c.tag == tag))
-    mine = select(names.c.tenant, names.c.name).where(names.c.tenant == tenant, *after)
+    mine = select(*columns).where(names.c.tenant == tenant, *after)
     mine = mine.order_by(names.c.name).limit(limit)
     if own:
         return mine.subquery("page")
     other = names.alias("other")
     hidden = exists().where(is_name(other, tenant, names.c.name), ~other.c.deleting)
-    public = select(names.c.tenant, names.c.name).where(names.c.public, names.c.tenant != tenant, ~hidden, *after)
+    public = select(*columns).where(names.c.public, names.c.tenant != tenant, ~hidden, *after)
     public = public.order_by(names.c.name).limit(limit)
     both = union_all(select(mine.subquery("mine")), select(public.subquery("public"))).subquery("both")
     return select(both).order_by(both.c.name).limit(limit).subquery("page")
@@ -42,7 +48,7 @@ def load(connection: Connection, caller: str, wanted: Subquery) -> list[NamedAda
     this = wanted.c.tenant == revisions.c.tenant, wanted.c.name == revisions.c.name
     statement = select(revisions).join(wanted, and_(*this)).order_by(revisions.c.number)
     for row in connection.execute(statement):
-        history[row.tenant, row.name].append(RevisionRow(row.number, row.digest, row.created))
+        history[row.tenant, row.name].append(RevisionRow(row.number, row.digest, row.created, row.recipe))
     tagged: dict[tuple[str, str], list[str]] = defaultdict(list)
     this = wanted.c.tenant == tags.c.tenant, wanted.c.name == tags.c.name
     for row in connection.execute(select(tags).join(wanted, and_(*this)).order_by(tags.c.tag)):

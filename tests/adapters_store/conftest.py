@@ -1,9 +1,10 @@
 """A tiny model's shape and PEFT folders that fit it; registries in SQLite and in a real PostgreSQL."""
 
+import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sqlalchemy import Engine, event
+from torch import Tensor
 
 from adapters_store.registry import DEFAULT_TENANT, Database, Registry, TenantRow, open_engine
 from adapters_store.registry.schema import metadata
+from adapters_store.store import AdapterStore
+from adapters_store.store_config import StoreConfig
 from adapters_store.types import LinearShape
 from tests.adapters_store.postgres import MISSING, find_binaries, running_server
 from tests.adapters_store.registered import MakeUrl, forget_syncing
+from tests.adapters_store.s3_server import make_bucket
+from tests.adapters_store.s3_server import running_server as s3_running
+from tests.adapters_store.stores import Stores
 
 Writer = Callable[..., Path]
 
@@ -78,6 +85,42 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("registry") / "template.db"
     Registry.open(f"sqlite:///{path}", lambda: 0.0).close()
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    with s3_running() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite-local", "postgresql-s3"])
+def store_config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreConfig:
+    """An empty store's: all on one disk, or a database server and an object store."""
+    if request.param == "sqlite-local":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "registry.db")
+        return StoreConfig(f"sqlite:///{tmp_path / 'registry.db'}", str(tmp_path / "blobs"), tmp_path / "store")
+    database: str = request.getfixturevalue("postgres")
+    objects: str = request.getfixturevalue("s3_server")
+    name = f"store_{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}"
+    with psycopg.connect(f"{database}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template1".encode())
+    make_bucket(objects, name.replace("_", "-"), monkeypatch)
+    blobs = f"s3://{name.replace('_', '-')}/adapters?endpoint={objects}&region=eu-west-1"
+    return StoreConfig(f"{database}/{name}", blobs, tmp_path / "store")
+
+
+@pytest.fixture
+async def stores(
+    store_config: StoreConfig, shape: LinearShape, write: Writer, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> AsyncIterator[Stores]:
+    stores = Stores(store_config, shape, lambda alpha, name: write(config | {"lora_alpha": alpha}, tensors, name))
+    yield stores
+    await stores.close()
+
+
+@pytest.fixture
+def store(stores: Stores) -> AdapterStore:
+    return stores.open()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

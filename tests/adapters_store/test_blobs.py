@@ -10,17 +10,11 @@ from pathlib import Path
 import pytest
 
 from adapters_store.blobs import Blob, BlobMissing, BlobStore, BlobTooLarge
-from tests.adapters_store.s3_server import make_bucket, running_server
+from tests.adapters_store.s3_server import make_bucket
 
 CONTENT = bytes(range(256)) * 5000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 HOUR = 3600.0
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    with running_server() as url:
-        yield url
 
 
 @pytest.fixture(params=["local", "s3"])

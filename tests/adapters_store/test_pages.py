@@ -1,9 +1,11 @@
 """Sizes of rank pages and what is in them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from adapters_store.pages import pack, page_bytes, pages_needed, plan_pages, rank_pages
+from adapters_store.pages import pack, page_bytes, page_ranks, pages_needed, plan_pages, rank_pages
 from adapters_store.pool import PagePool
 from adapters_store.types import (
     DOWN,
@@ -45,18 +47,35 @@ def test_pages_needed() -> None:
 
 
 def test_pack_places_slices_and_ranks(shape: LinearShape) -> None:
-    """Rank 18 of v_proj in layer 1: rows 32.. of two pages, the last 14 rank rows and all other slices zero."""
+    """Rank 18 of v_proj in layer 1: 16 rank rows in one page and 2 in another, all other slices zero."""
     a, b = torch.randn(18, 16), torch.randn(8, 18)
     packed = pack(AdapterWeights("x", {(1, "v_proj"): LoraPair(a, b, 0.5)}), shape, torch.float32)
-    assert set(packed) == {"qkv"}
-    group = packed["qkv"]
-    assert (group.a.shape, group.b.shape, group.scale) == ((2, 2, 48, 16), (2, 2, 16, 32), 0.5)
-    assert torch.equal(group.a[1, 0, 32:48], a[:16])
-    assert torch.equal(group.a[1, 1, 32:34], a[16:])
-    assert torch.equal(group.b[1, 0, :, 24:], b.T[:16])
-    assert torch.equal(group.b[1, 1, :2, 24:], b.T[16:])
-    assert group.a.count_nonzero() == a.numel()
-    assert group.b.count_nonzero() == b.numel()
+    assert set(packed.groups) == {"qkv"}
+    assert packed.group_ranks == {"qkv": 18}
+    group = packed.groups["qkv"]
+    assert (group.scale, group.ranks) == (0.5, (16, 2))
+    (first_a, first_b), (second_a, second_b) = group.pages
+    assert (first_a.shape, first_b.shape) == ((2, 3, 16, 16), (2, 16, 32))
+    assert (second_a.shape, second_b.shape) == ((2, 3, 2, 16), (2, 2, 32))
+    assert torch.equal(torch.cat([first_a[1, 2], second_a[1, 2]]), a)
+    assert torch.equal(torch.cat([first_b[1, :, 24:], second_b[1, :, 24:]]), b.T)
+    assert first_a.count_nonzero() + second_a.count_nonzero() == a.numel()
+    assert first_b.count_nonzero() + second_b.count_nonzero() == b.numel()
+    assert packed.num_bytes == 4 * sum(part.numel() for page in group.pages for part in page)
+
+
+def test_rank_rows_that_some_linears_lack_are_zero(shape: LinearShape) -> None:
+    """Memory is not zero when it is new, so that each of these must be written."""
+    pairs = {
+        (layer, target): LoraPair(torch.ones(rank, 16), torch.ones(out, rank), 1.0)
+        for layer in range(2)
+        for target, out, rank in (("q_proj", 16, 20), ("k_proj", 8, 3), ("v_proj", 8, 17))
+    }
+    for _ in range(3):
+        torch.empty(200_000).fill_(torch.nan)
+        group = pack(AdapterWeights("x", pairs), shape, torch.float32).groups["qkv"]
+        assert sum(int(a.sum()) for a, _ in group.pages) == 2 * 16 * (20 + 3 + 17)
+        assert sum(int(b.sum()) for _, b in group.pages) == 2 * (16 * 20 + 8 * 3 + 8 * 17)
 
 
 @pytest.mark.parametrize(
@@ -68,24 +87,27 @@ def test_pack_folds_differing_scales_into_b(
 ) -> None:
     sizes = zip(("q_proj", "k_proj", "v_proj"), (16, 8, 8), scales, strict=True)
     pairs = {(0, name): LoraPair(torch.randn(4, 16), torch.randn(out, 4), scale) for name, out, scale in sizes}
-    group = pack(AdapterWeights("x", pairs), shape, torch.float32)["qkv"]
+    group = pack(AdapterWeights("x", pairs), shape, torch.float32).groups["qkv"]
     assert group.scale == common
     columns = {"q_proj": slice(0, 16), "k_proj": slice(16, 24), "v_proj": slice(24, 32)}
     for (_, name), pair in pairs.items():
-        torch.testing.assert_close(group.b[0, 0, :4, columns[name]] * group.scale, pair.b.T * pair.scale)
+        torch.testing.assert_close(group.pages[0][1][0, :, columns[name]] * group.scale, pair.b.T * pair.scale)
 
 
-def test_pages_of_rank_18_say_how_many_of_their_ranks_are_used(shape: LinearShape) -> None:
-    pairs = {(0, "o_proj"): LoraPair(torch.randn(18, 16), torch.randn(16, 18), 1.0)}
-    assert pack(AdapterWeights("x", pairs), shape, torch.float32)["o"].ranks == (16, 2)
-
-
-@pytest.mark.parametrize("overflow", ["dtype", "ratio"])
+@pytest.mark.parametrize("overflow", ["a", "b", "ratio"])
 def test_weights_that_do_not_fit_the_dtype_are_refused(shape: LinearShape, overflow: str) -> None:
     """Finite as stored, but not as pages: rows of other requests may be multiplied with them, by 0."""
-    b = torch.full((16, 4), 3.4e38 if overflow == "dtype" else 1e30)
-    pairs = {(0, "q_proj"): LoraPair(torch.randn(4, 16), b, 1e20), (1, "q_proj"): LoraPair(torch.ones(4, 16), b, 1.0)}
+    a, b = torch.randn(4, 16), torch.full((16, 4), 1e30)
+    if overflow != "ratio":
+        (a if overflow == "a" else b).fill_(3.4e38)
+    pairs = {(0, "q_proj"): LoraPair(a, b, 1e20), (1, "q_proj"): LoraPair(torch.ones(4, 16), b, 1.0)}
     pairs[0, "k_proj"] = LoraPair(torch.randn(4, 16), torch.randn(8, 4), 1.0)
     with pytest.raises(AdapterError, match="too large") as error:
         pack(AdapterWeights("x", pairs), shape, torch.bfloat16)
     assert error.value.code == "adapter_not_finite"
+    one_scale = {key: replace(pair, scale=1.0) for key, pair in pairs.items()}
+    assert pack(AdapterWeights("x", one_scale), shape, torch.float32).groups
+
+
+def test_page_ranks() -> None:
+    assert [page_ranks(rank) for rank in (1, 16, 17, 40)] == [(1,), (16,), (16, 1), (16, 16, 8)]

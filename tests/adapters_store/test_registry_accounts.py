@@ -74,6 +74,26 @@ class TestAccounts:
         with pytest.raises(NotFound, match="tenant 'none'"):
             accounts.add_key(KeyRow("k3", "none", "", b"", b""))
 
+    def test_every_change_has_a_version(self, registry: Registry) -> None:
+        accounts = registry.accounts
+        versions = [accounts.version()]
+        for change in (
+            lambda: accounts.add(TenantRow("big")),
+            lambda: accounts.update("big", lambda row: replace(row, weight=2.0)),
+            lambda: accounts.add_key(KeyRow("k1", "big", "", b"", b"h")),
+            lambda: accounts.revoke_key("big", "k1"),
+            lambda: accounts.remove("big"),
+        ):
+            change()
+            versions.append(accounts.version())
+            assert accounts.version() == versions[-1]
+        assert len(set(versions)) == 6
+        with pytest.raises(NameTaken):
+            accounts.add(TenantRow("acme"))
+        assert accounts.version() == versions[-1]
+        parallel(8, lambda number: accounts.add_key(KeyRow(f"p{number}", "acme", "", b"", b"h")))
+        assert int(accounts.version()) == int(versions[-1]) + 8
+
     def test_routers(self, registry: Registry) -> None:
         first = registry.routers.add(RouterRow("moa", "moa", "e" * 64, {"adapters": ["a"], "accuracy": 0.5}))
         registry.accounts.update("acme", lambda row: replace(row, default_router="moa"))

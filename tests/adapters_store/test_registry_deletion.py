@@ -78,3 +78,14 @@ class TestDeletion:
         assert parallel(16, churn) == [None] * 16
         assert len(registry.list("acme").items) == len(registry.list("umbrella").items) == 8
         assert registry.referenced_blobs() == {adapter("b").config_blob, adapter("b").weights_blob}
+
+    def test_only_what_is_marked_may_be_removed(self, registry: Registry) -> None:
+        registry.register("acme", "sql", adapter("a"))
+        with pytest.raises(NotFound):
+            registry.remove("acme", "sql", only_marked=True)
+        registry.mark_deleting("acme", "sql")
+        assert registry.known(["a" * 64, "b" * 64]) == {"a" * 64}
+        assert registry.count() == 1
+        assert registry.remove("acme", "sql", only_marked=True) == ("a" * 64,)
+        assert registry.known(["a" * 64]) == frozenset()
+        assert registry.count() == 0

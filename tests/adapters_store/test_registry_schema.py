@@ -7,7 +7,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from adapters_store.registry import DEFAULT_TENANT, Registry, SchemaTooNew, open_engine
+from adapters_store.registry import DEFAULT_TENANT, OtherBaseModel, Registry, SchemaTooNew, open_engine
 from adapters_store.registry.schema import metadata
 from tests.adapters_store.registered import MakeUrl, parallel
 
@@ -38,6 +38,17 @@ class TestSchema:
         engine.dispose()
         with pytest.raises(SchemaTooNew, match="revision '9999', unknown to this version: expected a newer loramux"):
             Registry.open(url, lambda: 0.0)
+
+    def test_a_registry_belongs_to_one_base_model(self, make_url: MakeUrl) -> None:
+        url = make_url()
+        one, other = (Registry.open(url, lambda: 0.0) for _ in range(2))
+        ids = parallel(8, lambda index: (one, other)[index % 2].claim("model", f"id-{index}"))
+        assert len(set(ids)) == 1
+        assert other.claim("model", "later") == ids[0]
+        with pytest.raises(OtherBaseModel, match="expected another --database-url or --data-dir"):
+            one.claim("another model", "id")
+        one.close()
+        other.close()
 
     def test_sqlite_syncs_every_commit_and_checks_foreign_keys(self, tmp_path: Path) -> None:
         engine = open_engine(f"sqlite:///{tmp_path / 'new' / 'registry.db'}")

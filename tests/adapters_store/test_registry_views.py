@@ -118,3 +118,29 @@ class TestLists:
         registry.register("acme", "a", adapter("a"))
         registry.register("acme", "z", adapter("b"))
         assert set(registry.resolve("acme", ["z", *(f"n{index}" for index in range(count)), "a"])) == {"a", "z"}
+
+    def test_models_are_what_the_list_has(self, registry: Registry) -> None:
+        for index, name in enumerate(("b", "a", "c", "d")):
+            registry.register("acme" if index % 2 else "umbrella", name, adapter("abcd"[index]), public=index < 2)
+        registry.register("acme", "b", adapter("e"))
+        registry.mark_deleting("acme", "d")
+        for tenant in ("acme", "umbrella", "default"):
+            listed = registry.list(tenant).items
+            models = registry.models(tenant)
+            assert models.next is None
+            assert [(row.tenant, row.name, row.digest, row.public, row.created) for row in models.items] == [
+                (each.tenant, each.name, each.adapter.digest, each.public, each.created) for each in listed
+            ]
+        first = registry.models("acme", limit=1)
+        assert ([row.name for row in first.items], first.next) == (["a"], "a")
+        assert [(row.tenant, row.name) for row in registry.models("acme", limit=5, cursor="a").items] == [("acme", "b")]
+
+    def test_a_recipe_stays_with_its_revision(self, registry: Registry) -> None:
+        recipe = {"method": "cat", "adapters": [{"name": "x", "weight": 0.5}], "rank": None}
+        registry.register("acme", "sql", adapter("a"))
+        registry.register("acme", "sql", adapter("b"), recipe=recipe, replace=True)
+        registry.register("umbrella", "copy", adapter("b"))
+        assert registry.get("acme", "sql").recipe == recipe
+        assert [each.recipe for each in registry.get("acme", "sql").revisions] == [None, recipe]
+        assert registry.get("umbrella", "copy").recipe is None
+        assert registry.roll_back("acme", "sql", "a" * 64).recipe is None

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import obstore
@@ -12,17 +11,11 @@ from obstore.store import S3Store
 
 from adapters_store.blobs import BlobCorrupt, BlobStore, BlobUnavailable, Fault, no_fault
 from adapters_store.s3_blobs import s3_store
-from tests.adapters_store.s3_server import make_bucket, running_server
+from tests.adapters_store.s3_server import make_bucket
 
 CONTENT = bytes(range(256)) * 5000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 HOUR = 3600.0
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    with running_server() as url:
-        yield url
 
 
 @pytest.fixture

@@ -1,192 +1,260 @@
-"""Names, tenants, revisions and leases."""
+"""Names, leases, merges, sweeps and starts, in SQLite with local blobs and in PostgreSQL with S3."""
 
-import itertools
+import asyncio
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from adapters_store.store import AdapterStore, RegisteredAdapter, UnknownAdapter
+from adapters_store.peft_format import read_adapter
+from adapters_store.registry import NameTaken, NotFound, Resolved
+from adapters_store.store import AdapterStore, NewAdapter, StoreOpenError, UnknownAdapter
 from adapters_store.types import AdapterError, LinearShape
+from tests.adapters_store.stores import Stores, meaning, until
+
+HOUR = 3600.0
 
 
-class Registrar:
-    """A store whose adapters differ in alpha only."""
+class TestNames:
+    async def test_a_tenants_own_name_hides_a_public_one(self, stores: Stores, store: AdapterStore) -> None:
+        public = await stores.add(store, "shared", 1, public=True)
+        private = await stores.add(store, "shared", 2, tenant="alice")
+        await stores.add(store, "secret", 3, tenant="alice")
+        assert (await meaning(store, "alice", "shared")).digest == private.adapter.adapter.digest
+        assert (await meaning(store, "bob", "shared")).digest == public.adapter.adapter.digest
+        assert set(await store.resolve("bob", ["shared", "secret", "sEcret"])) == {"shared"}
+        rows = (await store.models("alice")).items
+        assert [(row.tenant, row.name, row.public) for row in rows] == [
+            ("alice", "secret", False),
+            ("alice", "shared", False),
+        ]
+        assert rows[1].digest == private.adapter.adapter.digest
+        assert [row.tenant for row in (await store.models("bob")).items] == ["default"]
+        assert [each.name for each in (await store.list("alice", own=True)).items] == ["secret", "shared"]
 
-    def __init__(
-        self, store: AdapterStore, write: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor]
-    ) -> None:
-        self.store, self.write, self.config, self.tensors = store, write, config, tensors
+    async def test_models_in_parts(self, stores: Stores, store: AdapterStore) -> None:
+        for name in ("a", "b", "c"):
+            await stores.add(store, name, 1, public=name == "b")
+        page = await store.models("default", 2)
+        assert ([row.name for row in page.items], page.next) == (["a", "b"], "b")
+        page = await store.models("default", 2, page.next)
+        assert ([row.name for row in page.items], page.next) == (["c"], None)
+        assert [row.created for row in page.items] == [stores.clock.now]
 
-    def folder(self, alpha: float, name: str = "source") -> Path:
-        folder: Path = self.write(self.config | {"lora_alpha": alpha}, self.tensors, name)
-        return folder
+    async def test_revisions_are_pinned_by_prefix(self, stores: Stores, store: AdapterStore) -> None:
+        first = (await stores.add(store, "sql", 1)).adapter.adapter.digest
+        second = (await stores.add(store, "sql", 2, replace=True)).adapter.adapter.digest
+        names = [f"sql@{first[:8]}", f"sql@{second.upper()}", f"sql@{first[:3]}", "sql@", "sql@zzzz"]
+        found = await store.resolve("default", names)
+        assert {name: each.digest for name, each in found.items()} == {names[0]: first, names[1]: second}
+        back = await store.roll_back("default", "sql", first)
+        assert back.adapter.digest == first
+        assert (await meaning(store, "default", "sql")).digest == first
+        with pytest.raises(NotFound):
+            await store.roll_back("default", "sql", "f" * 64)
 
-    def add(self, name: str, alpha: float, **options: Any) -> RegisteredAdapter:
-        return self.store.register(name, self.folder(alpha, f"sources/{alpha}"), **options)
+    async def test_own_writes_are_seen_at_once_by_everybody(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        assert await store.resolve("bob", ["sql"]) == {}
+        await store.update("default", "sql", public=True)
+        assert (await meaning(store, "bob", "sql")).tenant == "default"
+        await store.update("default", "sql", public=False)
+        assert await store.resolve("bob", ["sql"]) == {}
 
-
-@pytest.fixture
-def registrar(shape: LinearShape, write: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Registrar:
-    clock = itertools.count(100.0)
-    return Registrar(AdapterStore(shape, lambda: next(clock), reserved=["base-model"]), write, config, tensors)
-
-
-def test_register_folder(registrar: Registrar, tmp_path: Path) -> None:
-    registrar.folder(1, "many/sql")
-    registrar.folder(2, "many/german-v1.2")
-    registrar.folder(3, "many/.hidden")
-    (tmp_path / "many" / "notes").mkdir()
-    (tmp_path / "many" / "file.txt").touch()
-    found = registrar.store.register_folder(tmp_path / "many")
-    assert [adapter.name for adapter in found] == ["german-v1.2", "sql"]
-    sql = registrar.store.resolve("anyone", "sql")
-    assert sql == found[1]
-    assert (sql.tenant, sql.public, sql.rank, sql.alpha, sql.modules) == ("default", True, 4, 1.0, 4)
-    assert (sql.targets, sql.created, sql.path) == (("down_proj", "q_proj"), 101.0, str(tmp_path / "many" / "sql"))
-    assert sql.bytes == sum(tensor.nbytes for tensor in registrar.tensors.values())
-    assert [revision.digest for revision in sql.revisions] == [sql.digest]
-    registrar.store.check_integrity()
-
-
-@pytest.mark.parametrize("name", ["auto", "base-model", "-x", "_x", "a b", "a@b", "auto:retriever", "ü", "x" * 129])
-def test_bad_names(registrar: Registrar, tmp_path: Path, name: str) -> None:
-    registrar.folder(1, f"many/{name}")
-    with pytest.raises(AdapterError, match="not allowed") as caught:
-        registrar.store.register_folder(tmp_path / "many")
-    assert (caught.value.code, caught.value.status) == ("invalid_name", 400)
-    assert repr(name) in caught.value.message
-    assert registrar.store.list("default") == ()
-
-
-@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\n"])
-def test_bad_names_that_no_folder_has(registrar: Registrar, name: str) -> None:
-    with pytest.raises(AdapterError, match="not allowed"):
-        registrar.add(name, 1)
-
-
-@pytest.mark.parametrize("name", ["a", "0", "Auto", "auto.1", "x" * 128, "A-b_c.d"])
-def test_good_names(registrar: Registrar, name: str) -> None:
-    registrar.add(name, 1)
-    assert registrar.store.resolve("default", name).name == name
-
-
-def test_a_bad_adapter_names_its_folder(registrar: Registrar, tmp_path: Path) -> None:
-    registrar.folder(1, "many/good")
-    (registrar.folder(2, "many/rotten") / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(
-        AdapterError, match=r"adapter folder 'rotten': adapter_model\.safetensors cannot be read"
-    ) as caught:
-        registrar.store.register_folder(tmp_path / "many")
-    assert (caught.value.code, caught.value.status) == ("adapter_corrupt", 422)
+    async def test_writes_of_other_processes_are_seen_after_a_second(self, stores: Stores, store: AdapterStore) -> None:
+        now = [0.0]
+        store._names._timer = lambda: now[0]
+        other = stores.open()
+        assert await store.resolve("default", ["sql"]) == {}
+        done = await stores.add(other, "sql", 1)
+        assert await store.resolve("default", ["sql"]) == {}
+        now[0] = 1.0
+        assert (await meaning(store, "default", "sql")).digest == done.adapter.adapter.digest
+        await other.delete("default", "sql")
+        assert "sql" in await store.resolve("default", ["sql"])
+        now[0] = 2.0
+        assert await store.resolve("default", ["sql"]) == {}
 
 
-def test_wrong_folder(registrar: Registrar, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="expected a folder of adapters"):
-        registrar.store.register_folder(tmp_path / "missing")
-    with pytest.raises(AdapterError, match="is itself an adapter"):
-        registrar.store.register_folder(registrar.folder(1))
-
-
-def test_visibility(registrar: Registrar) -> None:
-    public = registrar.add("shared", 1, public=True)
-    private = registrar.add("shared", 2, tenant="alice")
-    secret = registrar.add("secret", 3, tenant="alice")
-    store = registrar.store
-    assert store.resolve("alice", "shared") == private
-    assert store.resolve("bob", "shared") == public
-    assert store.resolve("alice", "secret") == secret
-    assert [adapter.digest for adapter in store.list("alice")] == [secret.digest, private.digest]
-    assert [adapter.digest for adapter in store.list("bob")] == [public.digest]
-    with pytest.raises(UnknownAdapter) as hidden:
-        store.resolve("bob", "secret")
-    with pytest.raises(UnknownAdapter) as absent:
-        store.resolve("bob", "sEcret")
-    assert str(hidden.value).lower() == str(absent.value).lower()
-    with pytest.raises(UnknownAdapter):
-        store.resolve("bob", f"secret@{secret.digest[:8]}")
-
-
-def test_public_names_are_one_for_all(registrar: Registrar) -> None:
-    registrar.add("shared", 1, tenant="alice", public=True)
-    with pytest.raises(AdapterError) as caught:
-        registrar.add("shared", 2, tenant="bob", public=True)
-    assert (caught.value.code, caught.value.status) == ("adapter_exists", 409)
-    registrar.add("shared", 3, tenant="alice", replace_existing=True)
-    with pytest.raises(UnknownAdapter):
-        registrar.store.resolve("carol", "shared")
-    registrar.add("shared", 2, tenant="bob", public=True)
-    assert registrar.store.resolve("carol", "shared").alpha == 2.0
-
-
-def test_revisions(registrar: Registrar) -> None:
-    store = registrar.store
-    first = registrar.add("sql", 1)
-    with pytest.raises(AdapterError) as caught:
-        registrar.add("sql", 2)
-    assert (caught.value.code, caught.value.status) == ("adapter_exists", 409)
-    second = registrar.add("sql", 2, replace_existing=True)
-    assert store.resolve("default", "sql") == second
-    assert [revision.digest for revision in second.revisions] == [first.digest, second.digest]
-    assert store.resolve("default", f"sql@{first.digest[:4]}") == first
-    assert store.resolve("default", f"sql@{second.digest.upper()}") == second
-    again = registrar.add("sql", 1, replace_existing=True)
-    assert [revision.digest for revision in again.revisions] == [second.digest, first.digest]
-    assert again.path == first.path
-    store.check_integrity()
-
-
-def test_prefixes_have_four_digits(registrar: Registrar) -> None:
-    digest = registrar.add("sql", 1).digest
-    assert registrar.store.resolve("default", f"sql@{digest[:4]}").digest == digest
-    with pytest.raises(UnknownAdapter):
-        registrar.store.resolve("default", f"sql@{digest[:3]}")
-
-
-def test_bad_prefixes(registrar: Registrar) -> None:
-    """Unknown, ambiguous, empty, too long."""
-    digests = {}
-    for alpha in range(1, 400):  # until two revisions share four digits, which 400 of 65,536 make likely
-        adapter = registrar.add("sql", alpha, replace_existing=True)
-        other = digests.setdefault(adapter.digest[:4], adapter.digest)
-        if other != adapter.digest:
-            with pytest.raises(UnknownAdapter):
-                registrar.store.resolve("default", f"sql@{adapter.digest[:4]}")
-            break
-    digest = registrar.store.resolve("default", "sql").digest
-    wrong = "0" * 16 if not digest.startswith("0" * 16) else "1" * 16
-    for name in (f"sql@{wrong}", "sql@", "sql@zzzz", f"@{digest[:8]}", f"sql@{digest}0", "sql@@"):
-        with pytest.raises(UnknownAdapter) as caught:
-            registrar.store.resolve("default", name)
-        assert caught.value.name == name
-
-
-def test_leases(registrar: Registrar) -> None:
-    store = registrar.store
-    one, two = registrar.add("one", 1), registrar.add("two", 2, tenant="alice")
-    same = registrar.add("same", 1, tenant="alice")
-    assert same.digest == one.digest
-    lease = store.lease([one.digest, two.digest])
-    other = store.lease([same.digest])
-    assert lease.paths == {one.digest: one.path, two.digest: two.path}
-    assert (store.leases(one.digest), store.leases(two.digest)) == (2, 1)
-    store.check_integrity()
-    store.release(lease)
-    assert (store.leases(one.digest), store.leases(two.digest)) == (1, 0)
-    with pytest.raises(RuntimeError, match="already"):
+class TestLeases:
+    async def test_they_count(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "one", 1, public=True)
+        await stores.add(store, "two", 2, tenant="alice")
+        await stores.add(store, "same", 1, tenant="alice")
+        found = await store.resolve("alice", ["one", "two", "same"])
+        one, two, same = (found[name] for name in ("one", "two", "same"))
+        assert one.digest == same.digest
+        lease = await store.lease("alice", [one, two, same])
+        other = await store.lease("bob", [one])
+        assert set(lease.paths) == {one.digest, two.digest}
+        assert lease.paths[one.digest] == other.paths[one.digest]
+        assert [store.leases("alice", *key) for key in (("default", "one"), ("alice", "two"), ("alice", "same"))] == [
+            1
+        ] * 3
+        assert (store.leases("bob", "default", "one"), store.leases("bob", "alice", "two")) == (1, 0)
+        assert (store.digest_leases(one.digest), store.digest_leases(two.digest)) == (2, 1)
+        store.check_integrity()
         store.release(lease)
-    with pytest.raises(UnknownAdapter):
-        store.lease([one.digest, "f" * 64])
-    store.check_integrity()
-    store.release(other)
-    assert store.leases(one.digest) == 0
-    store.check_integrity()
+        assert (store.leases("alice", "default", "one"), store.digest_leases(one.digest)) == (0, 1)
+        with pytest.raises(RuntimeError, match="already"):
+            store.release(lease)
+        store.release(other)
+        assert store.digest_leases(one.digest) == 0
+        assert (await store.lease("bob", [])).paths == {}
+
+    async def test_first_uses_at_once_share_one_fetch(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        await store.close()
+        store, fetched = stores.open(), list[str]()
+        fetch = store.blobs.fetch
+
+        def counting(sha256: str, folder: Path, name: str | None = None) -> Path:
+            fetched.append(sha256)
+            return fetch(sha256, folder, name)
+
+        store.blobs.fetch = counting  # type: ignore[method-assign]
+        adapter = await meaning(store, "default", "sql")
+        leases = await asyncio.gather(*(store.lease("default", [adapter]) for _ in range(20)))
+        assert sorted(fetched) == sorted([adapter.config_blob, adapter.weights_blob])
+        assert len({lease.paths[adapter.digest] for lease in leases}) == 1
+        for lease in leases:
+            store.release(lease)
+
+    async def test_lost_blobs_are_an_unknown_adapter(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        adapter = await meaning(store, "default", "sql")
+        gone = replace(adapter, digest="f" * 64, weights_blob="e" * 64)
+        with pytest.raises(UnknownAdapter, match="'sql' does not exist"):
+            await store.lease("default", [adapter, gone])
+        assert store.digest_leases(adapter.digest) == 0
+        store.check_integrity()
+
+    async def test_a_caller_that_leaves_holds_no_lease(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        await store.close()
+        store = stores.open()
+        adapter = await meaning(store, "default", "sql")
+        task = asyncio.create_task(store.lease("default", [adapter]))
+        await asyncio.sleep(0)
+        assert store.digest_leases(adapter.digest) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert store.digest_leases(adapter.digest) == 0
 
 
-def test_integrity_notices_a_wrong_count(registrar: Registrar) -> None:
-    adapter = registrar.add("one", 1)
-    registrar.store.lease([adapter.digest])
-    registrar.store._counts[adapter.digest] += 1
-    with pytest.raises(RuntimeError, match="differ"):
-        registrar.store.check_integrity()
+class TestMerge:
+    async def test_the_result_is_registered_with_its_recipe(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "a", 8, public=True)
+        await stores.add(store, "b", 16, tenant="alice")
+        done = await store.merge(NewAdapter("sum", "alice"), [("a", 0.5), ("b", 0.25)], "cat")
+        digests = [(await meaning(store, "alice", name)).digest for name in ("a", "b")]
+        adapters = [
+            {"name": "a", "digest": digests[0], "weight": 0.5},
+            {"name": "b", "digest": digests[1], "weight": 0.25},
+        ]
+        expected = {"method": "cat", "adapters": adapters, "rank": None, "density": None, "seed": None}
+        named = await store.get("alice", "sum")
+        assert named == done.adapter
+        assert named.recipe == expected
+        assert (named.description, named.adapter.rank, named.public) == ("cat merge of a (0.5), b (0.25)", 8, False)
+        lease = await store.lease("alice", [await meaning(store, "alice", "sum")])
+        merged = read_adapter(Path(lease.paths[named.adapter.digest]), stores.shape).weights.pairs[0, "q_proj"]
+        # Both adapters have the same factors, with scales 8/4 and 16/4: 0.5 * 2 + 0.25 * 4 = 2 times their product.
+        one = read_adapter(stores.write(8, "sources/8"), stores.shape).weights.pairs[0, "q_proj"]
+        assert (merged.b @ merged.a * merged.scale).allclose(one.b @ one.a * 2.0, atol=1e-5)
+        store.release(lease)
+        assert store.leases("alice", "alice", "b") == 0
+
+    async def test_errors(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "a", 8)
+        with pytest.raises(UnknownAdapter, match="'b'"):
+            await store.merge(NewAdapter("m"), [("a", 1.0), ("b", 1.0)], "cat")
+        with pytest.raises(UnknownAdapter, match="'a'"):
+            await store.merge(NewAdapter("m", "alice"), [("a", 1.0)], "cat")
+        with pytest.raises(AdapterError, match="method is 'sum'"):
+            await store.merge(NewAdapter("m"), [("a", 1.0)], "sum")
+        with pytest.raises(NameTaken):
+            await store.merge(NewAdapter("a"), [("a", 1.0)], "cat")
+        assert store.leases("default", "default", "a") == 0
+
+
+class TestSweep:
+    async def test_orphans_go_after_the_grace(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        orphan = store.blobs.put_stream([b"of a process that was killed"])
+        stores.clock.now += HOUR / 2
+        assert await store.sweep(HOUR) == ()
+        stores.clock.now += HOUR
+        assert await store.sweep(HOUR) == (orphan.sha256,)
+        adapter = await meaning(store, "default", "sql")
+        assert store.blobs.exists(adapter.config_blob)
+        assert store.blobs.exists(adapter.weights_blob)
+
+    async def test_folders_of_adapters_that_others_deleted_go(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        kept = (await stores.add(store, "kept", 2)).adapter.adapter.digest
+        await until(lambda: len(store._folders.digests) == 2)
+        digest, gone = (await meaning(store, "default", "sql")).digest, list[str]()
+        store.on_gone.append(gone.append)
+        await stores.open().delete("default", "sql")
+        await store.sweep(HOUR)
+        assert gone == [digest]
+        assert store._folders.digests == (kept,)
+
+
+class TestOpen:
+    async def test_everything_survives(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1, tenant="alice", tags=("t",))
+        before = await store.get("alice", "sql")
+        await store.close()
+        store = stores.open()
+        assert await store.get("alice", "sql") == before
+        lease = await store.lease("alice", [await meaning(store, "alice", "sql")])
+        assert read_adapter(Path(lease.paths[before.adapter.digest]), stores.shape).digest == before.adapter.digest
+        store.release(lease)
+
+    async def test_another_base_model_is_refused(self, stores: Stores, store: AdapterStore) -> None:
+        stores.shape = LinearShape(3, stores.shape.inputs, stores.shape.outputs)
+        with pytest.raises(StoreOpenError, match="belongs to another base model: expected another --database-url"):
+            stores.open()
+        assert await store.count() == 0
+
+    async def test_blobs_of_another_registry_are_refused(
+        self, stores: Stores, store: AdapterStore, tmp_path: Path
+    ) -> None:
+        stores.config = replace(stores.config, database_url=f"sqlite:///{tmp_path / 'another.db'}")
+        with pytest.raises(StoreOpenError, match="blob store belongs to another registry: expected another --blob-url"):
+            stores.open()
+        assert store.registry.referenced_blobs() == frozenset()
+
+    @pytest.mark.parametrize("field", ["database_url", "blob_url"])
+    async def test_urls_that_make_no_sense(self, stores: Stores, field: str) -> None:
+        stores.config = replace(stores.config, **{field: "ftp://host/secret"})
+        with pytest.raises(StoreOpenError, match="expected") as refused:
+            stores.open()
+        assert "secret" not in str(refused.value)
+
+    async def test_staging_is_removed(self, store: AdapterStore) -> None:
+        async with store.staging() as one:
+            with store.staging() as other:
+                assert one != other
+                (one / "file").touch()
+            assert not other.exists()
+        assert not one.exists()
+
+
+async def test_a_hit_takes_no_thread(stores: Stores, store: AdapterStore) -> None:
+    await stores.add(store, "sql", 1)
+    adapter: Resolved = await meaning(store, "default", "sql")
+    store.release(await store.lease("default", [adapter]))
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a thread was asked")
+
+    store._workers.run = forbidden  # type: ignore[assignment, method-assign]
+    for work in (store.resolve("default", ["sql"]), store.lease("default", [adapter])):
+        with pytest.raises(StopIteration):  # the coroutine ends without waiting for anything
+            work.send(None)
+    del store._workers.run
+    store.release(next(iter(store._leases._leases)))

@@ -1,4 +1,4 @@
-"""Tenants, keys, adapters with their names and revisions, the ledger of use, routers."""
+"""Identity, tenants, keys, adapters with their names and revisions, the ledger of use, routers."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,6 +12,12 @@ KEY = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
+    op.create_table(
+        "identity",
+        sa.Column("key", KEY, nullable=False),
+        sa.Column("value", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("key", name="identity_primary"),
+    )
     op.create_table(
         "adapters",
         sa.Column("digest", KEY, nullable=False),
@@ -103,6 +109,7 @@ def upgrade() -> None:
         sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("digest", KEY, nullable=False),
         sa.Column("created", sa.Double(), nullable=False),
+        sa.Column("recipe", sa.JSON(none_as_null=True), nullable=True),
         sa.ForeignKeyConstraint(["digest"], ["adapters.digest"], name="revisions_digest_foreign"),
         sa.ForeignKeyConstraint(
             ["tenant", "name"], ["names.tenant", "names.name"], name="revisions_tenant_name_foreign", ondelete="CASCADE"
