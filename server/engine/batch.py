@@ -5,7 +5,7 @@ import torch
 from adapters_store.types import GROUPS
 from kernels.gather import build_attention
 from kernels.mapping import Mapping, RowSpan, build_mapping
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 from server.model.decoder import ForwardBatch
 
 Spans = tuple[RowSpan, ...]

@@ -61,7 +61,7 @@ def many_adapters(session: Session) -> Json:
     engine = session.engine(setup)
     rate = OVERLOAD * session.saturating_rate(engine, Traffic.parse("0"))
     for index in range(options.many):
-        engine.adapters.prefetch(session.adapters.digest(index), session.adapters.path(index))
+        engine.adapters.read_now(session.adapters.digest(index), session.adapters.path(index))
     rows = [_many(session, setup, rate, exponent) for exponent in (None, 1.0, 0.0)]
     add_loss(rows, "tokens_per_second", higher=True)
     pages = dict(engine.info().num_pages)

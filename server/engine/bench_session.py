@@ -19,7 +19,7 @@ from server.engine import peers
 from server.engine.adapters import EngineAdapters
 from server.engine.bench_measure import serve
 from server.engine.config import EngineConfig
-from server.engine.engine import Engine
+from server.engine.engine import Engine, start_loader
 from server.engine.runner import Runner, choose_device, choose_dtype
 from server.engine.workload import Lengths, SyntheticAdapters, Traffic, Workload, make_workload, write_config
 from server.model.config import ModelConfig
@@ -189,9 +189,12 @@ class Session:
             dtype=self.dtype,
             seed=options.seed,
             num_sets=setup.num_sets,
+            pinned=self.cuda,
         )
-        host = HostTier(self.adapters.num_bytes * (max(setup.adapters, options.many) + 1), self.adapters.read)
-        return Engine(config, runner, EngineAdapters(host, runner.pool, self.clock), self.clock)
+        host = HostTier(self.adapters.num_bytes * (max(setup.adapters, options.many) + 1))
+        loader = start_loader(config.load_threads, runner.device)
+        adapters = EngineAdapters(host, runner.pool, loader, self.adapters.read, self.clock)
+        return Engine(config, runner, adapters, self.clock)
 
     def saturating_rate(self, engine: Engine, traffic: Traffic) -> float:
         """Requests a second that `throughput` served; measured now, with half the requests, where that has not run."""

@@ -7,9 +7,11 @@ under another. Blocks that nobody holds keep their content until they are needed
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from itertools import chain
 
 
 @dataclass(slots=True)
@@ -127,6 +129,11 @@ class BlockPool:
                     self._empty.append(block)
                 else:
                     self._cached[block] = None
+
+    def freed_by(self, holders: Iterable[list[int]]) -> int:
+        """Blocks that would be free if these holders gave theirs back: those that nobody else holds."""
+        given = Counter(chain.from_iterable(holders))
+        return sum(self._blocks[block].references == count for block, count in given.items())
 
     def references(self) -> dict[int, int]:
         """How often each held block is held."""

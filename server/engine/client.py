@@ -12,11 +12,12 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from server.engine.adapter_calls import AdapterCalls
+from server.engine.adapter_calls import EngineUnavailable as EngineUnavailable
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
 from server.engine.messages import (
     Abort,
     FromEngine,
-    Prefetch,
     Ready,
     Shutdown,
     Start,
@@ -47,17 +48,13 @@ class EngineStartError(RuntimeError):
     """The engine could not be started. The message is one sentence."""
 
 
-class EngineUnavailable(RuntimeError):
-    """No engine lives at the moment."""
-
-
-class EngineClient:
+class EngineClient(AdapterCalls):
     """One engine process. When it dies, requests in flight end with an error each, and it is started again."""
 
     def __init__(self, config: EngineConfig) -> None:
+        super().__init__()
         self.config = config
         self.info: EngineInfo | None = None
-        self.alive = False
         self.restarts = 0
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None
@@ -67,7 +64,6 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
-        self._prefetches: dict[str, str] = {}
 
     @property
     def pid(self) -> int | None:
@@ -121,12 +117,6 @@ class EngineClient:
         if self.alive:
             self._send(Abort(request_id))
 
-    def prefetch(self, paths: dict[str, str]) -> None:
-        """Have these adapters (digest to folder) read into host memory in idle time, now and after restarts."""
-        self._prefetches |= paths
-        if self.alive:
-            self._send(Prefetch(paths))
-
     async def _spawn(self) -> None:
         with tempfile.TemporaryDirectory(prefix="loramux-") as folder:  # mode 0700: nobody else can connect
             address = f"ipc://{Path(folder) / 'engine'}"
@@ -149,8 +139,7 @@ class EngineClient:
                 raise
             self._process = process
         self.alive = True
-        if self._prefetches:
-            self._send(Prefetch(self._prefetches))
+        self._engine_started()
 
     async def _handshake(self, process: asyncio.subprocess.Process) -> EngineInfo:
         first = asyncio.ensure_future(self._receive())
@@ -207,10 +196,13 @@ class EngineClient:
             message = await self._receive()
             assert isinstance(message, Update)
             for output in message.outputs:
-                self._deliver(output.request_id, output)
+                self._deliver(output.request_id, _as_refusal(output) or output)
             for refusal in message.refusals:
                 error = RequestError(refusal.message, param=refusal.param, code=refusal.code)
                 self._deliver(refusal.request_id, error)
+            self._moved(message.residency)
+            for reply in message.replies:
+                self._answered(reply)
             if message.stats is not None:
                 self.stats = message.stats
                 if self.on_stats is not None:
@@ -228,6 +220,7 @@ class EngineClient:
             self._socket.close()
         for request_id, stream in self._streams.items():
             stream.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
+        self._engine_lost(reason)
         self.stats = EngineStats()
         if self.on_stats is not None:
             self.on_stats(self.stats)
@@ -247,3 +240,10 @@ class EngineClient:
         assert self._socket is not None
         message: FromEngine = decode_from_engine(await self._socket.recv())
         return message
+
+
+def _as_refusal(output: Output) -> RequestError | None:
+    """What `submit` raises for a request that the engine had taken before it could know better."""
+    if output.error_code is None:
+        return None
+    return RequestError(output.error or "", param=output.error_param, code=output.error_code)

@@ -24,7 +24,8 @@ class EngineConfig:
     `max_batch_tokens` bounds the token rows of one step, and so how long decoding rows wait for a chunk of a prompt.
     `backend` is "auto", or the name of the kernels' backend. `load_format` "random" takes config.json alone and makes
     weights of `seed`, for measuring. `cuda_graphs` "eager" captures none, "lazy" only what is needed, when it is.
-    `kernel_cache`: folder of compiled kernels, which makes later starts fast; None: Triton's own.
+    `kernel_cache`: folder of compiled kernels, which makes later starts fast; None: Triton's own. `load_threads` read
+    and pack adapters beside the steps.
     """
 
     model: str
@@ -44,6 +45,7 @@ class EngineConfig:
     seed: int = 0
     cuda_graphs: str = "capture"
     kernel_cache: str | None = None
+    load_threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class EngineStats:
     """A snapshot. Counters (tokens queried and hit in the prefix cache, preemptions, loads, evictions) never fall.
 
     `steps` are (seconds, token rows) of each step since the snapshot before, `adapter_reads` the seconds that each read
-    of an adapter from disk took; adapters are given by digest.
+    of an adapter from disk took; adapters are given by digest. Requests whose adapters are being read count as waiting.
     """
 
     running: int = 0

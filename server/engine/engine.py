@@ -9,17 +9,25 @@ while engine.has_work:
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 
+import torch
+
+from adapters_store.loader import Loader, ThreadLoader
 from adapters_store.tiers import HostTier, folder_reader
 from server.engine.adapters import EngineAdapters
 from server.engine.blocks import BlockPool
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
+from server.engine.plan import Chunk
 from server.engine.runner import Launched, Runner
 from server.engine.sampler import stop_ids
-from server.engine.scheduler import Chunk, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
 
 Clock = Callable[[], float]
+
+LOADING_SECONDS = 1e-3
+"""How long a step waits for adapters under way when it can do nothing else."""
 
 
 class Engine:
@@ -41,6 +49,7 @@ class Engine:
         )
         self.waited = 0.0
         self._sequences: dict[str, Sequence] = {}
+        self._arriving: dict[str, Sequence] = {}  # of the sequences, those whose adapters are being read
         self._endings: list[Output] = []
         self._steps: list[tuple[float, int]] = []
         self._launched: Launched | None = None
@@ -49,26 +58,31 @@ class Engine:
     def from_config(cls, config: EngineConfig, clock: Clock = time.monotonic) -> "Engine":
         """Load the model and allocate its memory. Raises ModelError with one clear sentence if that cannot be done."""
         runner = Runner(config)
-        host = HostTier(config.host_memory, folder_reader(runner.model.linear_shape))
-        return cls(config, runner, EngineAdapters(host, runner.pool, clock), clock)
+        pinned = runner.device.type == "cuda"
+        read = folder_reader(runner.model.linear_shape, runner.dtype, pinned=pinned)
+        host, loader = HostTier(config.host_memory), start_loader(config.load_threads, runner.device)
+        return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock)
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._endings or self._launched)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request, once its adapters have been read; reading begins now and waits for nothing.
 
-        Raises RequestError for what can never be served, AdapterError for an adapter that cannot be read.
+        Raises RequestError for what can never be served. What is known only when the adapters have been read ends the
+        request with an error in a later step: one of them cannot be, or together they are too large.
         """
         if request.id in self._sequences:
             raise RequestError(f"request {request.id} is already running", param="id")
         self._check_tokens(request)
-        if request.mix.entries:
-            self.adapters.check(request)
+        has_arrived = not request.mix.entries or self.adapters.arrive(request)
         sequence = Sequence.of(request, arrival=self.clock())
         self._sequences[request.id] = sequence
-        self.scheduler.add(sequence)
+        if has_arrived:
+            self.scheduler.add(sequence)
+        else:
+            self._arriving[request.id] = sequence
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown or ended ones are left alone. Its ending comes with the next step."""
@@ -81,14 +95,18 @@ class Engine:
         """Schedule, build, run, commit. Returns what became of every sequence that moved or ended.
 
         Where the device allows, the step that is committed is the one launched by the call before: the host prepares a
-        step while the device runs another.
+        step while the device runs another. A step waits for adapters, for a millisecond, only if it can do nothing
+        else.
         """
         started = self.clock()
+        self._move_adapters()
         plan = self.scheduler.schedule()
+        for sequence, error in plan.failed:
+            self._fail(sequence, error)
         outputs, self._endings = self._endings, []
-        for sequence, reason in plan.failed:
-            self._end(sequence)
-            outputs.append(Output(sequence.request.id, finish_reason=FinishReason.ERROR, error=reason))
+        if not plan.chunks and not outputs and self._launched is None:
+            self.adapters.wait(LOADING_SECONDS)
+            return []
         launched = self._launch(plan.chunks) if plan.chunks else None
         if self.runner.lookahead:
             launched, self._launched = self._launched, launched
@@ -123,7 +141,7 @@ class Engine:
         steps, self._steps = tuple(self._steps), []
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._arriving),
             kv_used_blocks=scheduler.blocks.num_used,
             kv_blocks=scheduler.blocks.num_blocks,
             pages=pool.pages_by_state(),
@@ -137,15 +155,20 @@ class Engine:
             adapters_host=len(self.adapters.host),
             adapters_device=len(pool.residents),
             running_adapters=_digests(scheduler.running),
-            waiting_adapters=_digests(scheduler.waiting),
+            waiting_adapters=_digests(chain(scheduler.waiting, self._arriving.values())),
             steps=steps,
         )
+
+    def close(self) -> None:
+        """Stop reading adapters. An engine that is dropped without it leaves no thread behind for long either."""
+        self.adapters.close()
 
     def check_integrity(self) -> None:
         """Raise unless every pool accounts for all it owns."""
         self.scheduler.check_integrity()
-        self.runner.pool.check_integrity()
-        self.adapters.host.check_integrity()
+        self.adapters.check_integrity()
+        if len(self._arriving) != self.adapters.num_arriving or not self._arriving.keys() <= self._sequences.keys():
+            raise RuntimeError("the arriving sequences are not the requests whose adapters are being read")
 
     def _check_tokens(self, request: Request) -> None:
         vocabulary, longest = self.runner.model.vocab_size, self.runner.max_model_len
@@ -168,6 +191,15 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+
+    def _move_adapters(self) -> None:
+        """Let what is being loaded go on, and queue the requests whose adapters have all been read."""
+        for request, error in self.adapters.poll(idle=not self._sequences):
+            sequence = self._arriving[request.id]
+            if error is not None:
+                self._fail(sequence, error)
+            else:
+                self.scheduler.add(self._arriving.pop(request.id))
 
     def _launch(self, chunks: list[Chunk]) -> Launched:
         launched = self.runner.launch(chunks, self.eos_token_ids)
@@ -219,9 +251,35 @@ class Engine:
         scheduled = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
         return Timings(queue=scheduled - sequence.arrival, prefill=self.clock() - scheduled)
 
+    def _fail(self, sequence: Sequence, error: RequestError) -> None:
+        self._end(sequence)
+        self._endings.append(
+            Output(
+                sequence.request.id,
+                finish_reason=FinishReason.ERROR,
+                error=str(error),
+                error_param=error.param,
+                error_code=error.code,
+            )
+        )
+
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
-        del self._sequences[sequence.request.id]
-        self.scheduler.remove(sequence, forget=forget)
+        request = sequence.request
+        del self._sequences[request.id]
+        if self._arriving.pop(request.id, None) is None:
+            self.scheduler.remove(sequence, forget=forget)
+        self.adapters.leave(request)
+
+
+def start_loader(num_threads: int, device: torch.device) -> Loader:
+    """Threads beside the steps: they take no cores from them for a single copy, and allocate for the same device."""
+
+    def prepare() -> None:
+        torch.set_num_threads(1)  # counts for this thread alone
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    return ThreadLoader(num_threads, prepare)
 
 
 def _not_finite(sequence: Sequence) -> Output:

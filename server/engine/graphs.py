@@ -14,8 +14,8 @@ from torch import Tensor
 from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
+from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, no_tiles
-from server.engine.scheduler import Chunk
 from server.engine.staging import Staging, StepShape, StepViews, fill
 from server.engine.steps import KvCache, Pages
 from server.model.decoder import Decoder, ForwardBatch
@@ -23,7 +23,7 @@ from server.model.decoder import Decoder, ForwardBatch
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 256
-"""Each keeps some megabytes on the device: 4 sizes of tiles, 2 kinds and 15 sets of groups make 120 a row count."""
+"""Each keeps some megabytes on the device: 6 sizes of tiles, 2 kinds and 15 sets of groups make 180 a row count."""
 
 
 class GraphSteps:

@@ -1,32 +1,38 @@
 """An engine in its own process: messages in, steps, messages out; `python -m server.engine.loop ADDRESS PARENT_PID`."""
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import time
+from functools import partial
 
 import torch
 import zmq
 
-from adapters_store.types import AdapterError
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.messages import (
     Abort,
+    Evict,
     FromEngine,
+    Pin,
     Prefetch,
+    ReadAhead,
     Ready,
     Refusal,
+    Reply,
     Shutdown,
     Start,
     StartFailed,
     Submit,
+    ToEngine,
+    Unpin,
     Update,
     decode_to_engine,
     encode,
 )
+from server.engine.sequence import Output
 
 IDLE_POLL_MS = 500
 STATS_SECONDS = 0.25
@@ -40,57 +46,73 @@ class EngineLoop:
         self.socket = socket
         self.parent = parent
         self._refusals: list[Refusal] = []
-        self._prefetches: dict[str, str] = {}
+        self._replies: list[Reply] = []
+        self._news = False
         self._next_stats = 0.0
 
     def run(self) -> None:
         while os.getppid() == self.parent:
             if not self._receive():
                 return
-            if not self.engine.has_work and not self._refusals:
-                self._prefetch_one()
-                continue
-            outputs = self.engine.step()
-            refusals, self._refusals = self._refusals, []
-            idle = not self.engine.has_work
-            stats = self.engine.stats() if idle or time.monotonic() >= self._next_stats else None
-            if stats is not None:
-                self._next_stats = time.monotonic() + STATS_SECONDS
-            if outputs or refusals or stats is not None:
-                send(self.socket, Update(outputs, refusals, stats))
-            if idle:
-                self.engine.check_integrity()
+            if self._active or self._news:
+                self._news = False
+                self._report(self.engine.step())
+                if not self._active:
+                    self.engine.check_integrity()
+
+    @property
+    def _active(self) -> bool:
+        """Whether steps are needed, for requests or for adapters that come without one."""
+        return self.engine.has_work or self.engine.adapters.busy
+
+    def _report(self, outputs: list[Output]) -> None:
+        residency = self.engine.adapters.take_residency()
+        refusals, self._refusals = self._refusals, []
+        replies, self._replies = self._replies, []
+        now = time.monotonic()
+        stats = self.engine.stats() if now >= self._next_stats or not self._active else None
+        if stats is not None:
+            self._next_stats = now + STATS_SECONDS
+        if outputs or refusals or replies or residency or stats is not None:
+            send(self.socket, Update(outputs, refusals, replies, residency, stats))
 
     def _receive(self) -> bool:
         """Take all messages that wait; with nothing to do, wait a while for one. False on shutdown."""
-        timeout = 0 if self.engine.has_work or self._prefetches else IDLE_POLL_MS
+        timeout = 0 if self._active else IDLE_POLL_MS
         while self.socket.poll(timeout):
             timeout = 0
             message = decode_to_engine(self.socket.recv())
             if isinstance(message, Shutdown):
                 return False
-            if isinstance(message, Submit):
-                self._submit(message)
-            elif isinstance(message, Abort):
-                self.engine.abort(message.request_id)
-            elif isinstance(message, Prefetch):
-                self._prefetches |= message.paths
+            self._take(message)
+            self._news = True
         return True
 
-    def _prefetch_one(self) -> None:
-        """One adapter at a time, so that a request that comes meanwhile waits for one read at most."""
-        if self._prefetches:
-            with contextlib.suppress(AdapterError):  # whoever asks for it will be told
-                self.engine.adapters.prefetch(*self._prefetches.popitem())
-            send(self.socket, Update(stats=self.engine.stats()))
+    def _take(self, message: ToEngine) -> None:
+        adapters = self.engine.adapters
+        if isinstance(message, Submit):
+            try:
+                self.engine.add_request(message.request)
+            except RequestError as error:
+                self._refusals.append(Refusal(message.request.id, str(error), error.param, error.code))
+        elif isinstance(message, Abort):
+            self.engine.abort(message.request_id)
+        elif isinstance(message, ReadAhead):
+            adapters.read_ahead(message.paths)
+        elif isinstance(message, Pin):
+            adapters.pin(message.digest, message.path, partial(self._reply, message.call))
+        elif isinstance(message, Prefetch):
+            adapters.prefetch(message.digest, message.path, partial(self._reply, message.call))
+        elif isinstance(message, Unpin):
+            adapters.unpin(message.digest)
+        elif isinstance(message, Evict):
+            adapters.evict(message.digest)
 
-    def _submit(self, message: Submit) -> None:
-        try:
-            self.engine.add_request(message.request)
-        except RequestError as error:
-            self._refusals.append(Refusal(message.request.id, str(error), error.param, error.code))
-        except AdapterError as error:  # it was fine when it was registered
-            self._refusals.append(Refusal(message.request.id, str(error), "model", "adapter_unavailable"))
+    def _reply(self, call: int, value: bool | str | RequestError) -> None:
+        if isinstance(value, RequestError):
+            self._replies.append(Reply(call, error=str(value), code=value.code))
+        else:
+            self._replies.append(Reply(call, value))
 
 
 def send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:
@@ -127,7 +149,10 @@ def main() -> int:
             send(socket, StartFailed(str(error) or type(error).__name__))
             return 1
         send(socket, Ready(engine.info()))
-        EngineLoop(engine, socket, parent).run()
+        try:
+            EngineLoop(engine, socket, parent).run()
+        finally:
+            engine.close()
     return 0
 
 

@@ -24,10 +24,38 @@ class Abort(msgspec.Struct, tag=True):
     request_id: str
 
 
-class Prefetch(msgspec.Struct, tag=True):
+class ReadAhead(msgspec.Struct, tag=True):
     """To the engine: read these adapters (digest to folder) into host memory while there is nothing better to do."""
 
     paths: dict[str, str]
+
+
+class Pin(msgspec.Struct, tag=True):
+    """To the engine: keep an adapter on the device. Answered by a `Reply` whose value says whether there is room."""
+
+    call: int
+    digest: str
+    path: str
+
+
+class Unpin(msgspec.Struct, tag=True):
+    """To the engine: undo `Pin`, if there was one."""
+
+    digest: str
+
+
+class Prefetch(msgspec.Struct, tag=True):
+    """To the engine: bring an adapter as near as possible now. Answered by a `Reply` with its residency."""
+
+    call: int
+    digest: str
+    path: str
+
+
+class Evict(msgspec.Struct, tag=True):
+    """To the engine: free an adapter's host memory, and its pages as soon as nothing uses them."""
+
+    digest: str
 
 
 class Shutdown(msgspec.Struct, tag=True):
@@ -55,15 +83,26 @@ class Refusal(msgspec.Struct):
     code: str
 
 
+class Reply(msgspec.Struct):
+    """The answer to the message with the same `call`: a value, or why there is none."""
+
+    call: int
+    value: bool | str = False
+    error: str | None = None
+    code: str = ""
+
+
 class Update(msgspec.Struct, tag=True):
-    """From the engine: all that one step brought, in one message."""
+    """From the engine: all that one step brought, in one message. `residency`: tier by digest, where it changed."""
 
     outputs: list[Output] = []
     refusals: list[Refusal] = []
+    replies: list[Reply] = []
+    residency: dict[str, str] = {}
     stats: EngineStats | None = None
 
 
-ToEngine = Start | Submit | Abort | Prefetch | Shutdown
+ToEngine = Start | Submit | Abort | ReadAhead | Pin | Unpin | Prefetch | Evict | Shutdown
 FromEngine = Ready | StartFailed | Update
 
 encode = msgspec.msgpack.Encoder().encode

@@ -10,7 +10,7 @@ from adapters_store.types import GROUPS
 from kernels.tile_planner import plan_tiles
 from kernels.tiles import Kind, TilePlan, TileShape, write_tiles
 from server.engine.batch import spans_of
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 from server.engine.staging import Words
 
 

@@ -11,8 +11,8 @@ from adapters_store.pool import PagePool
 from kernels.ops import select_ops
 from server.engine.config import MOST_BATCH_TOKENS, EngineConfig
 from server.engine.memory import plan_memory
+from server.engine.plan import Chunk
 from server.engine.sampler import Sampled, sample
-from server.engine.scheduler import Chunk
 from server.engine.sequence import TokenLogprobs
 from server.engine.steps import EagerSteps, KvCache, Steps
 from server.model.config import ModelConfig, ModelError

@@ -2,7 +2,8 @@
 
 Every step takes the running sequences in order of admission, then admits waiting ones, under one budget of tokens:
 decode rows and chunks of prompts share each forward pass. When KV blocks run out, the sequence admitted last is
-preempted and will be recomputed. This file knows no tensors.
+preempted and will be recomputed; so is one of a tenant that holds more than its share, for one that is owed service
+(shares.py). This file knows no tensors.
 
 Steps are launched (`advance`) and later committed; the next one may be scheduled in between, with the tokens that are
 not known yet counted as pending.
@@ -14,65 +15,40 @@ the running ones have given back what it needs.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from adapters_store.pool import PageLease
+from adapters_store.types import Mix
 from server.engine.blocks import BlockPool
+from server.engine.config import RequestError
 from server.engine.fairness import OUTPUT_PRICE, FairQueue
+from server.engine.plan import Chunk, Plan
 from server.engine.sequence import Request, Sequence
+from server.engine.shares import PATIENCE, QUANTUM, Shares
 
 STARVATION_STEPS = 64
 # Free blocks that admission leaves to each running sequence for its growth. 256 requests of 8..512 prompt and output
 # tokens, 64 rows, KV for 20,000 tokens: 43 preemptions and 140,000 token rows, against 161 and 158,000 with none left.
 GROWTH_BLOCKS = 0.5
 MISSING_MIXES = 64  # mixes tried in vain in one step; each costs a look at all residents that could make room
+CLAIMANTS = 8  # tenants that look for a row to take in one step; each costs a look at all that run
 
 
 class AdapterPages(Protocol):
     """Device pages of adapters, as the scheduler sees them."""
 
     def acquire(self, request: Request) -> PageLease | None:
-        """All pages of the request's mix, or None when they cannot be had now.
+        """All pages of the request's mix, or None when they cannot be had now or are being loaded.
 
-        Raises ValueError (as AdapterError is one) when they never can, as for an adapter that cannot be read.
+        Raises RequestError when they never can, as for an adapter that cannot be read.
         """
         ...
 
+    def is_loading(self, mix: Mix) -> bool:
+        """Whether the pages of `mix` are reserved, and its adapters on their way into them."""
+        ...
+
     def release(self, lease: PageLease) -> None: ...
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens start .. start + num_tokens of a sequence, its next uncomputed ones.
-
-    `samples`: the chunk reaches the end of the sequence, so that its last row yields a token.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> "Chunk":
-        start = sequence.num_computed
-        return cls(sequence, start, num_tokens, start + num_tokens == len(sequence))
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.num_tokens
-
-
-@dataclass
-class Plan:
-    """One step: chunks of one token first, then longer ones; and sequences that can never be admitted, with the reason.
-
-    The failed ones are still queued: whoever runs the plan ends them by `Scheduler.remove`.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    failed: list[tuple[Sequence, str]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -86,6 +62,8 @@ class Scheduler:
         max_num_seqs: int,
         max_batch_tokens: int,
         clock: Callable[[], float],
+        patience: float = PATIENCE,
+        quantum: int = QUANTUM,
     ) -> None:
         if max_batch_tokens < max_num_seqs:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must be at least max_num_seqs ({max_num_seqs})")
@@ -95,18 +73,20 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.clock = clock
         self.waiting = FairQueue()
+        self.shares = Shares(self.waiting, blocks, patience, quantum)
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.yielded = 0  # of the preemptions, those in favour of another tenant that waited
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.push(sequence)
 
     def schedule(self) -> Plan:
-        plan = Plan()
+        plan = Plan(self.max_batch_tokens)
         preempted = self.preemptions
-        budget = self._continue_running(plan, self.max_batch_tokens)
+        self._continue_running(plan)
         if self.preemptions == preempted:
-            self._admit(plan, budget)
+            self._admit(plan)
         plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
         return plan
 
@@ -146,39 +126,35 @@ class Scheduler:
         assert held == self.blocks.references(), "blocks are held by no running sequence, or not as often as counted"
         assert not any(sequence.blocks or sequence.lease for sequence in self.waiting), "a waiting one holds memory"
 
-    def _continue_running(self, plan: Plan, budget: int) -> int:
+    def _continue_running(self, plan: Plan) -> None:
         """A chunk for every running sequence.
 
         Nothing is admitted behind a prompt that takes more than the rest of the budget, so only the last sequence can
         be within its prompt: a long one never takes the rows of those that decode.
         """
-        index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
-            index += 1
-            if not sequence.ready:
-                continue
-            count = min(sequence.num_uncomputed, budget)
-            if self._grow(sequence, sequence.num_computed + count):
-                plan.chunks.append(Chunk.of(sequence, count))
-                budget -= count
-        return budget
+        preempted = self.preemptions
+        for sequence in tuple(self.running):
+            gone = self.preemptions > preempted and sequence not in self.running
+            if not gone and sequence.ready and self._grow(sequence, plan):
+                plan.run(sequence)
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence blocks for `num_tokens`, preempting the last admitted; False if that was itself."""
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+        """Give the sequence blocks for its next chunk, preempting others or itself; False if it was itself."""
+        num_tokens = sequence.num_computed + min(sequence.num_uncomputed, plan.budget)
         missing = self.blocks.blocks_for(num_tokens) - len(sequence.blocks)
         while missing > 0:
             taken = self.blocks.allocate(missing)
             if taken is not None:
                 sequence.blocks += taken
                 break
-            victim = self.running[-1]
-            self._preempt(victim)
+            victim = self.shares.outgrown(self.running)
+            self._preempt(victim, plan)
             if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
+        plan.drop(sequence)
         self.waiting.push_front(sequence)
         self._leave(sequence)
         sequence.forget_computed()
@@ -196,49 +172,79 @@ class Scheduler:
             self.pages.release(sequence.lease)
             sequence.lease = None
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        if budget <= 0 or len(self.running) >= self.max_num_seqs:
+    def _admit(self, plan: Plan) -> None:
+        """Start waiting sequences in free rows, or in rows that other tenants owe them.
+
+        A row that is taken gives its token back to the budget, unless the last sequence is within its prompt.
+        """
+        if plan.budget <= 0 and not (self._full and all(chunk.samples for chunk in plan.chunks)):
             return
         starving = [sequence for sequence in self.waiting if sequence.skipped_steps >= STARVATION_STEPS]
-        turn = [min(starving, key=lambda sequence: sequence.arrival)] if starving else self.waiting.in_turn()
+        turn = [min(starving, key=lambda sequence: sequence.arrival)] if starving else self.waiting.in_turn(plan.passed)
         missing: set[str] = set()
         for sequence in turn:
+            if self._full and (not self.waiting.contended or len(plan.passed) >= CLAIMANTS):
+                return
             if sequence.num_pending:  # preempted while a step was under way
+                continue
+            if self._full and self._victims(sequence, plan, missing=0) is None:
+                plan.passed.add(sequence.request.tenant)
                 continue
             if not self._acquire_pages(sequence, plan, missing):
                 continue
-            if not self._take_blocks(sequence):
+            if not self._take_blocks(sequence, plan):
                 self._release_pages(sequence)
-                return  # KV is common to all: letting smaller requests overtake would starve this one
-            budget -= self._start(sequence, plan, budget)
-            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                if not self._full:
+                    return  # KV is common to all: letting smaller requests overtake would starve this one
+                plan.passed.add(sequence.request.tenant)
+                continue
+            self._start(sequence, plan)
+            if plan.budget <= 0:
                 return
 
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Hold the cached prefix and fresh blocks for all the other tokens."""
+    @property
+    def _full(self) -> bool:
+        return len(self.running) >= self.max_num_seqs
+
+    def _victims(self, sequence: Sequence, plan: Plan, missing: int) -> list[Sequence] | None:
+        return self.shares.victims(sequence, self.running, plan.started, row=self._full, missing=missing)
+
+    def _take_blocks(self, sequence: Sequence, plan: Plan) -> bool:
+        """Hold the cached prefix and fresh blocks for all the other tokens, preempting whoever owes them or the row.
+
+        The tenants of the preempted start nothing else, so that their next ones do not overtake them.
+        """
         cached, root = self.blocks.match(sequence.tokens, sequence.request.cache_key)
         missing = self.blocks.blocks_for(len(sequence)) - len(cached)
-        growth = int(GROWTH_BLOCKS * len(self.running))
-        fresh = self.blocks.allocate(missing) if missing + growth <= self.blocks.num_free else None
-        if fresh is None:
+        lacking = missing + int(GROWTH_BLOCKS * len(self.running)) - self.blocks.num_free
+        victims: list[Sequence] | None = []
+        if self._full or lacking > 0:
+            victims = self._victims(sequence, plan, lacking)
+        if victims is None:
             self.blocks.release(cached)
             return False
+        for victim in victims:
+            self._preempt(victim, plan)
+            self.yielded += 1
+            plan.passed.add(victim.request.tenant)
+        fresh = self.blocks.allocate(missing)
+        assert fresh is not None, "fewer blocks are free than were counted"
         sequence.blocks = cached + fresh
         sequence.num_computed = len(cached) * self.blocks.block_size
         sequence.num_hashed_blocks, sequence.parent_hash = len(cached), root
         self.blocks.count(len(sequence), sequence.num_computed)
         return True
 
-    def _start(self, sequence: Sequence, plan: Plan, budget: int) -> int:
+    def _start(self, sequence: Sequence, plan: Plan) -> None:
         sequence.skipped_steps = 0
+        self.shares.started(sequence, again=sequence.first_scheduled is not None)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = self.clock()
             sequence.num_cached = sequence.num_computed
         self.waiting.started(sequence)
         self.running.append(sequence)
-        count = min(sequence.num_uncomputed, budget)
-        plan.chunks.append(Chunk.of(sequence, count))
-        return count
+        plan.started.add(sequence.request.tenant)
+        plan.run(sequence)
 
     def _acquire_pages(self, sequence: Sequence, plan: Plan, missing: set[str]) -> bool:
         """`missing`: digests of mixes that could not be had in this step, and still cannot, as admissions only take."""
@@ -250,11 +256,13 @@ class Scheduler:
                 return False
             try:
                 sequence.lease = self.pages.acquire(sequence.request)
-            except ValueError as error:
-                plan.failed.append((sequence, str(error)))
+            except RequestError as error:
+                plan.failed.append((sequence, error))
                 return False
             if sequence.lease is not None:
                 return True
+            if self.pages.is_loading(mix):
+                return False  # it is nobody's fault, and takes pages from nobody who could have them
             missing.add(mix.digest)
         sequence.skipped_steps += 1
         return False

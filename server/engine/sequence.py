@@ -1,5 +1,6 @@
 """One request inside the engine: its tokens, what has been computed of them, and the memory it holds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -58,7 +59,8 @@ class SamplingParams:
 class Request:
     """What the engine is asked for. `paths` gives the local folder of every adapter of the mix, by digest.
 
-    `cache_key` roots the prefix-cache hash chain: the KV of one key is never read under another.
+    `cache_key` roots the prefix-cache hash chain: the KV of one key is never read under another. `weight` (> 0) is the
+    share that is due to `tenant`, relative to those of others.
     """
 
     id: str
@@ -68,6 +70,11 @@ class Request:
     paths: Mapping[str, str] = field(default_factory=dict)
     cache_key: bytes = b""
     tenant: str = "default"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"the weight of tenant {self.tenant!r} is {self.weight}, expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class Timings:
 class Output:
     """What one step produced for one request. The one with a `finish_reason` is the last.
 
-    `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token.
+    `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token. `error_param`
+    and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`.
     """
 
     request_id: str
@@ -98,6 +106,8 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_param: str | None = None
+    error_code: str | None = None
     timings: Timings | None = None
     cached_tokens: int = 0
 
@@ -125,6 +135,7 @@ class Sequence:
     parent_hash: bytes = b""
     skipped_steps: int = 0
     first_scheduled: float | None = None
+    kept_until: int = 0  # tokens it must have before another tenant's may take its place
 
     @classmethod
     def of(cls, request: Request, arrival: float = 0.0) -> "Sequence":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention import PagedMeta, query_blocks
 from kernels.tiles import LoraTiles, TileShape, view_tiles
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 
 Words = NDArray[np.int32]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import BatchBuilder
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 from server.model.decoder import Decoder
 
 KvCache = Sequence[tuple[Tensor, Tensor]]

@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from adapters_store.pages import PackedAdapter, pack
 from adapters_store.types import AdapterWeights, LinearShape, LoraPair, Mix
 from kernels.shapes import ModelShape
 from server.engine.sequence import Request, SamplingParams
@@ -47,8 +48,9 @@ def write_config(shape: ModelShape, folder: Path, dtype: str = "bfloat16") -> No
 class SyntheticAdapters:
     """Random adapters of one rank on chosen linears, any number of them, with no files behind them.
 
-    Adapter i has the tensors of set i mod `num_sets`, so that thousands take little host memory; the device holds
-    pages of its own for each. A: std 1/sqrt(in), B: std 0.01, scale 1: every adapter moves the hidden state, by little.
+    Adapter i has the packed tensors of set i mod `num_sets`, so that thousands take little host memory, page-locked if
+    `pinned`; the device holds pages of its own for each. A: std 1/sqrt(in), B: std 0.01, scale 1: every adapter moves
+    the hidden state, by little.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class SyntheticAdapters:
         dtype: torch.dtype,
         seed: int,
         num_sets: int = 1,
+        pinned: bool = False,
     ) -> None:
         self.seed = seed
         self.rank = rank
         generator = torch.Generator().manual_seed(seed)
-        self._sets = [_random_pairs(shape, rank, targets, dtype, generator) for _ in range(num_sets)]
+        sets = (_random_pairs(shape, rank, targets, dtype, generator) for _ in range(num_sets))
+        self._sets = [pack(AdapterWeights("", pairs), shape, dtype, pinned=pinned) for pairs in sets]
 
     def digest(self, index: int) -> str:
         return hashlib.sha256(f"synthetic {self.seed} {index}".encode()).hexdigest()
@@ -72,17 +76,17 @@ class SyntheticAdapters:
     def path(self, index: int) -> str:
         return f"synthetic/{index}"
 
-    def read(self, digest: str, path: str) -> AdapterWeights:
-        """The reader of a host tier. Raises ValueError for a digest that is not that of the path's adapter."""
+    def read(self, digest: str, path: str) -> PackedAdapter:
+        """In place of `folder_reader`. Raises ValueError for a digest that is not that of the path's adapter."""
         index = int(path.rpartition("/")[2])
         if digest != self.digest(index):
             raise ValueError(f"{path} has digest {self.digest(index)[:12]}, expected {digest[:12]}")
-        return AdapterWeights(digest, self._sets[index % len(self._sets)])
+        return replace(self._sets[index % len(self._sets)], digest=digest)
 
     @property
     def num_bytes(self) -> int:
         """Host bytes that the tier counts for one adapter."""
-        return AdapterWeights("", self._sets[0]).num_bytes
+        return self._sets[0].num_bytes
 
     def mix(self, indices: Rows[int], weights: Rows[float]) -> Mix:
         return Mix.of([(self.digest(i), weight) for i, weight in zip(indices, weights, strict=True)])

@@ -6,14 +6,17 @@ shared wrongly, or written while another sequence reads it, is noticed at once.
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 from adapters_store.pool import PageLease
 from adapters_store.types import Mix
 from server.engine.blocks import BlockPool
-from server.engine.scheduler import Chunk, Scheduler
+from server.engine.config import RequestError
+from server.engine.plan import Chunk
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Request, SamplingParams, Sequence
+from server.engine.shares import PATIENCE, QUANTUM
 
 VOCABULARY = 23
 STOP = 0
@@ -36,13 +39,16 @@ class FakePages:
         self.tried.append(request.mix)
         digests = set(request.mix.digests)
         if digests & self.broken:
-            raise ValueError(f"adapter {min(digests & self.broken)} cannot be read")
+            raise RequestError(f"adapter {min(digests & self.broken)} cannot be read")
         if sum(self.sizes[digest] for digest in digests | set(+self.references)) > self.capacity:
             return None
         self.references.update(digests)
         lease = PageLease(request.mix, {}, {}, {}, tuple(sorted(digests)))
         self.leases.add(lease)
         return lease
+
+    def is_loading(self, mix: Mix) -> bool:  # noqa: ARG002
+        return False
 
     def release(self, lease: PageLease) -> None:
         self.leases.remove(lease)  # KeyError the second time
@@ -54,8 +60,8 @@ def fingerprints(key: bytes, tokens: list[int]) -> list[int]:
     return list(accumulate(tokens, lambda state, token: zlib.crc32(bytes([token]), state), initial=zlib.crc32(key)))[1:]
 
 
-def next_token(key: bytes, tokens: list[int]) -> int:
-    return fingerprints(key, tokens)[-1] // 7 % VOCABULARY
+def next_token(fingerprint: int) -> int:
+    return fingerprint // 7 % VOCABULARY
 
 
 def stops(request: Request, token: int) -> bool:
@@ -66,7 +72,7 @@ def alone(request: Request) -> list[int]:
     """The whole output of a request."""
     tokens = list(request.prompt)
     while True:
-        tokens.append(next_token(request.cache_key, tokens))
+        tokens.append(next_token(fingerprints(request.cache_key, tokens)[-1]))
         output = tokens[len(request.prompt) :]
         if stops(request, tokens[-1]) or len(output) == request.params.max_tokens:
             return output
@@ -76,12 +82,13 @@ class Simulation:
     """Drives a scheduler as the engine does, and checks after each step all that must always hold.
 
     The simulated device works in the order of launches. With `lookahead` a step is committed after the next one has
-    been launched, so that the device knows one token more than the host.
+    been launched, so that the device knows one token more than the host. Every `check_every`-th step is checked.
     """
 
-    def __init__(self, scheduler: Scheduler, pages: FakePages, lookahead: bool = False) -> None:
+    def __init__(self, scheduler: Scheduler, pages: FakePages, lookahead: bool = False, check_every: int = 1) -> None:
         self.scheduler = scheduler
         self.lookahead = lookahead
+        self.check_every = check_every
         self.launched: list[tuple[Chunk, int | None]] = []
         self.sampled: dict[Sequence, int] = {}
         self.pages = pages
@@ -91,6 +98,8 @@ class Simulation:
         self.progress: dict[Sequence, int] = {}
         self.kv: dict[tuple[int, int], int] = {}
         self.steps = 0
+        self.computed = 0  # tokens
+        self.yields: Counter[Sequence] = Counter()
 
     def add(self, request: Request) -> None:
         sequence = Sequence.of(request, arrival=float(self.steps))
@@ -109,15 +118,14 @@ class Simulation:
         before = list(self.scheduler.running)
         decoding = [sequence for sequence in before if sequence.num_uncomputed == 1]
         assert decoding[: len(before) - 1] == before[:-1], "only the last one is within its prompt"
-        preemptions = self.scheduler.preemptions
+        preemptions, yielded = self.scheduler.preemptions, self.scheduler.yielded
         plan = self.scheduler.schedule()
         self.check_integrity()
         self.check_plan(plan.chunks, before)
         planned = {chunk.sequence for chunk in plan.chunks}
         ready = {sequence for sequence in decoding if sequence.ready}
         assert planned >= ready & set(self.scheduler.running), "a decode row waits"
-        if self.scheduler.preemptions > preemptions:
-            assert set(self.scheduler.running) <= set(before), "what was preempted for one is given to another"
+        self.check_preemptions(before, self.scheduler.preemptions - preemptions, self.scheduler.yielded - yielded)
         for sequence, _ in plan.failed:
             self.end(sequence.request.id, "error")
         self.launch(plan.chunks)
@@ -125,8 +133,10 @@ class Simulation:
 
     def launch(self, chunks: list[Chunk]) -> None:
         """Write and compute as the device does, then commit this step or, looking ahead, the one before."""
+        references = self.scheduler.blocks.references()
         for chunk in chunks:
-            self.write(chunk)
+            self.write(chunk, references)
+            self.computed += chunk.num_tokens
         launched = [(chunk, self.compute(chunk)) for chunk in chunks]
         for chunk, token in launched:
             self.scheduler.advance(chunk)
@@ -153,8 +163,12 @@ class Simulation:
         return [*sequence.tokens, self.sampled[sequence]] if sequence.num_pending else sequence.tokens
 
     def run(self) -> None:
-        """To the end. The oldest running sequence moves in every step, which bounds their number."""
+        """To the end. The oldest running sequence moves in every step, which bounds their number.
+
+        With several tenants it may be preempted, but not again before it has made as many tokens as it recomputed.
+        """
         left = sum(len(s.request.prompt) + s.request.params.max_tokens for s in self.sequences.values())
+        left *= 1 if len({s.request.tenant for s in self.sequences.values()}) < 2 else 3
         left = 2 * left + 1 if self.lookahead else left  # a token that the host must know takes two steps
         while self.sequences:
             assert left > 0, "no progress"
@@ -183,7 +197,23 @@ class Simulation:
                 assert sequence.num_computed % scheduler.blocks.block_size == 0
                 assert sequence.num_computed < len(sequence)
 
+    def check_preemptions(self, before: list[Sequence], preempted: int, yielded: int) -> None:
+        """What is preempted for one is not given to another, and a tenant that yields starts nothing instead."""
+        running = self.scheduler.running
+        left = [sequence for sequence in before if sequence not in running]
+        new = [sequence for sequence in running if sequence not in before]
+        assert preempted == len(left)
+        if preempted > yielded:
+            assert not new
+            assert not yielded
+        elif yielded:
+            assert not {s.request.tenant for s in left} & {s.request.tenant for s in new}
+            assert new, "nothing came instead of what yielded"
+            self.yields.update(left)
+
     def check_integrity(self) -> None:
+        if self.steps % self.check_every:
+            return
         self.scheduler.check_integrity()
         assert self.pages.leases == {s.lease for s in self.scheduler.running if s.lease is not None}
         for sequence in self.scheduler.waiting:
@@ -192,10 +222,9 @@ class Simulation:
             assert sequence.num_computed == 0
         assert len(self.scheduler.waiting) + len(self.scheduler.running) == len(self.sequences)
 
-    def write(self, chunk: Chunk) -> None:
+    def write(self, chunk: Chunk, references: Mapping[int, int]) -> None:
         sequence, size = chunk.sequence, self.scheduler.blocks.block_size
         content = fingerprints(sequence.request.cache_key, self.known(sequence))
-        references = self.scheduler.blocks.references()
         for position in range(chunk.start, chunk.stop):
             block = sequence.blocks[position // size]
             assert references[block] == 1, "a shared block is written"
@@ -207,7 +236,7 @@ class Simulation:
         content = fingerprints(sequence.request.cache_key, self.known(sequence)[: chunk.stop])
         read = [self.kv[sequence.blocks[position // size], position % size] for position in range(chunk.stop)]
         assert read == content, "the KV of another prefix is read"
-        return next_token(sequence.request.cache_key, self.known(sequence)) if chunk.samples else None
+        return next_token(content[-1]) if chunk.samples else None
 
 
 def simulate(
@@ -221,6 +250,9 @@ def simulate(
     max_batch_tokens: int = 32,
     prefix_cache: bool = True,
     lookahead: bool = False,
+    patience: float = PATIENCE,
+    quantum: int = QUANTUM,
+    clock: Callable[[], float] = float,  # 0.0
 ) -> Simulation:
     pages = FakePages(capacity, sizes, broken)
     scheduler = Scheduler(
@@ -228,7 +260,9 @@ def simulate(
         pages,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
-        clock=lambda: 0.0,
+        clock=clock,
+        patience=patience,
+        quantum=quantum,
     )
     return Simulation(scheduler, pages, lookahead)
 
@@ -239,13 +273,14 @@ def request(
     *adapters: str,
     max_tokens: int = 4,
     tenant: str = "default",
+    weight: float = 1.0,
     ignore_eos: bool = True,
     penalty: float = 0.0,
 ) -> Request:
     mix = Mix.of([(adapter, 1.0) for adapter in adapters])
     tokens = tuple(1 + position % 20 for position in range(prompt)) if isinstance(prompt, int) else prompt
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, presence_penalty=penalty)
-    return Request(name, tokens, params, mix=mix, cache_key=mix.digest.encode(), tenant=tenant)
+    return Request(name, tokens, params, mix=mix, cache_key=mix.digest.encode(), tenant=tenant, weight=weight)
 
 
 def finish(simulation: Simulation, *requests: Request) -> None:

@@ -224,17 +224,22 @@ def test_popularity_follows_its_exponent() -> None:
 def test_adapters_are_distinct_readable_and_small(session: Session) -> None:
     shape = session.model.linear_shape
     adapters = SyntheticAdapters(shape, rank=8, targets=("q_proj", "v_proj"), dtype=torch.float32, seed=0, num_sets=2)
-    weights = [adapters.read(adapters.digest(i), adapters.path(i)) for i in range(3)]
-    assert len({own.digest for own in weights}) == 3
-    assert weights[0].pairs is weights[2].pairs, "thousands of adapters must not take thousands of tensors"
-    assert weights[0].group_ranks == {"qkv": 8}
-    pairs = weights[0].pairs
-    assert set(pairs) == {(layer, target) for layer in range(shape.num_layers) for target in ("q_proj", "v_proj")}
-    assert pairs[0, "q_proj"].a.shape == (8, shape.inputs["q_proj"])
-    assert pairs[1, "v_proj"].b.shape == (shape.outputs["v_proj"], 8)
-    contents = [pair.a for own in weights[:2] for pair in own.pairs.values()]
+    packed = [adapters.read(adapters.digest(i), adapters.path(i)) for i in range(3)]
+    assert len({own.digest for own in packed}) == 3
+    assert packed[0].groups is packed[2].groups, "thousands of adapters must not take thousands of tensors"
+    assert packed[0].group_ranks == {"qkv": 8}
+    ((a, b),) = packed[0].groups["qkv"].pages
+    assert a.shape == (shape.num_layers, 3, 8, shape.inputs["q_proj"])
+    assert [bool(a[:, place].any()) for place in range(3)] == [True, False, True]
+    contents = [
+        page[0][layer, place]
+        for own in packed[:2]
+        for page in own.groups["qkv"].pages
+        for layer in range(2)
+        for place in (0, 2)
+    ]
     assert not any(torch.equal(one, other) for i, one in enumerate(contents) for other in contents[:i])
-    assert adapters.num_bytes == sum(pair.a.nbytes + pair.b.nbytes for pair in pairs.values())
+    assert adapters.num_bytes == a.nbytes + b.nbytes
     with pytest.raises(ValueError, match="has digest"):
         adapters.read(adapters.digest(1), adapters.path(2))
 

@@ -22,8 +22,8 @@ from server.engine.capacity import (
     MIXED_TILES,
     Capacities,
 )
+from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, no_tiles
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Request, SamplingParams, Sequence
 from server.engine.staging import StepShape, fill
 

@@ -38,6 +38,13 @@ class Registered:
     def mix(self, weights: dict[str, float], composition: Composition = Composition.MIXTURE) -> Mix:
         return Mix.of([(self.weights[name].digest, weight) for name, weight in weights.items()], composition)
 
+    def load(self, engine: Engine) -> None:
+        """Bring all of them to the device, so that requests begin in the step after they came."""
+        for digest, path in self.paths.items():
+            engine.adapters.prefetch(digest, path, lambda _: None)
+        while engine.adapters.busy:
+            engine.step()
+
 
 @pytest.fixture
 def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
@@ -318,9 +325,14 @@ def test_a_mix_larger_than_the_pool_is_refused(tiny_model: Path, registered: Reg
     one = engine.runner.pool.num_bytes // next(iter(engine.runner.pool.num_pages.values()))
     small = Engine.from_config(EngineConfig(str(tiny_model), **{**SMALL, "page_memory": 2 * one}))
     mix = registered.mix({"all4": 1.0, "wide24": 1.0})
+    small.add_request(Request("r", PROMPTS[0], GREEDY, mix, registered.paths))
+    (output,) = drain(small)["r"]
+    assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "mix_too_large")
+    assert output.error_param == "lora.adapters"
     with pytest.raises(RequestError, match="more rank pages") as refused:
-        small.add_request(Request("r", PROMPTS[0], GREEDY, mix, registered.paths))
+        small.add_request(Request("again", PROMPTS[0], GREEDY, mix, registered.paths))
     assert refused.value.code == "mix_too_large"
+    assert not small.has_work
 
 
 def test_an_adapter_that_vanished_fails_only_its_own_request(
@@ -330,9 +342,12 @@ def test_an_adapter_that_vanished_fails_only_its_own_request(
     registry = Registered(tiny_model, {"gone": gone})
     (gone / "adapter_model.safetensors").unlink()
     engine.add_request(Request("fine", PROMPTS[0], GREEDY, registered.mix({"all4": 1.0}), registered.paths))
-    with pytest.raises(ValueError, match="is missing"):
-        engine.add_request(Request("gone", PROMPTS[0], GREEDY, registry.mix({"gone": 1.0}), registry.paths))
-    assert tokens_of(drain(engine)["fine"])
+    engine.add_request(Request("gone", PROMPTS[0], GREEDY, registry.mix({"gone": 1.0}), registry.paths))
+    outputs = drain(engine)
+    (output,) = outputs["gone"]
+    assert "is missing" in (output.error or "")
+    assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "adapter_unavailable")
+    assert tokens_of(outputs["fine"])
 
 
 def test_an_id_in_use_is_refused(engine: Engine) -> None:

@@ -1,13 +1,15 @@
 """Virtual token counters: bounded differences between tenants that both wait, and no credit for not asking."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import count
+from math import inf, nan
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, FairQueue
+from server.engine.fairness import EXPECTED, INPUT_PRICE, OUTPUT_PRICE, FairQueue
 from server.engine.sequence import Request, SamplingParams, Sequence
 
 Work = tuple[int, int]
@@ -24,10 +26,10 @@ class Server:
         self.served: dict[str, float] = defaultdict(float)
         self.ids = count()
 
-    def submit(self, tenant: str, *works: Work) -> None:
+    def submit(self, tenant: str, *works: Work, weight: float = 1.0) -> None:
         for prompt, output in works:
             params = SamplingParams(max_tokens=output)
-            request = Request(str(next(self.ids)), (0,) * prompt, params, tenant=tenant)
+            request = Request(str(next(self.ids)), (0,) * prompt, params, tenant=tenant, weight=weight)
             self.queue.push(Sequence.of(request))
 
     def step(self) -> None:
@@ -199,7 +201,10 @@ queued = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 30)), max_si
 def test_in_turn_follows_the_counters(
     queued: list[tuple[str, int]], charged: dict[str, int], data: st.DataObject
 ) -> None:
-    """The caller starts some and passes over others; each is offered once, and always one of the poorest tenant's."""
+    """The caller starts some and passes over others, or whole tenants; each is offered once at most.
+
+    It is always one of the tenant's that is the poorest, with what its running ones will soon have made.
+    """
     queue = FairQueue()
     left: dict[str, list[Sequence]] = defaultdict(list)
     for number, (tenant, prompt) in enumerate(queued):
@@ -208,21 +213,112 @@ def test_in_turn_follows_the_counters(
         left[tenant].append(sequence)
     for tenant, tokens in charged.items():
         queue.counters[tenant] = float(tokens)
-    passed = []
-    for sequence in queue.in_turn():
+    passed, refused = [], set[str]()
+    running: dict[str, int] = defaultdict(int)
+
+    def place(name: str) -> tuple[float, str]:
+        return queue.counters.get(name, 0.0) + running[name] * EXPECTED * OUTPUT_PRICE, name
+
+    for sequence in queue.in_turn(refused):
         tenant = sequence.request.tenant
-        poorest = min((queue.counters.get(name, 0.0), name) for name in left)
-        assert (queue.counters.get(tenant, 0.0), tenant) == poorest
+        assert place(tenant) == min(place(name) for name in left if name not in refused)
         assert left[tenant].pop(0) is sequence
         if not left[tenant]:
             del left[tenant]
-        if data.draw(st.booleans()):
+        choice = data.draw(st.sampled_from(["start", "start", "pass", "pass", "refuse"]))
+        if choice == "start":
             queue.started(sequence)
+            running[tenant] += 1
         else:
             passed.append(sequence)
-    assert not left
+        if choice == "refuse":
+            refused.add(tenant)
+    assert not left.keys() - refused
+    passed += [sequence for rest in left.values() for sequence in rest]
     assert sorted(map(id, queue)) == sorted(map(id, passed))
     assert len(queue) == len(passed)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 3.0), (0.5, 0.1), (40.0, 60.0)])
+def test_weights_divide_what_is_served(weights: tuple[float, float]) -> None:
+    server = Server(10)
+    for tenant, weight in zip("ab", weights, strict=True):
+        server.submit(tenant, *[(6, 10)] * 400, weight=weight)
+    for _ in server.steps_while_both_wait("a", "b"):
+        spread = server.served["a"] / weights[0] - server.served["b"] / weights[1]
+        assert abs(spread) <= bound(10, 6, 10) / min(weights)
+    assert server.served["b"] / server.served["a"] == pytest.approx(weights[1] / weights[0], rel=0.1)
+
+
+def test_the_weight_is_that_of_the_last_request() -> None:
+    queue = FairQueue()
+    first, second = (Sequence.of(Request(str(w), (0,) * 6, SamplingParams(), weight=w)) for w in (1.0, 3.0))
+    queue.push(first)
+    assert queue.weight("default") == 1
+    queue.push(second)
+    queue.started(first)
+    assert queue.counters == {"default": 6 * INPUT_PRICE / 3}
+    assert queue.weight("default") == 3
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, inf, nan])
+def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"the weight of tenant 'team' is .*, expected a number above 0"):
+        Request("r", (0,), SamplingParams(), tenant="team", weight=weight)
+
+
+def closed_loop(server: Server, tenant: str, work: Work, outstanding: int, weight: float) -> None:
+    """A request for every answer."""
+    own = [sequence for sequence in [*server.queue, *server.running] if sequence.request.tenant == tenant]
+    server.submit(tenant, *[work] * (outstanding - len(own)), weight=weight)
+
+
+@pytest.mark.parametrize("outstanding", [9, 12, 30])
+def test_what_is_owed_is_not_forgiven_when_the_last_request_starts(outstanding: int) -> None:
+    """Three quarters of 8 rows are due to the one of weight 3, though its queue is empty again and again."""
+    server = Server(8)
+    for _ in range(1500):
+        closed_loop(server, "light", (8, 30), 30, 1.0)
+        closed_loop(server, "heavy", (8, 37), outstanding, 3.0)
+        server.step()
+    assert server.served["heavy"] / server.served["light"] == pytest.approx(3.0, rel=0.2)
+
+
+def test_what_is_owed_is_forgotten_when_nothing_runs() -> None:
+    server = Server(2)
+    server.submit("poor", (1, 5))
+    server.submit("rich", *[(300, 5)] * 50)
+    for _ in range(100):
+        server.step()
+    assert not any(sequence.request.tenant == "poor" for sequence in [*server.queue, *server.running])
+    server.submit("poor", (1, 5))
+    assert server.queue.counters["poor"] == server.queue.counters["rich"]
+
+
+def test_a_counter_that_stands_still_is_no_measure() -> None:
+    """The last that waited has left; whoever comes is beside those that run."""
+    server = Server(4)
+    server.submit("stays", *[(5, 500)] * 3)
+    server.step()
+    server.submit("left", (1, 1))
+    for _ in range(100):
+        server.step()
+    server.submit("new", (1, 1))
+    assert server.queue.counters["new"] == server.queue.counters["stays"] > 500
+
+
+def test_rows_that_become_free_together_are_divided() -> None:
+    server = Server(8)
+    server.submit("first", *[(4, 20)] * 8)
+    server.step()
+    server.submit("b", *[(4, 20)] * 40)
+    for _ in range(5):
+        server.step()
+    server.submit("a", *[(4, 20)] * 40)
+    for _ in range(16):
+        server.step()
+    rows = Counter(sequence.request.tenant for sequence in server.running)
+    assert rows == {"a": 4, "b": 4}
 
 
 def test_removing_from_the_middle_keeps_the_order() -> None:

@@ -13,8 +13,8 @@ from server.engine.batch import BatchBuilder
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.fairness import OUTPUT_PRICE
+from server.engine.plan import Chunk
 from server.engine.runner import Runner
-from server.engine.scheduler import Chunk
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Sequence
 from tests.engine.test_engine import PROMPTS, Registered, drain, tokens_of
 

@@ -12,14 +12,20 @@ from adapters_store.types import Composition, Mix
 from server.engine.config import EngineConfig, EngineInfo, EngineStats
 from server.engine.messages import (
     Abort,
+    Evict,
     FromEngine,
+    Pin,
+    Prefetch,
+    ReadAhead,
     Ready,
     Refusal,
+    Reply,
     Shutdown,
     Start,
     StartFailed,
     Submit,
     ToEngine,
+    Unpin,
     Update,
     decode_from_engine,
     decode_to_engine,
@@ -45,6 +51,7 @@ CONFIG = EngineConfig(
     seed=4,
     cuda_graphs="lazy",
     kernel_cache="/cache",
+    load_threads=3,
 )
 PARAMS = SamplingParams(
     temperature=0.3,
@@ -70,6 +77,7 @@ REQUEST = Request(
     paths={"a" * 64: "/adapters/a", "b" * 64: "/adapters/ü b"},
     cache_key=bytes(range(256)),
     tenant="team",
+    weight=2.5,
 )
 OUTPUT = Output(
     request_id="r-1",
@@ -77,6 +85,8 @@ OUTPUT = Output(
     logprobs=(TokenLogprobs(-0.1, ((5, -0.1), (9, -2.0))), TokenLogprobs(-3.5)),
     finish_reason=FinishReason.LENGTH,
     error="one sentence",
+    error_param="lora.adapters",
+    error_code="mix_too_large",
     timings=Timings(queue=0.25, prefill=0.5),
     cached_tokens=16,
 )
@@ -111,13 +121,25 @@ INFO = EngineInfo(
     dtype="float32",
     memory={"weights": 1, "kv": 2, "pages": 3},
 )
-TO_ENGINE: list[ToEngine] = [Start(CONFIG), Submit(REQUEST), Abort("r-1"), Shutdown()]
+TO_ENGINE: list[ToEngine] = [
+    Start(CONFIG),
+    Submit(REQUEST),
+    Abort("r-1"),
+    ReadAhead({"a" * 64: "/adapters/a"}),
+    Pin(7, "a" * 64, "/adapters/a"),
+    Unpin("a" * 64),
+    Prefetch(8, "a" * 64, "/adapters/a"),
+    Evict("a" * 64),
+    Shutdown(),
+]
 FROM_ENGINE: list[FromEngine] = [
     Ready(INFO),
     StartFailed("no such folder"),
     Update(),
-    Update([OUTPUT, Output("r-2")], [Refusal("r-3", "too long", "prompt", "context_length_exceeded")], STATS),
+    Update([OUTPUT, Output("r-2")], [Refusal("r-3", "too long", "prompt", "context_length_exceeded")], stats=STATS),
     Update(refusals=[Refusal("r-3", "unreadable", None, "adapter_unavailable")]),
+    Update(replies=[Reply(7, True), Reply(8, "host"), Reply(9, error="unreadable", code="adapter_unavailable")]),
+    Update(residency={"a" * 64: "device", "b" * 64: "disk"}),
 ]
 
 
@@ -180,7 +202,9 @@ def test_every_ending_travels() -> None:
 def test_updates_do_not_share_their_lists() -> None:
     first, second = Update(), Update()
     first.outputs.append(OUTPUT)
+    first.residency["a"] = "host"
     assert second.outputs == []
+    assert second.residency == {}
 
 
 @pytest.mark.parametrize("decode", [decode_to_engine, decode_from_engine])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from adapters_store.pool import PageLease
 from adapters_store.types import BASE, GROUPS
 from kernels.tiles import Kind, TilePlan, TileShape, write_tiles
+from server.engine.plan import Chunk
 from server.engine.planner import TilePlanner, no_tiles
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Request, SamplingParams, Sequence
 
 PARAMS = SamplingParams()

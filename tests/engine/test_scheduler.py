@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from scheduler_simulation import SIZES, alone, finish, request, simulate, stops
 
 from adapters_store.pool import PageLease
-from adapters_store.types import AdapterError
+from server.engine.config import RequestError
 from server.engine.scheduler import MISSING_MIXES, STARVATION_STEPS
 from server.engine.sequence import Request
+from server.engine.shares import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,19 @@ class Arrival:
 def arrivals(draw: st.DrawFn) -> list[Arrival]:
     """Prompts share prefixes of two texts; cache keys follow the mixes."""
     found = []
+    weights = {tenant: draw(st.sampled_from([1.0, 1.0, 0.25, 3.0])) for tenant in "xyz"}
     for number in range(draw(st.integers(1, 9))):
         text = [[1, 2, 3, 4, 5] * 4, [1, 2, 3, 9, 9] * 4][draw(st.integers(0, 1))]
         prompt = text[: draw(st.integers(1, 20))] + draw(st.lists(st.integers(1, 3), max_size=3))
         adapters = draw(st.sampled_from(["", "", "a", "b", "ab", "c", "d", "cd", "ad", "e"]))
+        tenant = draw(st.sampled_from("xyz"))
         item = request(
             f"r{number}",
             tuple(prompt),
             *adapters,
             max_tokens=draw(st.integers(1, 12)),
-            tenant=draw(st.sampled_from("xyz")),
+            tenant=tenant,
+            weight=weights[tenant],
             ignore_eos=draw(st.booleans()),
             penalty=draw(st.sampled_from([0.0, 0.0, 1.0])),
         )
@@ -52,6 +56,8 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     spare_tokens=st.integers(0, 12),
     prefix_cache=st.booleans(),
     lookahead=st.booleans(),
+    patience=st.sampled_from([1.0, 1.0, 8.0, PATIENCE]),
+    quantum=st.integers(1, 4),
 )
 @settings(max_examples=200, deadline=None)
 def test_every_request_gets_what_it_would_get_alone(
@@ -63,6 +69,8 @@ def test_every_request_gets_what_it_would_get_alone(
     spare_tokens: int,
     prefix_cache: bool,
     lookahead: bool,
+    patience: float,
+    quantum: int,
 ) -> None:
     longest = max(len(arrival.request.prompt) + arrival.request.params.max_tokens for arrival in planned)
     simulation = simulate(
@@ -75,6 +83,8 @@ def test_every_request_gets_what_it_would_get_alone(
         max_batch_tokens=max_num_seqs + spare_tokens,
         prefix_cache=prefix_cache,
         lookahead=lookahead,
+        patience=patience,
+        quantum=quantum,
     )
     for step in range(1 + max(arrival.step + (arrival.abort_after or 0) for arrival in planned)):
         for arrival in planned:
@@ -242,15 +252,14 @@ def test_a_mix_whose_pages_are_missing_is_passed_over() -> None:
     assert simulation.sequences["cd"].skipped_steps == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("cannot be read"), AdapterError("adapter_corrupt", "cannot be read")])
-def test_a_mix_that_cannot_be_read_fails_alone(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mix_that_cannot_be_read_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = simulate(capacity=4)
     good = [request("base", 5), request("a", 5, "a"), request("ab", 5, "a", "b")]
     acquire = simulation.pages.acquire
 
     def refuse(item: Request) -> PageLease | None:
         if "c" in item.mix.digests:
-            raise error
+            raise RequestError("cannot be read")
         return acquire(item)
 
     monkeypatch.setattr(simulation.pages, "acquire", refuse)

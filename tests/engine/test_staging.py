@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels.attention import QUERY_BLOCK, query_blocks
 from kernels.tiles import TileShape, view_tiles
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 from server.engine.sequence import Request, SamplingParams, Sequence
 from server.engine.staging import ALIGNMENT, Staging, StepShape, StepViews, Words, fill
 

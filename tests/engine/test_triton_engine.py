@@ -20,8 +20,8 @@ from server.engine.batch import BatchBuilder
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps
+from server.engine.plan import Chunk
 from server.engine.planner import TilePlanner
-from server.engine.scheduler import Chunk
 from server.engine.sequence import Request, SamplingParams, Sequence
 from server.engine.staging import StepShape, StepViews, fill
 from server.model.decoder import Decoder, ForwardBatch
@@ -93,6 +93,7 @@ def test_the_triton_backend_equals_the_reference(micro_model: Path, micro: Regis
     engine = micro_engine(micro_model, "triton")
     assert isinstance(engine.runner.steps, GraphSteps)
     assert engine.runner.lookahead
+    micro.load(engine)
     found = outputs_of(engine, micro_requests(micro))
     expected = outputs_of(micro_engine(micro_model, "reference"), micro_requests(micro))
     assert texts(found) == texts(expected)

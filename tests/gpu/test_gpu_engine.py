@@ -1,5 +1,6 @@
 """The engine on a GPU: captured steps against eager ones, the CPU and `transformers`; waiting, memory, preemption."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from server.engine import capacity
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps
-from server.engine.scheduler import Chunk
+from server.engine.plan import Chunk
 from server.engine.sequence import Request, SamplingParams, Sequence
 from tests.conftest import MakeAdapter
 from tests.engine.test_engine import Registered, run
@@ -299,6 +300,7 @@ def test_launching_waits_for_nothing(
 
 
 def test_memory_is_that_of_the_tensors(tiny_model: Path) -> None:
+    gc.collect()  # the engines of other tests
     before = torch.cuda.memory_allocated()
     engine = tiny_engine(tiny_model, "eager")
     memory, runner = engine.info().memory, engine.runner

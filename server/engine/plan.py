@@ -1,0 +1,54 @@
+"""One step as the scheduler plans it: chunks of sequences under a budget of tokens."""
+
+from dataclasses import dataclass, field
+
+from server.engine.config import RequestError
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start .. start + num_tokens of a sequence, its next uncomputed ones.
+
+    `samples`: the chunk reaches the end of the sequence, so that its last row yields a token.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> "Chunk":
+        start = sequence.num_computed
+        return cls(sequence, start, num_tokens, start + num_tokens == len(sequence))
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass
+class Plan:
+    """One step: chunks of one token first, then longer ones; and sequences that can never be admitted, with the reason.
+
+    The failed ones are still queued: whoever runs the plan ends them by `Scheduler.remove`. `budget`: tokens that it
+    still has room for. Tenants that `started` a sequence yield none in this step, tenants that are `passed` start none.
+    """
+
+    budget: int
+    chunks: list[Chunk] = field(default_factory=list)
+    failed: list[tuple[Sequence, RequestError]] = field(default_factory=list)
+    started: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+
+    def run(self, sequence: Sequence) -> None:
+        """Plan the next chunk of a sequence, as long as the budget allows."""
+        count = min(sequence.num_uncomputed, self.budget)
+        if count:
+            self.chunks.append(Chunk.of(sequence, count))
+            self.budget -= count
+
+    def drop(self, sequence: Sequence) -> None:
+        self.budget += sum(chunk.num_tokens for chunk in self.chunks if chunk.sequence is sequence)
+        self.chunks = [chunk for chunk in self.chunks if chunk.sequence is not sequence]
