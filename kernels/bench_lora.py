@@ -11,9 +11,8 @@ from kernels.bench_cases import Case, Where
 from kernels.mapping import RowSpan, build_mapping
 from kernels.shapes import Linear, ModelShape
 from kernels.tile_planner import plan_tiles
-from kernels.tiles import Kind, LoraTiles, view_tiles, write_tiles
+from kernels.tiles import PAGE_RANK, Kind, LoraTiles, view_tiles, write_tiles
 
-PAGE_RANK = 16
 MIX_POOL = 64
 CHAIN_BYTES = 4 << 30
 

@@ -1,7 +1,5 @@
 """Norms and activation in Triton: one program a row, each value read and written once."""
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
-
 import torch
 import triton
 import triton.language as tl

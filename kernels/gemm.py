@@ -1,8 +1,6 @@
 """Products of few rows with a large weight, in Triton: limited by reading the weight, and small enough on every SM that
 the kernels of the adapters run beside them."""
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
-
 import torch
 import triton
 import triton.language as tl

@@ -140,8 +140,11 @@ def _reduce(partials: Tensor, values: Tensor, tiles: LoraTiles, pdl: bool) -> No
     )
 
 
-def _widths(slices: tuple[int, ...]) -> dict[str, int]:
-    return {f"N{i}": slices[i] if i < len(slices) else 0 for i in range(MAX_SLICES)}
+def _expand_options(b_pages: Tensor, slices: tuple[int, ...], config: ExpandConfig, pdl: bool) -> dict[str, int]:
+    """What both kernels of the second product take alike."""
+    widths = {f"N{i}": slices[i] if i < len(slices) else 0 for i in range(MAX_SLICES)}
+    launch = {"PDL": pdl, "num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl}
+    return widths | launch | {"B_STRIDE": b_pages.stride(0), "BLOCK_N": config.block_n}
 
 
 def _expand_rows(
@@ -162,16 +165,10 @@ def _expand_rows(
         tiles.block_rows,
         tiles.block_starts,
         tiles.block_counts,
-        **_widths(slices),
         SLICES=len(slices),
-        B_STRIDE=b_pages.stride(0),
         ROWS=tiles.shape.block_rows,
         SPLITS=values.shape[1] if values.dim() == 5 else 1,
-        BLOCK_N=config.block_n,
-        PDL=pdl,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        launch_pdl=pdl,
+        **_expand_options(b_pages, slices, config, pdl),
     )
 
 
@@ -195,15 +192,9 @@ def _expand_shared(
         len(delta),
         values.shape[1],
         values.shape[2] // VALUE_BLOCK.value,
-        **_widths(slices),
-        B_STRIDE=b_pages.stride(0),
         ROWS=rows,
         PAGES=config.pages,
-        BLOCK_N=config.block_n,
-        PDL=pdl,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        launch_pdl=pdl,
+        **_expand_options(b_pages, slices, config, pdl),
     )
 
 

@@ -12,9 +12,7 @@ from torch.nn import functional
 from kernels.gather import AttentionMeta, KeyPlan
 from kernels.mapping import Mapping, ScatteredBlock, SharedBlock
 from kernels.summands import Summands
-
-PAGE_RANK = 16
-"""Rank rows of one page."""
+from kernels.tiles import PAGE_RANK
 
 captures = False
 

@@ -1,7 +1,5 @@
 """From the output of the query, key and value projections to rotated queries and filled caches, in one kernel."""
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
-
 import torch
 import triton
 import triton.language as tl

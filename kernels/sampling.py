@@ -1,7 +1,5 @@
 """Greedy tokens and the ids of the next step, without leaving the GPU."""
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
-
 import torch
 import triton
 import triton.language as tl

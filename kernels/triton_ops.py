@@ -20,7 +20,6 @@ from kernels.tiles import LoraTiles
 SIDE_ROWS = 128
 """Most rows for which LoRA runs beside the base product; from there on the product leaves no room on the GPU."""
 
-
 DENSE_PAGES = 32
 """Most pages for which the many rows of prompts that a gate gives weights of their own meet all of them, as two dense
 products: 28 pages, two of them a row, 2048 rows of an 8B model cost 12 instead of 27 ms on an H100.

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -34,20 +36,40 @@ class Compiled:
     tma: bool = field(default=False)
 
 
-def compile_offline(cases: Sequence[Case], capability: int) -> list[Compiled]:
-    """Compile all cases for sm_80 or sm_90 in one subprocess. Raises AssertionError with its output if one fails."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(capability)],
-        input=json.dumps([asdict(case) for case in cases]),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [Compiled(**result) for result in json.loads(done.stdout.splitlines()[-1])]
+class Compiler:
+    """Compiles in one subprocess, which imports torch and Triton once for all tests. Use it in a `with` block."""
+
+    def __init__(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def compile(self, cases: Sequence[Case], capability: int) -> list[Compiled]:
+        """Compile all cases for sm_80 or sm_90. Raises AssertionError with the traceback if one fails."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.poll() is None, "the compiler has crashed before"
+        self._process.stdin.write(
+            json.dumps({"capability": capability, "cases": [asdict(case) for case in cases]}) + "\n"
+        )
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the compiler has crashed"
+        done = json.loads(answer)
+        assert "error" not in done, done["error"]
+        return [Compiled(**result) for result in done["results"]]
 
 
 def _compile(case: Case, capability: int) -> Compiled:
@@ -71,10 +93,19 @@ def _compile(case: Case, capability: int) -> Compiled:
     return Compiled(done.metadata.shared, "wgmma" in ptx, "cp.async.bulk.tensor" in ptx)
 
 
+def _answer(line: str) -> dict[str, object]:
+    asked = json.loads(line)
+    try:
+        return {"results": [asdict(_compile(Case(**case), asked["capability"])) for case in asked["cases"]]}
+    except Exception:
+        return {"error": traceback.format_exc()[-4000:]}
+
+
 def main() -> None:
-    capability = int(sys.argv[1])
-    results = [_compile(Case(**case), capability) for case in json.load(sys.stdin)]
-    print(json.dumps([asdict(result) for result in results]))
+    """Answers each line of the standard input with one of the standard output, which nothing else may write to."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        print(json.dumps(_answer(line)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

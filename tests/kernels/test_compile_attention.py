@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.attention import MIN_CHUNK, QUERY_BLOCK, decode_config, prefill_config
-from tests.kernels.offline import SHARED_MEMORY, Case, compile_offline
+from tests.kernels.offline import SHARED_MEMORY, Case, Compiler
 
 POINTERS = {"q": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "out": "*bf16"}
 LAYOUT = {"tables": "*i32", "table_starts": "*i32", "scale": "fp32"}
@@ -51,10 +51,10 @@ def combine_case(heads: int, kv_heads: int, dim: int, pdl: bool) -> Case:
 
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_kernels_compile_fit_and_use_tensor_cores(capability: int) -> None:
+def test_kernels_compile_fit_and_use_tensor_cores(compiler: Compiler, capability: int) -> None:
     pdl = capability >= 90
     cases = [make(*shape, pdl) for shape in SHAPES for make in (decode_case, combine_case, prefill_case)]
-    compiled = compile_offline(cases, capability)
+    compiled = compiler.compile(cases, capability)
     for case, result in zip(cases, compiled, strict=True):
         assert result.shared <= SHARED_MEMORY[capability]
         assert result.wgmma == (capability >= 90 and "prefill" in case.kernel)

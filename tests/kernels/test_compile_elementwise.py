@@ -5,7 +5,7 @@ import pytest
 from kernels.elementwise import SILU_BLOCK, norm_warps
 from kernels.rotary_store import HEADS, WARPS
 from kernels.sampling import CHUNK, IDS_BLOCK
-from tests.kernels.offline import SHARED_MEMORY, Case, compile_offline
+from tests.kernels.offline import SHARED_MEMORY, Case, Compiler
 
 
 def absent(*names: str) -> dict[str, object]:
@@ -46,7 +46,7 @@ def cases(pdl: bool) -> list[Case]:
 
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_kernels_compile_and_need_little(capability: int) -> None:
-    compiled = compile_offline(cases(pdl=capability >= 90), capability)
+def test_kernels_compile_and_need_little(compiler: Compiler, capability: int) -> None:
+    compiled = compiler.compile(cases(pdl=capability >= 90), capability)
     # reductions alone use shared memory, so that many programs share a multiprocessor
     assert all(result.shared <= SHARED_MEMORY[capability] // 32 for result in compiled)

@@ -4,7 +4,7 @@ import pytest
 
 from kernels.gemm_table import SHARED_MEMORY as SHARED_BUDGET
 from kernels.gemm_table import GemmConfig, candidates
-from tests.kernels.offline import SHARED_MEMORY, Case, compile_offline
+from tests.kernels.offline import SHARED_MEMORY, Case, Compiler
 
 N, K = 6144, 4096
 BIAS = {"bias": "*bf16"}
@@ -36,10 +36,10 @@ def sample() -> list[GemmConfig]:
     return [*firsts, *others, [config for config in found[16] if config.swapped][-1]]
 
 
-def test_hopper_reads_tiles_by_tma_and_multiplies_in_warp_groups() -> None:
+def test_hopper_reads_tiles_by_tma_and_multiplies_in_warp_groups(compiler: Compiler) -> None:
     configs = sample()
     assert {config.splits for config in configs} > {1}
-    for config, result in zip(configs, compile_offline([case(c, tma=True) for c in configs], 90), strict=True):
+    for config, result in zip(configs, compiler.compile([case(c, tma=True) for c in configs], 90), strict=True):
         assert result.tma, config
         assert result.wgmma == ((config.block_n if config.swapped else config.block_m) >= 64), config
         # barriers, and the exchange of the last sums between threads, which may need more than few buffers
@@ -48,9 +48,9 @@ def test_hopper_reads_tiles_by_tma_and_multiplies_in_warp_groups() -> None:
 
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_pointers_instead_of_tma(capability: int) -> None:
+def test_pointers_instead_of_tma(compiler: Compiler, capability: int) -> None:
     configs = sample()[:2]
-    results = compile_offline([case(c, tma=False, biased=False) for c in configs], capability)
+    results = compiler.compile([case(c, tma=False, biased=False) for c in configs], capability)
     for config, result in zip(configs, results, strict=True):
         assert not result.tma, config
         assert result.shared <= SHARED_MEMORY[capability], config

@@ -8,7 +8,7 @@ import triton
 from kernels.lora_config import LoraConfig, lora_config
 from kernels.shapes import SHAPES
 from kernels.tiles import TileShape
-from tests.kernels.offline import SHARED_MEMORY, Case, compile_offline
+from tests.kernels.offline import SHARED_MEMORY, Case, Compiler
 
 BESIDE = 64 * 1024
 """Bytes of shared memory that a program may use beside a base product with 150 KB of the 227 KB."""
@@ -154,13 +154,13 @@ DECODING = [Program(linear, shape, "bf16") for linear in LINEARS for shape in (F
 
 
 @pytest.mark.slow
-def test_decoding_leaves_room_for_the_base_product() -> None:
+def test_decoding_leaves_room_for_the_base_product(compiler: Compiler) -> None:
     unique = list({str(asdict(case)): case for program in DECODING for case in cases(program)}.values())
-    assert max(result.shared for result in compile_offline(unique, 90)) <= BESIDE
+    assert max(result.shared for result in compiler.compile(unique, 90)) <= BESIDE
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_kernels_compile_and_fit(capability: int) -> None:
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+def test_kernels_compile_and_fit(compiler: Compiler, capability: int) -> None:
     programs = [
         Program("down", FEW, "bf16", scaled=True),
         Program("qkv", SHARED, "bf16"),
@@ -169,7 +169,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
     ]
     if capability >= 90:
         programs += [Program("o", MANY, "bf16", pdl=True), Program("gate_up", SHARED, "bf16", pdl=True)]
-    done = compile_offline([case for program in programs for case in cases(program)], capability)
+    done = compiler.compile([case for program in programs for case in cases(program)], capability)
     assert max(result.shared for result in done) <= SHARED_MEMORY[capability]
     if capability >= 90:
         assert max(result.shared for result in done[-5:]) <= BESIDE

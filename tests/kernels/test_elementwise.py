@@ -1,8 +1,5 @@
 """Norms, activation, rotary embedding with stores, greedy choice and ids in Triton against plain torch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,22 +9,13 @@ from kernels.elementwise import rms_norm, rms_norm_residual, silu_mul
 from kernels.rotary_store import rotary_store
 from kernels.sampling import CHUNK, IDS_BLOCK, greedy, input_ids
 from kernels.summands import Summands
+from tests.kernels.poison import poisoned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 EPS = 1e-5
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors are NaN, or the largest integer, until something is written into them."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,5 @@
 """The product of few rows in Triton against fp64, and the table that says when to use it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from kernels.gemm_table import (
     row_class,
     slug,
 )
+from tests.kernels.poison import poisoned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -32,16 +31,6 @@ CONFIGS = [
 ]
 LINEARS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 CLASSES = [16, 32, 64, 128]
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors are NaN until something is written into them."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def operands(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

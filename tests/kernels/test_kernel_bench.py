@@ -15,8 +15,6 @@ from kernels.gemm_table import Choice, GemmConfig, GemmTable
 from kernels.shapes import ModelShape
 from kernels.tune import Tuned, Tuning, choose, table_of, tune
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
 FAST, SLOW = GemmConfig(16, 64, 128, 1, 4, 5), GemmConfig(16, 32, 128, 1, 4, 5)
 
 

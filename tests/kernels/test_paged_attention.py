@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import attention
 from kernels.attention import QUERY_BLOCK, PagedMeta, paged_attention, plan_parts, query_blocks
+from tests.kernels.poison import poisoned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -65,11 +66,8 @@ class Step:
 
     def run(self, window: int | None = None, *, pdl: bool = False) -> Tensor:
         scale = self.q.shape[-1] ** -0.5
-        torch.use_deterministic_algorithms(True)  # torch.empty is NaN
-        try:
+        with poisoned():
             return paged_attention(self.q, self.caches[0], self.caches[1], self.meta, scale, window, pdl=pdl)
-        finally:
-            torch.use_deterministic_algorithms(False)
 
     def expected(self, window: int | None = None) -> Tensor:
         parts = []
@@ -166,7 +164,7 @@ def test_layouts_that_the_kernels_do_not_read_are_refused() -> None:
     st.one_of(st.none(), st.integers(1, 50)),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 def test_any_lengths(lengths: list[int], prompts: Spans, window: int | None, cut: bool) -> None:
     spans = [(1, length) for length in lengths] + [(new, new + past) for new, past in prompts]
     if not any(length for _, length in spans):

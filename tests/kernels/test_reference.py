@@ -48,7 +48,7 @@ def plain_lora(
 @pytest.mark.parametrize("num_slices", SLICES)
 @pytest.mark.parametrize("scaled", [False, True])
 @given(spans=span_lists())
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_lora_equals_the_plain_loop(num_slices: int, scaled: bool, spans: list[RowSpan]) -> None:
     mapping = build_mapping(spans, CPU)
     if mapping is None:

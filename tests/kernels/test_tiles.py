@@ -59,7 +59,7 @@ def matrix_of(tiles: TilePlan | LoraTiles, num_rows: int) -> NDArray[np.float32]
 @pytest.mark.parametrize("block_rows", [16, 64])
 @pytest.mark.parametrize("kind", [*KINDS, None])
 @given(case=ranked_spans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_tiles_are_the_matrix(kind: Kind | None, block_rows: int, case: tuple[list[RowSpan], int]) -> None:
     spans, num_rows = case
     matrix = expected(spans, num_rows)
@@ -80,7 +80,7 @@ def test_tiles_are_the_matrix(kind: Kind | None, block_rows: int, case: tuple[li
 
 @pytest.mark.parametrize("block_rows", [16, 64])
 @given(case=ranked_spans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_every_row_is_in_one_block_with_all_its_pages(block_rows: int, case: tuple[list[RowSpan], int]) -> None:
     spans, num_rows = case
     plan = plan_tiles(spans, num_rows, block_rows, "rows")
@@ -106,7 +106,7 @@ def test_every_row_is_in_one_block_with_all_its_pages(block_rows: int, case: tup
 
 
 @given(case=ranked_spans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_shared_tiles_are_few_and_by_page(case: tuple[list[RowSpan], int]) -> None:
     spans, num_rows = case
     plan = plan_tiles(spans, num_rows, 16, "shared")
@@ -122,7 +122,7 @@ def test_shared_tiles_are_few_and_by_page(case: tuple[list[RowSpan], int]) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(case=ranked_spans(), spare=st.tuples(*[st.integers(0, 9)] * 3), offset=st.sampled_from([0, 4]))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_a_written_plan_is_read_back(
     kind: Kind, case: tuple[list[RowSpan], int], spare: tuple[int, int, int], offset: int
 ) -> None:

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from adapters_store.types import GROUP_OF, GROUPS, TARGETS, LinearShape, LoraPair
+from adapters_store.types import GROUP_OF, GROUPS, PAGE_RANK, TARGETS, LinearShape, LoraPair
+from kernels import tiles
 from kernels.mapping import Mapping as PageMapping
 from server.model.decoder import Decoder
 from tests.model.conftest import CPU, Driver, PageWriter, Saved, merge_uses
@@ -81,6 +82,10 @@ def driver(qwen: Saved) -> Driver:
 @pytest.fixture
 def writer(driver: Driver) -> PageWriter:
     return PageWriter(driver, ORDER)
+
+
+def test_the_pages_of_adapters_have_the_rank_that_the_kernels_read() -> None:
+    assert PAGE_RANK == tiles.PAGE_RANK
 
 
 PEFT_CASES = {
