@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from adapters_store.store import AdapterStore, UnknownAdapter
+from adapters_store.registry import Resolved
+from adapters_store.store import AdapterStore
 from adapters_store.types import Composition, Mix
 
 AUTO = "auto"
@@ -45,12 +46,24 @@ class RouteQuery:
 
 @dataclass(frozen=True)
 class RoutedAdapter:
-    """One adapter of a decision. `score` is the router's, None where nothing was scored."""
+    """One adapter of a decision: what its name meant. `score` is the router's, None where nothing was scored."""
 
-    name: str
-    digest: str
+    resolved: Resolved
     weight: float
     score: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.resolved.name
+
+    @property
+    def owner(self) -> str:
+        """The tenant that the name belongs to."""
+        return self.resolved.tenant
+
+    @property
+    def digest(self) -> str:
+        return self.resolved.digest
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,12 @@ class Route:
     cached: bool = False
 
     @property
+    def resolved(self) -> tuple[Resolved, ...]:
+        """The adapters that the mix needs, under the names that were asked for."""
+        needed = set(self.mix.digests)
+        return tuple({entry.resolved: None for entry in self.adapters if entry.digest in needed})
+
+    @property
     def label(self) -> str:
         """Name of the mix in metrics."""
         names = "+".join(sorted({adapter.name for adapter in self.adapters})) or "base"
@@ -72,7 +91,7 @@ class Route:
 
 
 class Router(Protocol):
-    """Turns a query into a route. Raises RouteError."""
+    """Turns a query into a route. Raises RouteError, RegistryError."""
 
     @property
     def name(self) -> str: ...
@@ -92,37 +111,39 @@ class ExplicitRouter:
 
     async def route(self, query: RouteQuery) -> Route:
         started = self._clock()
-        entries = self._named(query) if query.adapters is None else self._listed(query, query.adapters)
+        names = [adapter.name for adapter in query.adapters or ()]
+        if query.model != self._served_name:
+            names.append(query.model)
+        found = await self._store.resolve(query.tenant, names) if names else {}
+        entries = self._named(query, found) if query.adapters is None else self._listed(query, query.adapters, found)
         entries = _compose(entries, query.composition)
         mix = Mix.of([(entry.digest, entry.weight) for entry in entries], query.composition)
         router = self.name if entries else None
         return Route(router, tuple(entries), query.composition, mix, self._clock() - started)
 
-    def _named(self, query: RouteQuery) -> list[RoutedAdapter]:
+    def _named(self, query: RouteQuery, found: Mapping[str, Resolved]) -> list[RoutedAdapter]:
         if query.model == self._served_name:
             return []
-        return [self._resolve(query.tenant, query.model, 1.0, param="model")]
+        return [RoutedAdapter(self._meaning(found, query.model, "model"), 1.0)]
 
-    def _listed(self, query: RouteQuery, adapters: tuple[NamedWeight, ...]) -> list[RoutedAdapter]:
-        self._named(query)  # an unknown model is an error even where the list overrides it
+    def _listed(
+        self, query: RouteQuery, adapters: tuple[NamedWeight, ...], found: Mapping[str, Resolved]
+    ) -> list[RoutedAdapter]:
+        self._named(query, found)  # an unknown model is an error even where the list overrides it
         return [
-            self._resolve(
-                query.tenant,
-                adapter.name,
+            RoutedAdapter(
+                self._meaning(found, adapter.name, f"lora.adapters.{index}.name"),
                 1.0 / len(adapters) if adapter.weight is None else adapter.weight,
-                param=f"lora.adapters.{index}.name",
             )
             for index, adapter in enumerate(adapters)
         ]
 
-    def _resolve(self, tenant: str, name: str, weight: float, param: str) -> RoutedAdapter:
-        try:
-            adapter = self._store.resolve(tenant, name)
-        except UnknownAdapter:
-            what = f"expected {self._served_name!r} or an adapter's name" if param == "model" else "no such adapter"
-            message = f"{param}: {name[:200]!r} does not exist, {what}"
-            raise RouteError(message, param=param, code="model_not_found") from None
-        return RoutedAdapter(adapter.name, adapter.digest, weight)
+    def _meaning(self, found: Mapping[str, Resolved], name: str, param: str) -> Resolved:
+        if name in found:
+            return found[name]
+        what = f"expected {self._served_name!r} or an adapter's name" if param == "model" else "no such adapter"
+        message = f"{param}: {name[:200]!r} does not exist, {what}"
+        raise RouteError(message, param=param, code="model_not_found")
 
 
 class Routers:
@@ -136,7 +157,7 @@ class Routers:
         self._default = default
 
     async def route(self, query: RouteQuery) -> Route:
-        """The decision of the router that the query asks for. Raises RouteError."""
+        """The decision of the router that the query asks for. Raises RouteError, RegistryError."""
         return await self._select(query).route(query)
 
     def _select(self, query: RouteQuery) -> Router:
@@ -163,10 +184,10 @@ def _compose(entries: list[RoutedAdapter], composition: Composition) -> list[Rou
     """The adapters with the weights that they are applied with."""
     if composition is Composition.SELECTION and entries:
         chosen = max(entries, key=lambda entry: entry.weight)
-        return [RoutedAdapter(chosen.name, chosen.digest, 1.0, chosen.score)]
+        return [replace(chosen, weight=1.0)]
     if composition is Composition.FUSION and entries:
         total = math.fsum(entry.weight for entry in entries)
         if abs(total) <= 1e-9 * math.fsum(abs(entry.weight) for entry in entries):
             raise RouteError("lora.adapters: the weights of a fusion must not sum to 0", param="lora.adapters")
-        return [RoutedAdapter(entry.name, entry.digest, entry.weight / total, entry.score) for entry in entries]
+        return [replace(entry, weight=entry.weight / total) for entry in entries]
     return entries

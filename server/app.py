@@ -1,10 +1,13 @@
 """The composition root: settings become services, and services an application."""
 
+import asyncio
 import contextlib
+import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -14,21 +17,39 @@ from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
-from adapters_store.store import AdapterStore
+from adapters_store.blobs import BlobError
+from adapters_store.registry import DEFAULT_TENANT, NamedAdapter
+from adapters_store.store import AdapterStore, StoreConfig, UnknownAdapter
+from adapters_store.types import LinearShape
 from routing.router import ExplicitRouter, Routers
+from server.accounts import REFRESH_SECONDS, AccountService
+from server.admin.routes import router as admin_router
+from server.catalog import Catalog, policies
 from server.chat import ChatTokenizer
 from server.checkpoint import locate
-from server.choice import ChoiceServices, Engine
+from server.choice import ChoiceServices
 from server.config import Settings
-from server.deps import Services, ServicesDep, State, check_metrics_key
+from server.deps import Services, ServicesDep, ServingEngine, State, check_metrics_key
 from server.engine.client import EngineClient
 from server.errors import install_error_handlers
 from server.generation import SEEDS, Generator
+from server.key_ring import KeyRing
 from server.metrics import Metrics
 from server.model.config import ModelConfig
 from server.openai.routes import router as openai_router
+from server.periodic import repeating
+from server.quotas import QuotaGate
+from server.rate_limit_headers import RateLimitHeaders
 from server.request_id import RequestIds
-from server.tenants import Keys
+from server.tenants import Keys, Tenants
+from server.usage import FLUSH_SECONDS, UsageLedger
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 600.0
+SWEEP_GRACE = 3600.0
+"""Longer than any registration takes from its first file to its name."""
+COUNT_SECONDS = 10.0
 
 
 def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
@@ -51,7 +72,9 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
     )
     install_error_handlers(app)
     app.include_router(openai_router, tags=["OpenAI"])
+    app.include_router(admin_router)
     _add_operations(app)
+    app.add_middleware(RateLimitHeaders)
     app.add_middleware(RequestIds, new_id=_new_id)
     return app
 
@@ -60,7 +83,8 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
 async def open_services(settings: Settings) -> AsyncIterator[Services]:
     """Everything that serves, started, and stopped at the end.
 
-    Raises CheckpointError, ModelError, TokenizerError, AdapterError or EngineStartError, with one sentence each.
+    Raises CheckpointError, ModelError, TokenizerError, StoreOpenError, AdapterError, BlobError, RegistryError or
+    EngineStartError, with one sentence each.
     """
     if settings.serve.model is None:
         raise ValueError("no model is given, expected --model FOLDER or a hub id")
@@ -69,32 +93,101 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     served_name = settings.serve.served_name or (
         folder.resolve().name if local else settings.serve.model.split("/")[-1]
     )
-    store = AdapterStore(ModelConfig.from_folder(folder).linear_shape, time.time, reserved=(served_name,))
-    if settings.serve.adapters is not None:
-        store.register_folder(settings.serve.adapters)
+    config = settings.serve.store_config(served_name, settings.data_dir)
+    shape, base_name = ModelConfig.from_folder(folder).linear_shape, folder.resolve().name if local else served_name
     tokenizer = ChatTokenizer.from_folder(folder)
-    engine = EngineClient(settings.serve.engine_config(folder, settings.data_dir))
-    services = assemble(settings, served_name, engine, store, tokenizer)
-    engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
+    async with open_store(shape, base_name, config, served_name) as store:
+        given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
+        engine_config = settings.serve.engine_config(folder, settings.data_dir)
+        engine = EngineClient(engine_config)
+        services = assemble(settings, served_name, engine, store, tokenizer)
+        engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
+        async with accounting(services), upkeep(services):
+            try:
+                await engine.start()
+                await services.catalog.start()
+                engine.prefetch(await prefetched(store, given, engine_config.host_memory))
+                yield services
+            finally:
+                await engine.stop()
+                await services.catalog.close()
+
+
+@contextlib.asynccontextmanager
+async def open_store(
+    shape: LinearShape, base_name: str, config: StoreConfig, served_name: str
+) -> AsyncIterator[AdapterStore]:
+    """The adapters, until the block ends. Raises StoreOpenError."""
+    store = await asyncio.to_thread(AdapterStore.open, shape, base_name, config, time.time, (served_name,))
     try:
-        await engine.start()
-        engine.prefetch({adapter.digest: str(adapter.path) for adapter in store.list("default")})
-        yield services
+        yield store
     finally:
-        await engine.stop()
+        await store.close()
+
+
+@contextlib.asynccontextmanager
+async def upkeep(services: Services) -> AsyncIterator[None]:
+    """Files that nothing needs go, and the number of adapters is shown."""
+
+    async def count() -> None:
+        services.metrics.registered(await services.store.count())
+
+    sweep = partial(services.store.sweep, SWEEP_GRACE)
+    async with repeating(sweep, SWEEP_SECONDS), repeating(count, COUNT_SECONDS):
+        yield
+
+
+async def prefetched(store: AdapterStore, adapters: Sequence[NamedAdapter], most_bytes: int) -> dict[str, str]:
+    """Folders, by digest, of those adapters that host memory holds at the same time; empty if they cannot be read."""
+    chosen: list[str] = []
+    for adapter in adapters:
+        most_bytes -= adapter.adapter.bytes
+        if most_bytes < 0:
+            break
+        chosen.append(adapter.name)
+    found = await store.resolve(DEFAULT_TENANT, chosen)
+    try:
+        lease = await store.lease(DEFAULT_TENANT, tuple(found.values()))
+    except (BlobError, UnknownAdapter) as error:
+        logger.warning("adapters are not read in advance: %s", error)
+        return {}
+    store.release(lease)
+    return dict(lease.paths)
+
+
+@contextlib.asynccontextmanager
+async def accounting(services: Services) -> AsyncIterator[None]:
+    """Tenants, keys and the ledger keep up with the registry; at the end the ledger is complete."""
+    try:
+        async with (
+            repeating(services.accounts.refresh, REFRESH_SECONDS),
+            repeating(services.usage.flush, FLUSH_SECONDS),
+        ):
+            yield
+    finally:
+        services.accounts.close()
+        await services.usage.close()
 
 
 def assemble(
-    settings: Settings, served_name: str, engine: Engine, store: AdapterStore, tokenizer: ChatTokenizer
+    settings: Settings, served_name: str, engine: ServingEngine, store: AdapterStore, tokenizer: ChatTokenizer
 ) -> Services:
     """The services around an engine, a store and a tokenizer."""
     serve = settings.serve
     metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs)
-    metrics.registered(len(store.list("default")))
+    metrics.registered(store.registry.count())
+    tenants, ring = Tenants(), KeyRing()
+    accounts = AccountService(store.registry.accounts, tenants, ring, secrets.token_bytes)
+    quotas = QuotaGate(tenants, time.perf_counter, metrics.quota_rejected)
+    usage = UsageLedger(store.registry, time.time)
+    catalog = Catalog(store, engine, policies(settings), time.monotonic, settings.limits.uploads)
+    usage.on_use = catalog.residency.used
     generator = Generator(
         ChoiceServices(engine, tokenizer, metrics, time.perf_counter),
         store,
         Routers(ExplicitRouter(store, served_name, time.perf_counter)),
+        quotas,
+        usage,
         new_id=_new_id,
         new_seed=lambda: secrets.randbelow(SEEDS),
     )
@@ -102,15 +195,22 @@ def assemble(
         [key.get_secret_value() for key in serve.api_key],
         serve.admin_key.get_secret_value() if serve.admin_key is not None else None,
         serve.metrics_key.get_secret_value() if serve.metrics_key is not None else None,
+        ring,
+        tenants,
     )
+    accounts.load()
     return Services(
         served_name=served_name,
         engine=engine,
         store=store,
+        catalog=catalog,
         tokenizer=tokenizer,
         generator=generator,
         metrics=metrics,
         keys=keys,
+        accounts=accounts,
+        quotas=quotas,
+        usage=usage,
         limits=settings.limits,
         metrics_public=serve.metrics_public,
         now=time.time,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from server import cli_admin
+
 if TYPE_CHECKING:
     from server.config import Settings
 
@@ -19,12 +21,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # rich's own markup would swallow defaults in brackets
     help="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
 )
 train = typer.Typer(no_args_is_help=True, help="Train adapters.")
 app.add_typer(train, name="train")
+app.add_typer(cli_admin.app)
 
-DataDir = Annotated[Path | None, typer.Option(help="Where models are kept.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of models, adapters and the registry.")]
 Model = Annotated[str | None, typer.Option(help="Model folder, pulled model or hub id.")]
 Size = Annotated[str | None, typer.Option(metavar="auto|SIZE", help="Bytes, such as 2GiB.")]
 
@@ -47,6 +51,15 @@ def serve(
     model: Model = None,
     served_name: Annotated[str | None, typer.Option(help="The base model's name for clients.")] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of adapters, registered at start.")] = None,
+    adapter_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder that the admin may register file:// adapters from; repeatable.")
+    ] = None,
+    database_url: Annotated[
+        str | None, typer.Option(help="The registry: sqlite:///FILE or postgresql://... [SQLite in --data-dir].")
+    ] = None,
+    blob_url: Annotated[
+        str | None, typer.Option(help="Adapters' files: a folder or s3://bucket/prefix [in --data-dir].")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,
     data_dir: DataDir = None,
@@ -78,6 +91,11 @@ def serve(
     if settings.serve.model is None:
         _fail("no model is given: expected --model FOLDER, a pulled model or a hub id", code=2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells every plugin that it loads
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it names its plugins at every start
+    from adapters_store.blobs import BlobError
+    from adapters_store.registry import RegistryError
+    from adapters_store.store import StoreOpenError
     from adapters_store.types import AdapterError
     from server.chat import TokenizerError
     from server.checkpoint import CheckpointError
@@ -86,7 +104,8 @@ def serve(
     from server.serve import BindError
     from server.serve import serve as run
 
-    with _failing(AdapterError, BindError, CheckpointError, EngineStartError, ModelError, TokenizerError):
+    store = (AdapterError, BlobError, RegistryError, StoreOpenError)
+    with _failing(*store, BindError, CheckpointError, EngineStartError, ModelError, TokenizerError):
         run(settings, announce=lambda line: print(line, flush=True))
 
 

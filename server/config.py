@@ -20,10 +20,13 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from adapters_store.store_config import StoreConfig
 from server.engine.config import GIB, MOST_BATCH_TOKENS, EngineConfig
 
 PREFIX = "LORAMUX_"
 SHORT_KEYS = {"LORAMUX_API_KEY": "api_key", "LORAMUX_ADMIN_KEY": "admin_key"}
+CLIENT_VARIABLES = frozenset({"LORAMUX_URL"})
+"""What commands read that talk to a server."""
 KUBERNETES = re.compile(r"LORAMUX_(SERVICE_(HOST|PORT)|PORT_\d+_|PORT=(tcp|udp)://)")
 """What Kubernetes sets in every pod beside a Service of our name."""
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -61,6 +64,9 @@ class ServeSettings(BaseModel):
     model: str | None = None
     served_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     adapters: Path | None = None
+    adapter_root: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    database_url: str | None = None
+    blob_url: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -98,6 +104,15 @@ class ServeSettings(BaseModel):
             raise ValueError("served_name auto is reserved for routers, expected another name")
         return self
 
+    def store_config(self, served_name: str, data_dir: Path) -> StoreConfig:
+        """Where adapters are kept: below the data folder, by the served name, unless the two URLs say otherwise."""
+        name = served_name.replace("/", "--")
+        return StoreConfig(
+            database_url=self.database_url or f"sqlite:///{data_dir / 'registry' / name}.sqlite",
+            blob_url=self.blob_url or str(data_dir / "blobs" / name),
+            folder=data_dir / "store" / name,
+        )
+
     def engine_config(self, model: Path, data_dir: Path) -> EngineConfig:
         """The engine's share, for the model in a local folder."""
         return EngineConfig(
@@ -126,6 +141,25 @@ class LimitSettings(BaseModel):
     n: int = Field(default=16, ge=1)
     prompts: int = Field(default=128, ge=1)
     adapters: int = Field(default=256, ge=1)
+    uploads: int = Field(default=4, ge=1)
+
+
+class SourceSettings(BaseModel):
+    """Where adapters may be fetched from, and how much, in bytes and seconds.
+
+    An empty `hub_endpoint` switches hf:// off. Tenants' own registrations use neither the buckets nor the token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    https_hosts: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    s3_buckets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    s3_endpoint: str | None = None
+    s3_region: str | None = None
+    hub_endpoint: str = "https://huggingface.co"
+    hub_token: Key | None = None
+    max_adapter_bytes: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] = 2 * GIB
+    timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
 
 
 class Settings(BaseSettings):
@@ -136,6 +170,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "loramux")
     serve: ServeSettings = Field(default_factory=ServeSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    sources: SourceSettings = Field(default_factory=SourceSettings)
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None = None) -> Settings:
@@ -188,9 +223,13 @@ def _short_keys() -> dict[str, str]:
 
 def _check_environment() -> None:
     """pydantic-settings ignores variables that match no field; here a misspelt one is an error."""
-    groups: dict[str, type[BaseModel]] = {"serve": ServeSettings, "limits": LimitSettings}
+    groups: dict[str, type[BaseModel]] = {"serve": ServeSettings, "limits": LimitSettings, "sources": SourceSettings}
     for name, value in os.environ.items():
-        if not name.startswith(PREFIX) or name in SHORT_KEYS or KUBERNETES.match(f"{name}={value}"):
+        if (
+            not name.startswith(PREFIX)
+            or name in {*SHORT_KEYS, *CLIENT_VARIABLES}
+            or KUBERNETES.match(f"{name}={value}")
+        ):
             continue
         group, _, field = name.removeprefix(PREFIX).lower().partition("__")
         known = field in groups[group].model_fields if group in groups else group in Settings.model_fields and not field

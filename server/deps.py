@@ -2,19 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypedDict, cast
+from functools import partial
+from typing import Annotated, Protocol, TypedDict, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from adapters_store.store import AdapterStore
+from server.accounts import AccountService
+from server.catalog import Catalog, TieredEngine
 from server.chat import ChatTokenizer
 from server.choice import Engine
 from server.config import LimitSettings
+from server.engine.config import EngineStats
 from server.errors import Unauthorized
 from server.generation import Generator
 from server.metrics import Metrics
+from server.quotas import QuotaGate
 from server.tenants import Caller, Keys
+from server.usage import UsageLedger
+
+
+class ServingEngine(Engine, TieredEngine, Protocol):
+    """All that the application needs of an engine client."""
+
+    @property
+    def stats(self) -> EngineStats: ...
 
 
 @dataclass(frozen=True)
@@ -22,12 +35,16 @@ class Services:
     """What lives as long as the application. `now` counts seconds since the epoch, `started` is its first reading."""
 
     served_name: str
-    engine: Engine
+    engine: ServingEngine
     store: AdapterStore
+    catalog: Catalog
     tokenizer: ChatTokenizer
     generator: Generator
     metrics: Metrics
     keys: Keys
+    accounts: AccountService
+    quotas: QuotaGate
+    usage: UsageLedger
     limits: LimitSettings
     metrics_public: bool
     now: Callable[[], float]
@@ -48,16 +65,22 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def get_caller(services: ServicesDep, bearer: Bearer) -> Caller:
-    """Raises Unauthorized without one of the configured keys."""
-    caller = services.keys.caller(bearer.credentials if bearer is not None else None)
+async def get_caller(request: Request, services: ServicesDep, bearer: Bearer) -> Caller:
+    """Raises Unauthorized without a valid key where one is needed. The answer will show the state of the quotas."""
+    caller = await services.keys.caller(bearer.credentials if bearer is not None else None)
     if caller is None:
         problem = "the key is not valid" if bearer is not None else "a key is needed"
         raise Unauthorized(f"{problem}: expected the header `Authorization: Bearer <key>`")
+    request.state.rate_limits = partial(services.quotas.headers, caller.tenant.id)
     return caller
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+def count_request(services: ServicesDep, caller: CallerDep) -> None:
+    """For requests that cost work of this process alone. Raises TooManyRequests."""
+    services.quotas.count_request(caller.tenant.id)
 
 
 def check_metrics_key(services: ServicesDep, bearer: Bearer) -> None:

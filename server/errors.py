@@ -5,26 +5,40 @@
     ├── Unauthorized           401  no key, or a wrong one
     ├── Forbidden              403  a key that may not do this
     ├── NotFound               404  unknown model, adapter, endpoint
-    ├── BodyTooLarge           413
+    ├── Conflict               409  a name that exists, an adapter in use
+    ├── PayloadTooLarge        413
+    │   └── BodyTooLarge
     ├── UnsupportedMediaType   415
+    ├── Unprocessable          422  an adapter that cannot be served
+    ├── TooManyRequests        429  beyond a quota; says when to try again
     └── Unavailable            503  engine down or draining; says when to try again
 
-`ClientGone` is none of them: nobody is left to read an answer.
+`ClientGone` is none of them: nobody is left to read an answer. What adapters_store raises becomes the class of its
+status, see `refusal`.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from adapters_store.blobs import BlobError
+from adapters_store.registry import RegistryError
+from adapters_store.store import UnknownAdapter
+from adapters_store.types import AdapterError
 
 logger = logging.getLogger(__name__)
 
 BUG = "internal error; the server's log has the details"
 RETRY_SECONDS = 2
 """What `Retry-After` tells clients while the engine restarts: its first attempt comes after half a second."""
+QUOTA_SECONDS = 60
+"""What it tells those whose store is full: no clock makes room there, their own deletions do."""
 
 
 class ServerError(Exception):
@@ -77,9 +91,19 @@ class NotFound(ServerError):
     code = "not_found"
 
 
-class BodyTooLarge(ServerError):
+class Conflict(ServerError):
+    status = HTTPStatus.CONFLICT
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class PayloadTooLarge(ServerError):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     type = "invalid_request_error"
+    code = "payload_too_large"
+
+
+class BodyTooLarge(PayloadTooLarge):
     code = "body_too_large"
 
 
@@ -87,6 +111,37 @@ class UnsupportedMediaType(ServerError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     type = "invalid_request_error"
     code = "unsupported_media_type"
+
+
+class Unprocessable(ServerError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    type = "invalid_request_error"
+    code = "unprocessable"
+
+
+class TooManyRequests(ServerError):
+    """Beyond a quota. `retry_after` is in seconds, `limits` are headers as they stand (`x-ratelimit-...`)."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float = 1.0,
+        limits: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after = retry_after
+        self.limits = limits or {}
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after))), **self.limits}
 
 
 class Unavailable(ServerError):
@@ -103,9 +158,42 @@ class ClientGone(Exception):
     """The client closed its connection before the answer was complete."""
 
 
+BY_STATUS: Mapping[int, type[ServerError]] = {
+    each.status: each
+    for each in (BadRequest, Unauthorized, Forbidden, NotFound, Conflict, PayloadTooLarge, UnsupportedMediaType)
+} | {each.status: each for each in (Unprocessable, TooManyRequests, Unavailable)}
+
+PARAMS: Mapping[str, str] = {
+    "invalid_name": "name",
+    "adapter_exists": "name",
+    "bad_source": "source",
+    "source_not_allowed": "source",
+    "source_refused": "source",
+    "tenant_not_found": "tenant",
+}
+"""The fields at fault of errors that know of no request, by their code."""
+
+StoreError = AdapterError | BlobError | RegistryError
+
+
+def refusal(error: StoreError, param: str | None = None) -> ServerError:
+    """What a client is told of an error of the store; `param` is the field that it comes from, if known."""
+    kind = BY_STATUS.get(error.status, ServerError)
+    if kind is ServerError:
+        return ServerError()
+    param = param or PARAMS.get(error.code)
+    if kind is TooManyRequests:
+        return TooManyRequests(error.message, param=param, code=error.code, retry_after=QUOTA_SECONDS)
+    return kind(error.message, param=param, code=error.code)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Every error that leaves the application has OpenAI's form."""
     app.add_exception_handler(ServerError, _on_server_error)
+    for kind in (AdapterError, BlobError, RegistryError):
+        app.add_exception_handler(kind, _on_store_error)
+    app.add_exception_handler(UnknownAdapter, _on_unknown_adapter)
+    app.add_exception_handler(RequestValidationError, _on_bad_query)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
 
@@ -117,6 +205,30 @@ def error_response(error: ServerError) -> JSONResponse:
 async def _on_server_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServerError)
     return error_response(error)
+
+
+async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterError | BlobError | RegistryError)
+    if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+    return error_response(refusal(error))
+
+
+async def _on_unknown_adapter(_: Request, error: Exception) -> JSONResponse:
+    return error_response(NotFound(str(error), code="adapter_not_found"))
+
+
+async def _on_bad_query(_: Request, error: Exception) -> JSONResponse:
+    """What the framework says of query parameters, the only part of a request that it parses."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    if first["type"] == "extra_forbidden":
+        return error_response(
+            BadRequest(f"{param}: there is no such query parameter here", param=param, code="unknown_parameter")
+        )
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return error_response(BadRequest(f"{param}: {message}", param=param))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

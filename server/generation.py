@@ -4,23 +4,26 @@ A route handler starts a `Generation` and iterates over its pieces. Whatever hap
 released once, each choice is accounted for once, and closing the iteration ends the work in the engine.
 """
 
-import asyncio
-import hashlib
-import struct
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 
-from adapters_store.store import AdapterStore
-from adapters_store.types import Mix
+from adapters_store.blobs import BlobError
+from adapters_store.registry import RegistryError
+from adapters_store.store import AdapterStore, UnknownAdapter
 from routing.router import Route, RouteError, RouteQuery, Routers
+from server.cache_key import cache_key
 from server.chat import Message
 from server.choice import Choice, ChoiceServices, Piece
 from server.engine.config import EngineInfo
 from server.engine.sequence import Request, SamplingParams
-from server.errors import BadRequest, NotFound, ServerError, Unavailable
+from server.errors import BadRequest, NotFound, ServerError, Unavailable, refusal
+from server.interleave import interleave
+from server.quotas import Meter, QuotaGate
 from server.stops import StopStrings
 from server.tenants import Tenant
+from server.usage import UsageLedger
 
 SEEDS = 1 << 63
 
@@ -65,12 +68,16 @@ class Generator:
         services: ChoiceServices,
         store: AdapterStore,
         routers: Routers,
+        quotas: QuotaGate,
+        ledger: UsageLedger,
         new_id: Callable[[], str],
         new_seed: Callable[[], int],
     ) -> None:
         self.services = services
         self.store = store
         self.routers = routers
+        self.quotas = quotas
+        self.ledger = ledger
         self.new_id = new_id
         self.new_seed = new_seed
         self.is_draining = False
@@ -100,6 +107,7 @@ class Generation:
         self._generator = generator
         self._ask = ask
         self._arrival = generator.services.clock()
+        self._charged: Counter[int] = Counter()  # tokens by choice
 
     @property
     def usage(self) -> Usage:
@@ -109,18 +117,30 @@ class Generation:
             cached_tokens=sum(choice.cached_tokens for choice in self.choices if choice.leader is None),
         )
 
+    @property
+    def arrival(self) -> float:
+        """When it came, by the services' clock."""
+        return self._arrival
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has got its first token."""
+        return any(choice.num_tokens for choice in self.choices)
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The life of the request. To be iterated once, and closed. Raises ServerError."""
-        with self._running():
+        with self._running(), self._generator.quotas.admit(self._ask.tenant.id) as meter:
             info = self._engine_info()
             self._check_token_ids(info)
             self.prompts = await self._tokenize(info)
-            self.route = await self._decide()
-            with self._lease(self.route) as paths:
-                self.choices = self._make_choices(info, self.route, paths)
-                async with aclosing(_merge([choice.pieces() for choice in self.choices])) as pieces:
-                    async for piece in pieces:
-                        yield piece
+            with self._accounted(meter):
+                self.route = await self._decide()
+                async with self._lease(self.route) as paths:
+                    self.choices = self._make_choices(info, self.route, paths)
+                    async with aclosing(interleave([choice.pieces() for choice in self.choices])) as pieces:
+                        async for piece in pieces:
+                            self._charge(meter, self.choices[piece.index])
+                            yield piece
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -131,9 +151,46 @@ class Generation:
             self._generator.running.discard(self)
 
     @contextmanager
-    def _lease(self, route: Route) -> Iterator[Mapping[str, str]]:
+    def _accounted(self, meter: Meter) -> Iterator[None]:
+        """The tokens of all prompts are reserved, and what was used is counted at the end, whichever it is.
+
+        A prompt that the engine refused, or lost before the first token of an answer, costs nothing.
+        """
+        prompt_tokens, has_failed = sum(map(len, self.prompts)), False
+        meter.reserve(prompt_tokens)
+        try:
+            yield
+        except ServerError:
+            has_failed = True
+            raise
+        finally:
+            for choice in self.choices:
+                self._charge(meter, choice)
+            generated = self._charged.total()
+            if not self.choices or (has_failed and not generated):
+                meter.give_back(prompt_tokens)
+                prompt_tokens = 0
+            if self.route is not None and self.choices:
+                self._generator.ledger.count(self._ask.tenant.id, self.route, prompt_tokens, generated)
+
+    def _charge(self, meter: Meter, choice: Choice) -> None:
+        """The tokens that a choice has got since last time."""
+        new = choice.num_tokens - self._charged[choice.index]
+        if new:
+            self._charged[choice.index] += new
+            meter.charge(new)
+
+    @asynccontextmanager
+    async def _lease(self, route: Route) -> AsyncIterator[Mapping[str, str]]:
         """Folders of the route's adapters by digest, which stay in place meanwhile."""
-        lease = self._generator.store.lease(route.mix.digests)
+        try:
+            lease = await self._generator.store.lease(self._ask.tenant.id, route.resolved)
+        except UnknownAdapter as error:  # deleted since it was routed to
+            raise NotFound(
+                f"the adapter {error.name!r} does not exist", param="model", code="model_not_found"
+            ) from error
+        except BlobError as error:
+            raise refusal(error) from error
         try:
             yield lease.paths
         finally:
@@ -196,6 +253,9 @@ class Generation:
         except RouteError as error:
             metrics.route_failed("explicit")
             raise route_error(error) from error
+        except RegistryError as error:
+            metrics.route_failed("explicit")
+            raise refusal(error) from error
         metrics.routed(route)
         return route
 
@@ -217,6 +277,7 @@ class Generation:
                     paths=paths,
                     cache_key=key,
                     tenant=ask.tenant.id,
+                    weight=ask.tenant.weight,
                 )
                 stops = StopStrings(ask.stop)
                 waits = leader is not None and len(prompt) > info.block_size
@@ -226,59 +287,6 @@ class Generation:
         return tuple(choices)
 
 
-def cache_key(fingerprint: str, mix: Mix, salt: bytes) -> bytes:
-    """Root of the prefix-cache hash chain: sha256 over tagged, length-prefixed parts, so that none run together.
-
-    Weights count by their exact value; the composition counts, since it changes the forward pass.
-    """
-    parts = [(b"model", fingerprint.encode()), (b"composition", mix.composition.encode())]
-    for digest, weight in mix.entries:
-        parts += [(b"adapter", digest.encode()), (b"weight", struct.pack("<d", weight))]
-    parts.append((b"salt", salt))
-    key = hashlib.sha256()
-    for tag, part in parts:
-        for data in (tag, part):
-            key.update(len(data).to_bytes(8, "little"))
-            key.update(data)
-    return key.digest()
-
-
 def route_error(error: RouteError) -> ServerError:
     is_unknown = error.code.endswith("_not_found")
     return (NotFound if is_unknown else BadRequest)(str(error), param=error.param, code=error.code)
-
-
-async def _merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-    """The pieces of all streams as they come. The first error ends all; so does closing this."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for piece in only:
-                yield piece
-        return
-    pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-
-    async def pump(stream: AsyncGenerator[Piece, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for piece in stream:
-                    pieces.put_nowait(piece)
-            pieces.put_nowait(None)
-        except Exception as error:
-            pieces.put_nowait(error)
-
-    # A task group cannot be left open across a yield: closing this generator would be an error of the group's.
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    try:
-        running = len(tasks)
-        while running:
-            item = await pieces.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

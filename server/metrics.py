@@ -89,6 +89,10 @@ class Metrics:
     def route_failed(self, router: str) -> None:
         self._routes.labels(router, "error").inc()
 
+    def quota_rejected(self, tenant: str, kind: str) -> None:
+        """A request was refused; `kind` is `requests`, `concurrency`, `tokens`, `adapters` or `bytes`."""
+        self._quota_rejections.labels(tenant, kind).inc()
+
     def engine(self, stats: EngineStats, now: float) -> None:
         """The engine's latest snapshot. `now` is in seconds since the epoch."""
         before, self._stats = self._stats, stats
@@ -141,6 +145,7 @@ class Metrics:
         self._decode = self._histogram("loramux_decode_time_seconds", "From the first token to the end.", LATENCY, both)
         self._route_seconds = self._histogram("loramux_route_seconds", "Choosing adapters.", ROUTE, ["router"])
         self._routes = self._counter("loramux_route", "Decisions by outcome.", ["router", "outcome"])
+        self._quota_rejections = self._counter("loramux_quota_rejections", "Requests refused.", ["tenant", "kind"])
         self._by_adapter = (
             self._successes,
             self._prompt_tokens,

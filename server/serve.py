@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._announce(_line(self._services, sockets or []))
+        self._announce(_line(self._services, sockets or [], await self._services.store.count()))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """The signal handler."""
@@ -110,8 +110,7 @@ class Server(uvicorn.Server):
         return True
 
 
-def _line(services: Services, sockets: list[socket.socket]) -> str:
-    adapters = len(services.store.list("default"))
+def _line(services: Services, sockets: list[socket.socket], adapters: int) -> str:
     host, port = sockets[0].getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     return (

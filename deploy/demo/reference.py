@@ -41,6 +41,8 @@ class Reference:
         length = prompt["input_ids"].shape[1]
         self._activate(request)
         try:
+            if self._is_greedy(prompt["input_ids"], answer):
+                return None
             output = self.model.generate(
                 **prompt,
                 max_new_tokens=MAX_TOKENS,
@@ -58,6 +60,19 @@ class Reference:
         agreed = next((i for i in range(len(tokens)) if not answer.startswith(self._decode(tokens[: i + 1]))), -1)
         best, second = torch.log_softmax(output.logits[agreed][0], dim=-1).topk(2).values.tolist()
         return None if best - second < TIE_NATS else expected
+
+    def _is_greedy(self, prompt: torch.Tensor, answer: str) -> bool:
+        """Whether the answer's tokens and the end are each the most likely one: one forward pass instead of many.
+
+        False proves nothing, as the same text may have been written in other tokens.
+        """
+        tokens: list[int] = self.tokenizer(answer, add_special_tokens=False).input_ids
+        if len(tokens) > MAX_TOKENS or self._decode(tokens) != answer:
+            return False
+        tokens = [*tokens, self.tokenizer.eos_token_id][:MAX_TOKENS]
+        logits = self.model(input_ids=torch.cat((prompt, torch.tensor([tokens])), dim=1)).logits
+        best: list[int] = logits[0, prompt.shape[1] - 1 : -1].argmax(dim=-1).tolist()
+        return best == tokens
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

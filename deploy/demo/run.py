@@ -5,6 +5,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,19 +63,21 @@ def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) 
 
 @contextlib.contextmanager
 def _server(model: Path, host: str, port: int, console: Console) -> Iterator[str]:
-    """`loramux serve` as a process of its own, until the block ends."""
+    """`loramux serve` as a process of its own, until the block ends; nothing is registered beyond it."""
     _check_port(host, port)
     command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", str(model), "--served-name", SERVED_NAME]
     command += ["--adapters", str(ADAPTERS), "--host", host, "--port", str(port)]
     url = f"http://{host}:{port}"
-    process = subprocess.Popen(command)
-    try:
-        with console.status("Starting the server ..."):
-            _wait_until_ready(url, process)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="loramux-demo-") as folder:
+        command += ["--database-url", f"sqlite:///{folder}/registry.sqlite", "--blob-url", f"{folder}/blobs"]
+        process = subprocess.Popen(command)
+        try:
+            with console.status("Starting the server ..."):
+                _wait_until_ready(url, process)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _check_port(host: str, port: int) -> None:

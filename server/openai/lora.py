@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from routing.router import Route
-from server.openai.body import RequestModel, limits_of
+from server.body import RequestModel, limits_of
 
 LARGEST_WEIGHT = 3.4e38
 """Weights are single precision on the device."""

@@ -9,11 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from adapters_store.types import Composition
 from routing.router import NamedWeight, RouteQuery
+from server.body import RequestModel, limits_of, validate
 from server.config import LimitSettings
 from server.engine.sequence import SamplingParams
 from server.errors import BadRequest
 from server.generation import Ask
-from server.openai.body import RequestModel, limits_of, validate
 from server.openai.lora import LoraOptions, Name
 from server.tenants import Tenant
 

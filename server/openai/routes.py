@@ -1,20 +1,22 @@
 """OpenAI's endpoints, and vLLM's tokenize and detokenize."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from adapters_store.store import RegisteredAdapter, UnknownAdapter
+from adapters_store.registry import ModelRow
+from adapters_store.registry import NotFound as UnknownName
 from routing.router import AUTO, RouteError, RouteQuery
+from server.body import document, json_body
 from server.choice import Piece
-from server.deps import CallerDep, Services, ServicesDep, get_caller
+from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller
 from server.errors import BadRequest, NotFound
 from server.generation import Ask, Generation, route_error
 from server.openai.answer import Answer, Json, collect
-from server.openai.body import document, json_body
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
 from server.openai.lora import route_header
@@ -60,9 +62,25 @@ async def completions(body: CompletionBody, request: Request, services: Services
 
 
 @router.get("/v1/models")
-async def list_models(services: ServicesDep, caller: CallerDep) -> Json:
-    adapters = services.store.list(caller.tenant.id)
-    return {"object": "list", "data": [_base(services), *(_adapter(adapter, services) for adapter in adapters)]}
+async def list_models(
+    services: ServicesDep,
+    caller: CallerDep,
+    limit: Annotated[int | None, Query(ge=1)] = None,
+    cursor: Annotated[str | None, Query(max_length=256)] = None,
+) -> Response:
+    """The base model, then the adapters by name: all of them or, as an addition to OpenAI's list, a part.
+
+    The base model is in the first part only. `next` is the cursor of the following one.
+    """
+    page = await services.store.models(caller.tenant.id, limit, cursor)
+    base = [_base(services)] if cursor is None else []
+
+    def encode() -> bytes:
+        data = base + [_adapter(row, services) for row in page.items]
+        return msgspec.json.encode({"object": "list", "data": data, "next": page.next})
+
+    # Ten thousand adapters are four megabytes, for which the event loop has no time.
+    return Response(await asyncio.to_thread(encode), media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")
@@ -70,12 +88,14 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
     if model == services.served_name:
         return _base(services)
     try:
-        return _adapter(services.store.resolve(caller.tenant.id, model), services)
-    except UnknownAdapter:
+        found = (await services.store.resolve(caller.tenant.id, [model]))[model]
+        named = await services.store.get(caller.tenant.id, found.name)
+    except (KeyError, UnknownName):
         raise NotFound("there is no such model", param="model", code="model_not_found") from None
+    return _adapter(ModelRow(named.tenant, named.name, found.digest, named.public, named.created), services)
 
 
-@router.post("/tokenize", openapi_extra=document(TokenizeRequest))
+@router.post("/tokenize", dependencies=[Depends(count_request)], openapi_extra=document(TokenizeRequest))
 async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     await _check_model(body.model, services, caller.tenant)
     if body.messages is not None:
@@ -95,7 +115,7 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
     return answer | {"token_strs": services.tokenizer.tokens(tokens)} if body.return_token_strs else answer
 
 
-@router.post("/detokenize", openapi_extra=document(DetokenizeRequest))
+@router.post("/detokenize", dependencies=[Depends(count_request)], openapi_extra=document(DetokenizeRequest))
 async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     await _check_model(body.model, services, caller.tenant)
     largest = services.tokenizer.vocab_size
@@ -176,7 +196,7 @@ def _base(services: Services) -> Json:
     }
 
 
-def _adapter(adapter: RegisteredAdapter, services: Services) -> Json:
+def _adapter(adapter: ModelRow, services: Services) -> Json:
     return {
         "id": adapter.name,
         "object": "model",

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field
 
+from server.body import RequestModel, validate
 from server.config import LimitSettings
 from server.errors import BadRequest
-from server.openai.body import RequestModel, validate
 from server.openai.chat import ChatMessage
 from server.openai.lora import Name
 

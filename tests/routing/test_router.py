@@ -1,34 +1,36 @@
 """The explicit router: what clients name becomes a route."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import pytest
 
-from adapters_store.store import UnknownAdapter
+from adapters_store.registry import Resolved
 from adapters_store.types import Composition, Mix
 from routing.router import ExplicitRouter, NamedWeight, Route, RouteError, RouteQuery, Routers
 
 
-@dataclass(frozen=True)
-class Registered:
-    name: str
-    digest: str
-
-
 class Store:
-    """Adapters `a` to `c` of tenant `t`; `copy` has the weights of `a`."""
+    """Adapters `a` to `c` of tenant `t`, and the public `copy` with the weights of `a`. Counts the questions."""
 
-    def resolve(self, tenant: str, name: str) -> Registered:
-        digests = {"a": "d1", "b": "d2", "c": "d3", "copy": "d1"}
-        if tenant != "t" or name not in digests:
-            raise UnknownAdapter(name)
-        return Registered(name, digests[name])
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    async def resolve(self, tenant: str, names: Sequence[str]) -> Mapping[str, Resolved]:
+        self.asked.append(list(names))
+        digests = {"a": "d1", "b": "d2", "c": "d3"} if tenant == "t" else {}
+        found = {name: Resolved(tenant, name, digests[name], False, "", "") for name in names if name in digests}
+        return found | ({"copy": Resolved("default", "copy", "d1", True, "", "")} if "copy" in names else {})
 
 
 @pytest.fixture
-def router() -> ExplicitRouter:
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def router(store: Store) -> ExplicitRouter:
     ticks = iter(range(1000))
-    return ExplicitRouter(Store(), "base", lambda: float(next(ticks)))  # type: ignore[arg-type]
+    return ExplicitRouter(store, "base", lambda: float(next(ticks)))  # type: ignore[arg-type]
 
 
 def query(*adapters: tuple[str, float | None], model: str = "base", composition: str = "mixture") -> RouteQuery:
@@ -58,7 +60,20 @@ async def test_weights_default_to_their_share(router: ExplicitRouter) -> None:
 async def test_names_of_equal_weights_add_up(router: ExplicitRouter) -> None:
     route = await router.route(query(("a", 0.25), ("copy", 0.5)))
     assert route.mix == Mix((("d1", 0.75),))
-    assert [entry.name for entry in route.adapters] == ["a", "copy"]
+    assert [(entry.owner, entry.name) for entry in route.adapters] == [("t", "a"), ("default", "copy")]
+    assert [(each.tenant, each.name) for each in route.resolved] == [("t", "a"), ("default", "copy")]
+
+
+async def test_what_has_no_weight_is_not_needed(router: ExplicitRouter) -> None:
+    route = await router.route(query(("a", 0.0), ("b", 1.0), ("b", 1.0)))
+    assert [entry.name for entry in route.adapters] == ["a", "b", "b"]
+    assert [each.name for each in route.resolved] == ["b"]
+
+
+async def test_all_names_are_asked_for_at_once(router: ExplicitRouter, store: Store) -> None:
+    await router.route(query(("a", None), ("b", None), model="c"))
+    await router.route(query())
+    assert store.asked == [["a", "b", "c"]]
 
 
 async def test_fusion_normalises(router: ExplicitRouter) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from fakes import Harness, byte_level_tokenizer, make_store
+from fakes import Harness, byte_level_tokenizer, make_store, wait_for
 from transformers import PreTrainedTokenizerFast
 
 from adapters_store.store import AdapterStore
@@ -30,8 +30,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> AdapterStore:
-    return make_store(tmp_path_factory.mktemp("adapters"), ["sql", "german", "pirate"])
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterStore]:
+    store = make_store(tmp_path_factory.mktemp("adapters"), ["sql", "german", "pirate"])
+    yield store
+    wait_for(store.close())
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adapters_store.store import AdapterStore
+from adapters_store.store import AdapterStore, StoreConfig
 from adapters_store.types import TARGETS, LinearShape
 from server.app import assemble, create_app
 from server.chat import ChatTokenizer
@@ -41,6 +42,7 @@ CORPUS = [
     "Größe, naïve café, 漢字かな交じり文, 😀😀 and more: STOP ### END\n\n",
 ]
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 def byte_level_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -93,6 +95,12 @@ class FakeEngine:
         self.gate.set()
         self.hold_at = 0
         self.num_waiting = 0
+        self.pinned: dict[str, str] = {}
+        self.evicted: list[str] = []
+        self.prefetched: dict[str, str] = {}
+        self.residency: dict[str, str] = {}
+        self.most_pins = 2
+        self.on_residency: Callable[[str, str], None] | None = None
         self._tokenizer = tokenizer
         self._script: Callable[[Request], Sequence[int]] | None = None
         self._dead: set[str] = set()
@@ -117,6 +125,36 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         self._aborted.add(request_id)
         self.gate.set()
+
+    async def pin(self, digest: str, path: str) -> bool:
+        if digest not in self.pinned and len(self.pinned) >= self.most_pins:
+            return False
+        self.pinned[digest] = path
+        self.move(digest, "device")
+        return True
+
+    def unpin(self, digest: str) -> None:
+        self.pinned.pop(digest, None)
+
+    def prefetch(self, paths: dict[str, str]) -> None:
+        for digest, path in paths.items():
+            self.prefetched[digest] = path
+            self.move(digest, "host")
+
+    async def prefetch_now(self, digest: str, path: str) -> str:
+        self.prefetched[digest] = path
+        self.move(digest, "device")
+        return "device"
+
+    def evict(self, digest: str) -> None:
+        self.evicted.append(digest)
+        self.move(digest, "disk")
+
+    def move(self, digest: str, tier: str) -> None:
+        """The adapter is now in this tier."""
+        self.residency[digest] = tier
+        if self.on_residency is not None:
+            self.on_residency(digest, tier)
 
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
         if not self.alive:
@@ -185,11 +223,20 @@ def write_adapter(folder: Path, seed: int) -> None:
 
 
 def make_store(folder: Path, names: Sequence[str]) -> AdapterStore:
-    store = AdapterStore(SHAPE, lambda: 1000.0, reserved=(MODEL,))
+    """A store with public adapters of these names; everything lies in `folder`."""
+    config = StoreConfig(f"sqlite:///{folder / 'registry.sqlite'}", str(folder / "blobs"), folder / "store")
+    store = AdapterStore.open(SHAPE, MODEL, config, lambda: 1000.0, reserved=(MODEL,))
     for seed, name in enumerate(names):
-        write_adapter(folder / name, seed)
-    store.register_folder(folder)
+        write_adapter(folder / "given" / name, seed)
+    if names:
+        wait_for(store.register_folder(folder / "given"))
     return store
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """The result of what needs an event loop, for fixtures that have none; the loop is gone afterwards."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 class Harness:
@@ -221,8 +268,13 @@ class Harness:
         """Nothing is left of any request."""
         self.store.check_integrity()
         assert not self.services.generator.running
-        assert all(self.store.leases(adapter.digest) == 0 for adapter in self.store.list("default"))
+        assert not [name for name in self.digests if self.store.leases("default", "default", name)]
         assert self.engine.ended.keys() == {request.id for request in self.engine.requests}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the adapters that the built-in tenant sees, by name."""
+        return {model.name: model.digest for model in self.store.registry.models("default").items}
 
     def endings(self) -> dict[str, float]:
         """Accounted endings by reason, over all adapters."""

@@ -121,6 +121,31 @@ def test_the_engines_share() -> None:
     assert config.page_memory is None
 
 
+def test_the_stores_share(tmp_path: Path) -> None:
+    config = load_settings().serve.store_config("org/model", tmp_path)
+    assert config.database_url == f"sqlite:///{tmp_path}/registry/org--model.sqlite"
+    assert (config.blob_url, config.folder) == (f"{tmp_path}/blobs/org--model", tmp_path / "store" / "org--model")
+    given = {"database_url": "postgresql://host/name", "blob_url": "s3://bucket/prefix"}
+    config = load_settings({"serve": given}).serve.store_config("model", tmp_path)
+    assert (config.database_url, config.blob_url) == ("postgresql://host/name", "s3://bucket/prefix")
+
+
+def test_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write(tmp_path / "s.toml", '[sources]\nhttps_hosts = ["a.example"]\nmax_adapter_bytes = "1GiB"\n')
+    monkeypatch.setenv("LORAMUX_SOURCES__HUB_TOKEN", "secret")
+    settings = load_settings({"serve": {"adapter_root": [tmp_path]}}, file)
+    assert settings.sources.https_hosts == ("a.example",)
+    assert settings.sources.max_adapter_bytes == 2**30
+    assert settings.sources.hub_token is not None
+    assert "secret" not in repr(settings)
+    assert settings.serve.adapter_root == (tmp_path,)
+
+
+def test_what_clients_read_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_URL", "http://127.0.0.1:8000")
+    load_settings()
+
+
 def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Settings().data_dir == tmp_path / ".local" / "share" / "loramux"

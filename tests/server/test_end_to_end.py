@@ -9,23 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from fakes import byte_level_tokenizer
 from openai import APIStatusError, AsyncOpenAI, OpenAI
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from served import MESSAGES, OPTIONS, Served, reference_text
 
 from server.app import open_services
 from server.config import ServeSettings, Settings
-
-MESSAGES = [{"role": "user", "content": "Hello world, how is the quick brown fox?"}]
-OPTIONS = ["--kv-memory", "64MiB", "--page-memory", "8MiB", "--num-threads", "1", "--device", "cpu", "--port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -45,47 +39,9 @@ def adapter_folder(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathF
     return root
 
 
-class Served:
-    """A running `loramux serve`."""
-
-    def __init__(self, model: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model), *OPTIONS, *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"http://\S+/v1", line)
-        assert found, line
-        self.base_url = found[0]
-        self.url = self.base_url.removesuffix("/v1")
-
-    @property
-    def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes())
-
-    def metric(self, name: str) -> float:
-        """Sum of a metric over its labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
-
-    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                pytest.fail("waited in vain")
-            time.sleep(0.05)
-
-    def stop(self) -> int:
-        self.process.terminate()
-        code = self.process.wait(60)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-
 @pytest.fixture(scope="module")
-def served(model: Path, adapter_folder: Path) -> Iterator[Served]:
-    served = Served(model, "--adapters", str(adapter_folder))
+def served(model: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(model, tmp_path_factory.mktemp("data"), "--adapters", str(adapter_folder))
     yield served
     assert served.stop() == 0
 
@@ -94,27 +50,6 @@ def served(model: Path, adapter_folder: Path) -> Iterator[Served]:
 def openai_client(served: Served) -> Iterator[OpenAI]:
     with OpenAI(base_url=served.base_url, api_key="none", max_retries=0) as client:
         yield client
-
-
-def reference_text(model: Path, adapters: dict[str, Path], weights: dict[str, float], count: int) -> str:
-    """Greedy answer by transformers + peft; a mixture as peft's concatenation."""
-    tokenizer = byte_level_tokenizer()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    if weights:
-        first, *others = weights
-        loaded = PeftModel.from_pretrained(loaded, str(adapters[first]), adapter_name=first)
-        for name in others:
-            loaded.load_adapter(str(adapters[name]), adapter_name=name)
-        if others:
-            loaded.add_weighted_adapter(list(weights), list(weights.values()), "mix", combination_type="cat")
-        loaded.set_adapter("mix" if others else first)
-        loaded.eval()
-    tokens = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    length = len(tokens)
-    with torch.inference_mode():
-        for _ in range(count):
-            tokens.append(int(loaded(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokenizer.decode(tokens[length:], skip_special_tokens=True)
 
 
 def test_different_mixes_at_once_equal_transformers_and_peft(
@@ -216,9 +151,11 @@ def test_an_engine_killed_under_load_comes_back(served: Served) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
-def test_a_mix_too_large_is_a_clear_400_and_sigterm_lets_streams_finish(model: Path, adapter_folder: Path) -> None:
+def test_a_mix_too_large_is_a_clear_400_and_sigterm_lets_streams_finish(
+    model: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
     """A pool of two pages a group cannot hold the three of one mix; the server goes on, and ends when it is told to."""
-    small = Served(model, "--adapters", str(adapter_folder), "--page-memory", "450KiB")
+    small = Served(model, tmp_path, "--adapters", str(adapter_folder), "--page-memory", "450KiB")
     with OpenAI(base_url=small.base_url, api_key="none", max_retries=0) as client:
         mix = {"lora": {"adapters": [{"name": "all4"}, {"name": "wide24"}]}}
         with pytest.raises(APIStatusError) as refused:
@@ -256,7 +193,7 @@ async def test_a_broken_model_folder_is_one_sentence(
     shutil.copytree(model, broken)
     damage(broken)
     with pytest.raises((ValueError, RuntimeError), match=re.escape(said)) as refused:
-        async with open_services(Settings(serve=ServeSettings(model=str(broken), device="cpu"))):
+        async with open_services(Settings(data_dir=tmp_path, serve=ServeSettings(model=str(broken), device="cpu"))):
             pass
     assert "\n" not in str(refused.value)
 
@@ -272,6 +209,8 @@ def test_a_broken_adapter_is_one_line_on_stderr(model: Path, adapters: dict[str,
         "--model",
         str(model),
         *OPTIONS,
+        "--data-dir",
+        str(tmp_path / "data"),
         "--adapters",
         str(tmp_path),
     ]

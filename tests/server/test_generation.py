@@ -5,11 +5,15 @@ from contextlib import aclosing
 import pytest
 from fakes import REPLY, Harness
 
+from adapters_store.blobs import BlobUnavailable
+from adapters_store.registry import RegistryUnavailable
+from adapters_store.store import UnknownAdapter
 from adapters_store.types import Composition, Mix
 from routing.router import RouteQuery
+from server.cache_key import cache_key
 from server.engine.sequence import SamplingParams
 from server.errors import NotFound, Unavailable
-from server.generation import Ask, cache_key
+from server.generation import Ask
 from server.openai.answer import collect
 from server.tenants import DEFAULT_TENANT
 
@@ -43,15 +47,15 @@ def test_parts_of_a_cache_key_do_not_run_together() -> None:
 
 
 async def test_the_lease_lasts_as_long_as_the_pieces(harness: Harness) -> None:
-    digest = harness.store.resolve("default", "sql").digest
+    digest = harness.digests["sql"]
     generation = harness.services.generator.start(ask())
-    assert harness.store.leases(digest) == 0
+    assert harness.store.digest_leases(digest) == 0
     async with aclosing(generation.pieces()) as pieces:
         text = (await anext(pieces)).text
-        assert harness.store.leases(digest) == 1
+        assert harness.store.digest_leases(digest) == 1
         text += "".join([piece.text async for piece in pieces])
     assert text == REPLY
-    assert harness.store.leases(digest) == 0
+    assert harness.store.digest_leases(digest) == 0
     assert harness.endings() == {"stop": 1.0}
 
 
@@ -67,6 +71,36 @@ async def test_what_fails_before_the_engine_is_not_accounted(harness: Harness) -
     harness.engine.alive = False
     with pytest.raises(Unavailable):
         await anext(harness.services.generator.start(ask()).pieces())
+    assert harness.endings() == {}
+
+
+async def test_an_adapter_deleted_since_it_was_routed_to(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gone(*_: object) -> None:
+        raise UnknownAdapter("sql")
+
+    monkeypatch.setattr(harness.store, "lease", gone)
+    with pytest.raises(NotFound) as refused:
+        await anext(harness.services.generator.start(ask()).pieces())
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("lease", BlobUnavailable("files cannot be stored or read now: the disk is full")),
+        ("resolve", RegistryUnavailable("its database does not answer")),
+    ],
+)
+async def test_without_the_stores_services(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, method: str, error: BlobUnavailable | RegistryUnavailable
+) -> None:
+    async def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(harness.store, method, fail)
+    with pytest.raises(Unavailable) as refused:
+        await anext(harness.services.generator.start(ask()).pieces())
+    assert (refused.value.code, refused.value.message) == (error.code, error.message)
     assert harness.endings() == {}
 
 

@@ -1,5 +1,6 @@
 """What is counted, and under which labels."""
 
+from adapters_store.registry import Resolved
 from adapters_store.types import Composition, Mix
 from routing.router import Route, RoutedAdapter
 from server.engine.config import EngineStats
@@ -8,7 +9,8 @@ from server.metrics import Ending, Metrics
 
 
 def route_of(*names: str) -> Route:
-    adapters = tuple(RoutedAdapter(name, f"digest-{name}", 1.0) for name in names)
+    named = [Resolved("default", name, f"digest-{name}", True, "config", "weights") for name in names]
+    adapters = tuple(RoutedAdapter(each, 1.0) for each in named)
     return Route("explicit" if names else None, adapters, Composition.MIXTURE, Mix(), seconds=0.001)
 
 

@@ -23,7 +23,7 @@ async def complete(client: httpx.AsyncClient, **fields: object) -> httpx.Respons
 
 @pytest.fixture
 def digest(harness: Harness) -> Callable[[str], str]:
-    return lambda name: harness.store.resolve("default", name).digest
+    return harness.digests.__getitem__
 
 
 async def test_model_names_an_adapter(
@@ -33,7 +33,7 @@ async def test_model_names_an_adapter(
     (request,) = harness.engine.requests
     assert request.mix == Mix(((digest("sql"), 1.0),))
     assert set(request.paths) == {digest("sql")}
-    assert Path(request.paths[digest("sql")]).name == "sql"
+    assert (Path(request.paths[digest("sql")]) / "adapter_config.json").is_file()
     lora = response.json()["lora"]
     assert lora["router"] == "explicit"
     assert lora["adapters"] == [{"name": "sql", "digest": digest("sql"), "weight": 1.0}]
@@ -116,7 +116,8 @@ async def test_the_stream_says_the_same_as_the_whole(client: httpx.AsyncClient) 
 
 async def test_long_mixes_are_cut_in_the_header(tmp_path: Path) -> None:
     names = [f"adapter-{number}" for number in range(20)]
-    harness = Harness(make_store(tmp_path, names), byte_level_tokenizer(), Settings())
+    store = make_store(tmp_path, names)
+    harness = Harness(store, byte_level_tokenizer(), Settings())
     async with harness.client() as client:
         response = await complete(client, lora={"adapters": [{"name": name} for name in names]})
     header = json.loads(response.headers["x-loramux-route"])
@@ -125,6 +126,7 @@ async def test_long_mixes_are_cut_in_the_header(tmp_path: Path) -> None:
     assert len(response.json()["lora"]["adapters"]) == 20
     assert "truncated" not in response.json()["lora"]
     harness.check_all_given_back()
+    await store.close()
 
 
 async def test_the_cache_key_depends_on_the_mix(client: httpx.AsyncClient, harness: Harness) -> None:

@@ -64,7 +64,7 @@ async def test_before_the_first_token(harness: Harness, stream: bool, n: int) ->
     harness.engine.gate.clear()
     caller = Caller(harness, "/v1/completions", BODY | {"stream": stream, "n": n})
     await until(lambda: len(harness.engine.requests) == n)
-    assert harness.store.leases(harness.store.resolve("default", "sql").digest) == 1
+    assert harness.store.leases("default", "default", "sql") == 1
     caller.leave()
     await asyncio.wait_for(caller.task, 20)
     assert set(harness.engine.ended.values()) == {"closed"}

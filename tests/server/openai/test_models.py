@@ -11,10 +11,27 @@ async def test_list(client: httpx.AsyncClient, harness: Harness) -> None:
     base, german = body["data"][:2]
     assert base["parent"] is None
     assert base["max_model_len"] == 256
-    assert german["root"] == harness.store.resolve("default", "german").digest
+    assert german["root"] == harness.digests["german"]
     assert german["parent"] == "tiny"
     assert german["created"] == 1000
     assert german["permission"][0]["allow_sampling"] is True
+
+
+async def test_in_parts(client: httpx.AsyncClient) -> None:
+    whole = (await client.get("/v1/models")).json()
+    assert whole["next"] is None
+    first = (await client.get("/v1/models?limit=2")).json()
+    assert [model["id"] for model in first["data"]] == ["tiny", "german", "pirate"]
+    second = (await client.get("/v1/models", params={"limit": 2, "cursor": first["next"]})).json()
+    assert first["data"] + second["data"] == whole["data"]
+    assert second["next"] is None
+    assert (await client.get("/v1/models?limit=0")).status_code == 400
+
+
+async def test_a_revision(client: httpx.AsyncClient, harness: Harness) -> None:
+    model = (await client.get(f"/v1/models/sql@{harness.digests['sql'][:8]}")).json()
+    assert (model["id"], model["root"]) == ("sql", harness.digests["sql"])
+    assert (await client.get("/v1/models/sql@00000000")).status_code == 404
 
 
 async def test_one(client: httpx.AsyncClient) -> None:

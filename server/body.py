@@ -7,10 +7,11 @@ from typing import Any, Protocol, Self, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
+from starlette.requests import ClientDisconnect
 
 from server.config import LimitSettings
 from server.deps import ServicesDep
-from server.errors import BadRequest, BodyTooLarge, UnsupportedMediaType
+from server.errors import BadRequest, BodyTooLarge, ClientGone, UnsupportedMediaType
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 DRAINED = 4
@@ -34,27 +35,34 @@ B = TypeVar("B", bound=Body)
 M = TypeVar("M", bound=BaseModel)
 
 
-def json_body(model: type[B]) -> Callable[[Request, ServicesDep], Awaitable[B]]:
-    """A dependency that reads, parses and checks the body. It runs after the key was checked, and before all work."""
+def json_body(model: type[B], *, optional: bool = False) -> Callable[[Request, ServicesDep], Awaitable[B]]:
+    """A dependency that reads, parses and checks the body. It runs after the key was checked, and before all work.
+
+    No body at all counts as an empty object if it is `optional`.
+    """
 
     async def parsed(request: Request, services: ServicesDep) -> B:
         content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaType("the content type is not JSON, expected `Content-Type: application/json`")
-        return model.parse(parse_object(await read_body(request, services.limits.body_bytes)), services.limits)
+        body = await read_body(request, services.limits.body_bytes)
+        return model.parse({} if optional and not body else parse_object(body), services.limits)
 
     return parsed
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises BodyTooLarge beyond `limit` bytes."""
+    """The whole body. Raises BodyTooLarge beyond `limit` bytes, ClientGone."""
     body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            body += chunk
-        elif size > DRAINED * limit:
-            break
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= limit:
+                body += chunk
+            elif size > DRAINED * limit:
+                break
+    except ClientDisconnect:
+        raise ClientGone from None
     if size > limit:
         raise BodyTooLarge(f"the body is larger than {limit} bytes")
     return bytes(body)
@@ -88,6 +96,8 @@ def validate(model: type[M], data: dict[str, Any], limits: LimitSettings) -> M:
         first = error.errors(include_url=False, include_input=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None
     kind = first["type"]
+    if kind == "extra_forbidden":
+        raise BadRequest(f"{param}: there is no such field here", param=param, code="unknown_parameter")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     code = "missing_required_parameter" if kind == "missing" else code
     message = first["msg"].removeprefix("Value error, ")
@@ -100,12 +110,17 @@ def limits_of(info: ValidationInfo) -> LimitSettings:
     return info.context
 
 
-def document(model: type[BaseModel]) -> dict[str, Any]:
+def document(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """What OpenAPI says of the body, which this module and not the framework parses."""
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema_of(model)}}}}
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The model's JSON schema in one piece."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
-    content = {"application/json": {"schema": _inline(schema, definitions)}}
-    return {"requestBody": {"required": True, "content": content}}
+    inlined: dict[str, Any] = _inline(schema, definitions)
+    return inlined
 
 
 def _bad_json(message: str) -> BadRequest:

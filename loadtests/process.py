@@ -1,0 +1,56 @@
+"""A `loramux serve` of its own for one measurement."""
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+KEY = "the-admin-key"
+
+
+class ServerProcess:
+    """`loramux serve` on a free port, from `with` to its end. `seconds`: from its start until it takes requests."""
+
+    def __init__(self, model: Path, data_dir: Path, *options: str) -> None:
+        # -P: a folder named `server` in the working directory must not hide ours.
+        command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", str(model), "--port", "0"]
+        self._command = [*command, "--data-dir", str(data_dir), "--admin-key", KEY, *options]
+        self.url = ""
+        self.seconds = 0.0
+
+    def __enter__(self) -> "ServerProcess":
+        started = time.perf_counter()
+        self._log = tempfile.TemporaryFile("w+")  # a pipe that nobody empties would stop the server
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        assert self._process.stdout is not None
+        found = re.search(r"(http://\S+)/v1", self._process.stdout.readline())
+        if found is None:
+            self._process.communicate()
+            self._log.seek(0)
+            raise RuntimeError(f"the server did not start: {self._log.read().strip()[-300:]}")
+        self.seconds = time.perf_counter() - started
+        self.url = found[1]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.communicate(timeout=60)
+        self._log.close()
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+
+    def resident_bytes(self) -> int:
+        """Memory of the front end's process alone, without the engine's."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
+        found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+        assert found is not None
+        return int(found[1]) * 1024

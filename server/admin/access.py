@@ -1,0 +1,39 @@
+"""Who may call what on the admin surface, and what all of its endpoints share."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Query
+
+from server.admin.answers import Error
+from server.admin.queries import NoQuery
+from server.deps import CallerDep, ServicesDep
+from server.errors import Forbidden
+from server.tenants import Caller
+
+
+def get_admin(caller: CallerDep) -> Caller:
+    """Raises Forbidden for a tenant's key."""
+    if not caller.admin:
+        raise Forbidden("this needs the admin key")
+    return caller
+
+
+AdminDep = Annotated[Caller, Depends(get_admin)]
+
+
+def no_query(_: Annotated[NoQuery, Query()]) -> None:
+    """Refuses every query parameter."""
+
+
+async def flush_usage(services: ServicesDep, _: CallerDep) -> None:
+    """What has been used up to now is in the registry, unless that is unavailable."""
+    await services.usage.flush()
+
+
+COUNTED = (Depends(flush_usage),)
+"""Dependencies of endpoints that show counters."""
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Error, "description": "OpenAI's error body; `param` names the field at fault."},
+    503: {"model": Error, "description": "Not now: `Retry-After` says when to try again."},
+}
+"""What every endpoint may answer, for the documentation."""

@@ -1,0 +1,122 @@
+"""Who used what: counted in memory, written to the registry's ledger every few seconds."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+
+from adapters_store.registry import Registry, UsageRow, Use
+from routing.router import Route
+
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 5.0
+
+
+@dataclass
+class _Counts:
+    requests: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+@dataclass
+class _Uses:
+    requests: int = 0
+    last_used: float = 0.0
+
+
+_Lines = dict[tuple[str, str, date], _Counts]  # by tenant, adapter, day
+_Touched = dict[tuple[str, str, str], _Uses]  # by tenant, owner, name
+
+
+class UsageLedger:
+    """Counts requests and tokens by tenant, mix of adapters and day (UTC), and the uses of each adapter.
+
+    Counting never waits. What cannot be written stays and is written later; only a database that takes a batch and
+    then reports a failure, as one may that dies while it commits, gets that batch twice. `clock` gives seconds since
+    the epoch.
+    """
+
+    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._lines: _Lines = {}
+        self._touched: _Touched = {}
+        self._flushing = asyncio.Lock()
+        self._is_failing = False
+        self._thread = ThreadPoolExecutor(1, "usage")
+        self.on_use: Callable[[str, str, str], None] | None = None
+        """Called with (tenant, owner, name) of every adapter that a request has used."""
+
+    def count(self, tenant: str, route: Route, prompt_tokens: int, generation_tokens: int) -> None:
+        """One request that has ended."""
+        now = self._clock()
+        adapter = route.label if route.adapters else ""
+        line = self._lines.setdefault((tenant, adapter, datetime.fromtimestamp(now, UTC).date()), _Counts())
+        line.requests += 1
+        line.prompt_tokens += prompt_tokens
+        line.generation_tokens += generation_tokens
+        for owner, name in {(each.owner, each.name) for each in route.adapters}:
+            uses = self._touched.setdefault((tenant, owner, name), _Uses())
+            uses.requests += 1
+            uses.last_used = max(uses.last_used, now)
+            if self.on_use is not None:
+                self.on_use(tenant, owner, name)
+
+    async def flush(self) -> bool:
+        """Write what has been counted; whether it worked."""
+        async with self._flushing:
+            lines, touched = await self._flush_lines(), await self._flush_touched()
+        return lines and touched
+
+    async def close(self, attempts: int = 3, pause: float = 1.0) -> None:
+        """Write the rest, trying `attempts` times, `pause` seconds apart."""
+        for attempt in range(attempts):
+            if attempt:
+                await asyncio.sleep(pause)
+            if await self.flush():
+                break
+        else:
+            lost = sum(line.requests for line in self._lines.values())
+            logger.error("the registry is unavailable: %d requests are missing in the ledger", lost)
+        self._thread.shutdown(wait=False)
+
+    async def _flush_lines(self) -> bool:
+        lines, self._lines = self._lines, {}
+        rows = [
+            UsageRow(tenant, adapter, day, counts.requests, counts.prompt_tokens, counts.generation_tokens)
+            for (tenant, adapter, day), counts in lines.items()
+        ]
+        if not rows or await self._write(lambda: self._registry.ledger.add(rows)):
+            return True
+        for key, counts in lines.items():
+            line = self._lines.setdefault(key, _Counts())
+            line.requests += counts.requests
+            line.prompt_tokens += counts.prompt_tokens
+            line.generation_tokens += counts.generation_tokens
+        return False
+
+    async def _flush_touched(self) -> bool:
+        touched, self._touched = self._touched, {}
+        batch = [Use(*key, uses.requests, uses.last_used) for key, uses in touched.items()]
+        if not batch or await self._write(lambda: self._registry.touch(batch)):
+            return True
+        for key, uses in touched.items():
+            newer = self._touched.setdefault(key, _Uses())
+            newer.requests += uses.requests
+            newer.last_used = max(newer.last_used, uses.last_used)
+        return False
+
+    async def _write(self, write: Callable[[], None]) -> bool:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, write)
+        except Exception as error:  # whatever it is, what was counted must not be lost with it
+            if not self._is_failing:
+                logger.warning("usage cannot be written and is kept: %s", error, exc_info=error)
+            self._is_failing = True
+            return False
+        self._is_failing = False
+        return True

@@ -1,0 +1,58 @@
+"""A server with tenants, over httpx and a fake engine."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Harness, make_store
+from transformers import PreTrainedTokenizerFast
+from world import ADMIN_KEY, MEMBER_KEY, World, open_world
+
+from server.config import LimitSettings, ServeSettings, Settings, SourceSettings
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Path:
+    """The folder from which the server may read adapters."""
+    folder = tmp_path / "roots"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+async def make_world(
+    tmp_path: Path, roots: Path, tokenizer: PreTrainedTokenizerFast
+) -> AsyncIterator[Callable[..., Harness]]:
+    """`make_world(**limits)`: the harness of a server of its own, closed after the test."""
+    made: list[Harness] = []
+
+    def make(sources: dict[str, Any] | None = None, **limits: Any) -> Harness:
+        settings = Settings(
+            serve=ServeSettings(admin_key=ADMIN_KEY, api_key=(MEMBER_KEY,), adapter_root=(roots,)),
+            limits=LimitSettings(**limits),
+            sources=SourceSettings(**(sources or {})),
+        )
+        made.append(Harness(make_store(tmp_path, []), tokenizer, settings))
+        return made[-1]
+
+    yield make
+    for harness in made:
+        await harness.services.catalog.close()
+        harness.check_all_given_back()
+        await harness.services.usage.close()
+        harness.services.accounts.close()
+        await harness.store.close()
+
+
+@pytest.fixture
+async def world(make_world: Callable[..., Harness], tmp_path: Path) -> AsyncIterator[World]:
+    async with open_world(make_world(), tmp_path) as world:
+        yield world
+
+
+@pytest.fixture
+def world_paths(world: World) -> list[tuple[str, str]]:
+    """(method, path) of every endpoint, as documented."""
+    paths = world.harness.app.openapi()["paths"]
+    return [(method.upper(), path) for path, methods in paths.items() for method in methods]

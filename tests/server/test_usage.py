@@ -1,0 +1,174 @@
+"""The ledger is complete, whatever fails meanwhile."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, date, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters_store.registry import Registry, RegistryUnavailable, TenantRow, UsageRow, Use
+from adapters_store.types import Mix
+from routing.router import Route, RoutedAdapter
+from server.periodic import repeating
+from server.usage import UsageLedger
+
+DAY = 86_400.0
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
+
+
+def route(*names: str, owner: str = "acme") -> Route:
+    adapters = tuple(
+        cast(RoutedAdapter, SimpleNamespace(name=name, owner=owner, digest="d" * 64, weight=1.0)) for name in names
+    )
+    return Route("explicit" if names else None, adapters, Mix().composition, Mix())
+
+
+class FakeRegistry:
+    """Adds up what it is given, but while `fails` it takes nothing."""
+
+    def __init__(self) -> None:
+        self.fails: set[str] = set()
+        self.lines: Counter[tuple[str, str, date, str]] = Counter()
+        self.uses: Counter[tuple[str, str, str]] = Counter()
+        self.last_used: dict[tuple[str, str, str], float] = {}
+        self.ledger = self
+
+    def add(self, batch: Iterable[UsageRow]) -> None:
+        if "ledger" in self.fails:
+            raise RegistryUnavailable("as the test wants")
+        for row in batch:
+            for field in ("requests", "prompt_tokens", "generation_tokens"):
+                self.lines[row.tenant, row.adapter, row.day, field] += getattr(row, field)
+
+    def touch(self, batch: Iterable[Use]) -> None:
+        if "touch" in self.fails:
+            raise ValueError("not even an error of the registry")
+        for use in batch:
+            key = use.tenant, use.owner, use.name
+            self.uses[key] += use.requests
+            self.last_used[key] = max(self.last_used.get(key, 0.0), use.last_used)
+
+
+COUNT = st.tuples(
+    st.sampled_from(["acme", "umbrella"]),
+    st.sampled_from([(), ("sql",), ("sql", "german"), ("german", "sql"), ("sql", "sql")]),
+    st.integers(0, 1000),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 1.0, DAY]),
+)
+FLUSH = st.sampled_from([frozenset[str](), frozenset({"ledger"}), frozenset({"touch"}), frozenset({"ledger", "touch"})])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.one_of(COUNT, FLUSH), max_size=40))
+def test_every_request_is_written_once(events: list[object]) -> None:
+    """Requests and flushes in any order, some of which fail in one table or both."""
+
+    async def play() -> None:
+        registry, now = FakeRegistry(), NOON
+        ledger = UsageLedger(cast(Registry, registry), lambda: now)
+        lines: Counter[tuple[str, str, date, str]] = Counter()
+        uses: Counter[tuple[str, str, str]] = Counter()
+        last_used: dict[tuple[str, str, str], float] = {}
+        for event in events:
+            if isinstance(event, frozenset):
+                registry.fails = set(event)
+                await ledger.flush()
+                continue
+            tenant, names, prompt, generated, gap = cast(tuple[str, tuple[str, ...], int, int, float], event)
+            now += gap
+            ledger.count(tenant, route(*names), prompt, generated)
+            adapter, day = "+".join(sorted(set(names))), datetime.fromtimestamp(now, UTC).date()
+            for field, count in (("requests", 1), ("prompt_tokens", prompt), ("generation_tokens", generated)):
+                lines[tenant, adapter, day, field] += count
+            for name in set(names):
+                uses[tenant, "acme", name] += 1
+                last_used[tenant, "acme", name] = now
+        registry.fails = set()
+        await ledger.close()
+        assert (registry.lines, registry.uses, registry.last_used) == (lines, uses, last_used)
+
+    asyncio.run(play())
+
+
+async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failing = set[str]()
+
+    def fault(step: str) -> None:
+        if step in failing:
+            raise RegistryUnavailable("as the test wants")
+
+    registry = Registry.open(f"sqlite:///{tmp_path}/registry.sqlite", lambda: NOON, fault)
+    registry.accounts.add(TenantRow("acme"))
+    ledger = UsageLedger(registry, lambda: NOON)
+    failing |= {"ledger.add.commit", "touch.begin"}  # the first one is rolled back
+    async with repeating(ledger.flush, 0.005):
+        for _ in range(20):
+            ledger.count("acme", route("gone"), 10, 5)
+            ledger.count("acme", route(), 1, 1)
+            await asyncio.sleep(0.002)
+        assert registry.ledger.read("acme").items == ()
+        failing.clear()
+        async with asyncio.timeout(20):
+            while not registry.ledger.read("acme").items:
+                await asyncio.sleep(0.005)
+        ledger.count("acme", route("gone"), 10, 5)
+    await ledger.close()
+    day = date(2026, 3, 1)
+    assert registry.ledger.read("acme").items == (
+        UsageRow("acme", "", day, 20, 20, 20),
+        UsageRow("acme", "gone", day, 21, 210, 105),
+    )
+    assert [record.levelname for record in caplog.records].count("ERROR") == 0
+    registry.close()
+
+
+async def test_counting_during_a_flush_is_not_lost() -> None:
+    registry = FakeRegistry()
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    for number in range(200):
+        ledger.count("acme", route("sql"), 1, 1)
+        if number % 10 == 0:
+            flushing = asyncio.create_task(ledger.flush())
+            await asyncio.sleep(0)
+            ledger.count("acme", route("sql"), 1, 1)
+            await flushing
+    await ledger.close()
+    assert registry.lines["acme", "sql", date(2026, 3, 1), "requests"] == 220
+    assert registry.uses["acme", "acme", "sql"] == 220
+
+
+async def test_a_stop_without_the_database_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    registry = FakeRegistry()
+    registry.fails = {"ledger"}
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    for _ in range(3):
+        ledger.count("acme", route(), 1, 1)
+    await ledger.close(attempts=2, pause=0.0)
+    assert caplog.records[-1].getMessage() == "the registry is unavailable: 3 requests are missing in the ledger"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR]
+
+
+async def test_days_are_those_of_utc() -> None:
+    registry, now = FakeRegistry(), datetime(2026, 3, 1, 23, 59, 59, tzinfo=UTC).timestamp()
+    ledger = UsageLedger(cast(Registry, registry), lambda: now)
+    ledger.count("acme", route(), 1, 1)
+    now += 1
+    ledger.count("acme", route(), 1, 1)
+    await ledger.close()
+    assert {day for _, _, day, _ in registry.lines} == {date(2026, 3, 1), date(2026, 3, 2)}
+
+
+async def test_uses_are_told() -> None:
+    ledger, heard = UsageLedger(cast(Registry, FakeRegistry()), lambda: NOON), list[tuple[str, str, str]]()
+    ledger.on_use = lambda *use: heard.append(use)
+    ledger.count("acme", route("sql", "german", owner="umbrella"), 1, 1)
+    ledger.count("acme", route(), 1, 1)
+    assert sorted(heard) == [("acme", "umbrella", "german"), ("acme", "umbrella", "sql")]
