@@ -61,7 +61,7 @@ bench-gpu: setup
 	  $(RUN)/python -m server.engine.bench --model $$model --scenario throughput,decode --out docs/results/engine-$$model.json || exit 1; \
 	done
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
-	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,memory --out docs/results/memory-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
 
 lock:

@@ -110,15 +110,16 @@ class Intake:
         return replace(done, adapter=replace(done.adapter, adapter=replace(done.adapter.adapter, warnings=warnings)))
 
     def register_named(self, folder: Path) -> NamedAdapter:
-        """The adapter in `folder` under the folder's name, for everyone; registered unless it is what the name has.
+        """The adapter in `folder` under the folder's name, for everyone; registered unless the name had it before.
 
+        So a name that was moved to another of its revisions stays there when the server starts again.
         Raises AdapterError that names the folder; BlobError, RegistryUnavailable.
         """
         try:
             self.check_name(folder.name)
             digest = read_adapter(folder, self._shape).digest
             current = self._current(folder.name)
-            if current is not None and current.adapter.digest == digest:
+            if current is not None and digest in {revision.digest for revision in current.revisions}:
                 return current
             with self._work.staging() as copy, disk_errors():
                 for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):

@@ -65,14 +65,14 @@ def _tiers(model: Path, work: Path, folders: Sequence[Path], repeats: int) -> Js
     size = sum(file.stat().st_size for file in folders[0].iterdir())
     names = [folder.name for folder in folders]
     half = str(size * LARGE // 2 + (1 << 20))
-    options = ("--page-memory", half, "--kv-memory", "256MiB")
+    options = ("--page-memory", half, "--max-model-len", "1024")
     with ServerProcess(model, work / "data", *options) as server, server.client() as client:
         registered = [_timed(partial(_upload, client, folder.name, folder)) for folder in folders]
         _first_tokens(client, names)
         host = _first_tokens(client, names * repeats)
         resident = _first_tokens(client, [names[0]] * (1 + repeats * LARGE))[1:]
     two = str(2 * size + (1 << 20))
-    tight = ("--page-memory", two, "--host-memory", two, "--kv-memory", "256MiB")
+    tight = ("--page-memory", two, "--host-memory", two, "--max-model-len", "1024")
     with ServerProcess(model, work / "data", *tight) as server, server.client() as client:
         unverified = _first_tokens(client, names)
         disk = _first_tokens(client, names * repeats)
@@ -89,7 +89,7 @@ def _tiers(model: Path, work: Path, folders: Sequence[Path], repeats: int) -> Js
 
 def _many(model: Path, work: Path, sizes: LinearSizes, count: int) -> Json:
     """Start-up, lists and the front end's memory, with `count` small adapters and with none."""
-    data, small = work / "many", ("--kv-memory", "256MiB", "--page-memory", "64MiB")
+    data, small = work / "many", ("--max-model-len", "1024", "--page-memory", "64MiB")
     with ServerProcess(model, data, *small) as server, server.client() as client:
         _lists(client)
         empty, empty_start = server.resident_bytes(), server.seconds

@@ -21,6 +21,7 @@ import torch
 from kernels.shapes import SHAPES
 from server.engine import peers
 from server.engine.bench_arrivals import latency, many_adapters
+from server.engine.bench_loads import loads
 from server.engine.bench_scenarios import Json, memory, steady_decode, throughput
 from server.engine.bench_session import Options, Session
 from server.engine.results import tables
@@ -32,6 +33,7 @@ SCENARIOS: Mapping[str, Callable[[Session], Json]] = MappingProxyType(
         "decode": steady_decode,
         "latency": latency,
         "many_adapters": many_adapters,
+        "loads": loads,
         "memory": memory,
     }
 )

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from adapters_store.pages import page_bytes
+from adapters_store.types import GROUPS
 from kernels.shapes import SHAPES
 from server.engine.bench_measure import BenchError, percentile
 from server.engine.config import EngineConfig
@@ -27,6 +30,7 @@ from server.engine.engine import Engine
 from server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE
 from server.engine.sequence import Output, Request, SamplingParams
 from server.engine.workload import write_config
+from server.model.config import ModelConfig
 
 Json = dict[str, Any]
 Clock = Callable[[], float]
@@ -64,6 +68,7 @@ class Run:
     first: dict[str, float] = field(default_factory=dict)
     texts: dict[str, list[int]] = field(default_factory=dict)
     seconds: float = 0.0
+    steps: int = 0
     token_rows: int = 0
     preemptions: int = 0
     yielded: int = 0
@@ -110,6 +115,7 @@ class Contest:
             self.step()
         run, stats = self.run, self.engine.stats()
         run.seconds = self.clock() - self.start
+        run.steps = len(stats.steps)
         run.token_rows = sum(rows for _, rows in stats.steps)
         run.preemptions, run.yielded = stats.preemptions, self.engine.scheduler.yielded
         return run
@@ -206,13 +212,20 @@ def warm_up(engine: Engine) -> None:
 
 
 def _engine(options: Options, folder: str, prefix_cache: bool) -> Engine:
+    """Memory for the context of every request that can be under way, so that only rows are short, and no adapters."""
+    model = ModelConfig.from_folder(folder)
     longest = options.prompt + max(options.flood_tokens, options.other_tokens)
+    longest = -(-longest // BLOCK_SIZE) * BLOCK_SIZE
+    contexts = options.flood + 2 * options.rows
+    largest = torch.float32.itemsize
     config = EngineConfig(
         folder,
         device=options.device,
         max_num_seqs=options.rows,
         max_batch_tokens=max(EngineConfig.max_batch_tokens, options.rows),
-        max_model_len=-(-longest // BLOCK_SIZE) * BLOCK_SIZE,
+        max_model_len=longest,
+        kv_memory=contexts * longest * 2 * model.num_layers * model.num_kv_heads * model.head_dim * largest,
+        page_memory=sum(page_bytes(model.linear_shape, group, largest) for group in GROUPS),
         block_size=BLOCK_SIZE,
         prefix_cache=prefix_cache,
         load_format="safetensors" if options.model else "random",
@@ -247,6 +260,7 @@ def _figures(options: Options, done: Run) -> Json:
     return {
         "requests": len(done.texts),
         "seconds": done.seconds,
+        "steps": done.steps,
         "output_tokens_per_second": outputs / done.seconds,
         "preemptions": done.preemptions,
         "yielded": done.yielded,

@@ -33,7 +33,7 @@ class FairQueue:
         self.counters: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._queues: dict[str, deque[Sequence]] = {}
-        self._running: dict[str, int] = {}
+        self.running: dict[str, int] = {}
         self._last_waiting = ""  # the tenant whose queue was the last to become empty
         self._credits: dict[str, float] = {}  # what a tenant was owed when its queue became empty
 
@@ -47,7 +47,7 @@ class FairQueue:
     @property
     def contended(self) -> bool:
         """Whether a tenant waits that is not the only one served."""
-        return bool(self._queues) and len(self._queues.keys() | self._running.keys()) > 1
+        return bool(self._queues) and len(self._queues.keys() | self.running.keys()) > 1
 
     def weight(self, tenant: str) -> float:
         return self._weights.get(tenant, 1.0)
@@ -77,16 +77,16 @@ class FairQueue:
         """Take a sequence out of the queue, into the running set; its prompt is charged the first time."""
         self.remove(sequence)
         tenant = sequence.request.tenant
-        self._running[tenant] = self._running.get(tenant, 0) + 1
+        self.running[tenant] = self.running.get(tenant, 0) + 1
         if sequence.num_charged == 0:
             self.charge(sequence, sequence.num_prompt, INPUT_PRICE)
 
     def stopped(self, sequence: Sequence) -> None:
         """A running sequence ended or was preempted."""
         tenant = sequence.request.tenant
-        self._running[tenant] -= 1
-        if not self._running[tenant]:
-            del self._running[tenant]
+        self.running[tenant] -= 1
+        if not self.running[tenant]:
+            del self.running[tenant]
             self._credits.pop(tenant, None)
 
     def charge(self, sequence: Sequence, tokens: int, price: float) -> None:
@@ -100,11 +100,13 @@ class FairQueue:
         The caller may call `started` on the sequence it was just given; one it passes over is not given again, and
         none of the tenants that are in `passed` by then.
         """
-        rest = {tenant: iter(tuple(queue)) for tenant, queue in self._queues.items()}
-        order = [(self._expected(tenant), tenant) for tenant in rest]
+        rest: dict[str, Iterator[Sequence]] = {}
+        order = [(self._expected(tenant), tenant) for tenant in self._queues]
         heapq.heapify(order)
         while order:
             tenant = order[0][1]
+            if tenant not in rest:
+                rest[tenant] = iter(tuple(self._queues.get(tenant, ())))
             sequence = None if tenant in passed else next(rest[tenant], None)
             if sequence is None:
                 heapq.heappop(order)
@@ -116,7 +118,7 @@ class FairQueue:
 
     def _expected(self, tenant: str) -> float:
         """The counter as it will soon be."""
-        coming = self._running.get(tenant, 0) * EXPECTED * OUTPUT_PRICE
+        coming = self.running.get(tenant, 0) * EXPECTED * OUTPUT_PRICE
         return self.counters.get(tenant, 0.0) + coming / self.weight(tenant)
 
     def _queue(self, tenant: str) -> deque[Sequence]:
@@ -127,12 +129,12 @@ class FairQueue:
         return self._queues[tenant]
 
     def _lift(self, tenant: str) -> None:
-        if not self._queues and not self._running:  # nobody is being served, so nobody is owed anything
+        if not self._queues and not self.running:  # nobody is being served, so nobody is owed anything
             self.counters.clear()
             self._weights.clear()
             self._credits.clear()
             return
-        credit = max(0.0, self._credits.pop(tenant, 0.0)) if tenant in self._running else 0.0
+        credit = max(0.0, self._credits.pop(tenant, 0.0)) if tenant in self.running else 0.0
         counter = self.counters.get(tenant, 0.0)
         self.counters[tenant] = max(counter, self._floor(tenant) - credit)
 
@@ -140,6 +142,6 @@ class FairQueue:
         """The smallest counter of those that wait; where nobody does, of who waited last, or of all that run."""
         if self._queues:
             return min(self.counters.get(name, 0.0) for name in self._queues)
-        if self._last_waiting in self._running:
+        if self._last_waiting in self.running:
             return self.counters.get(self._last_waiting, 0.0)
-        return max((self.counters.get(name, 0.0) for name in self._running), default=self.counters.get(tenant, 0.0))
+        return max((self.counters.get(name, 0.0) for name in self.running), default=self.counters.get(tenant, 0.0))

@@ -98,6 +98,14 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("first token p50 ms", "ttft_p50_ms", _one),
         Column("p99", "ttft_p99_ms", _one),
     ),
+    "loads": (
+        Column("adapters/s asked", "rate", _count),
+        Column("loaded", "loads_per_second", _one),
+        Column("ms a step", "ms", _three),
+        Column("p90", "ms_p90", _three),
+        Column("p99", "ms_p99", _three),
+        Column("slower", "slower", _percent),
+    ),
     "memory": (
         Column("kind", "kind"),
         Column("planned GB", "planned", _gigabytes),
@@ -122,6 +130,7 @@ TITLES: Mapping[str, str] = {
     "decode": "Steady decoding",
     "latency": "Latency under Poisson arrivals",
     "many_adapters": "Many adapters, S-LoRA's synthetic workload",
+    "loads": "Steady decoding while adapters come from host memory",
     "memory": "Memory",
 }
 
@@ -130,6 +139,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], Mapping[str, bool]]] = {
     "decode": (("rows", "traffic"), {"ms": False}),
     "latency": (("traffic", "load"), {"ttft_p50_ms": False, "gap_p50_ms": False}),
     "many_adapters": (("traffic",), {"tokens_per_second": True}),
+    "loads": (("rate",), {"ms": False}),
     "kernels": (("op", "case", "rows", "backend"), {"us_p50": False}),
 }
 """By table: the keys that name a row, and its figures that the gate watches; True where higher is better."""

@@ -31,7 +31,7 @@ STARVATION_STEPS = 64
 # tokens, 64 rows, KV for 20,000 tokens: 43 preemptions and 140,000 token rows, against 161 and 158,000 with none left.
 GROWTH_BLOCKS = 0.5
 MISSING_MIXES = 64  # mixes tried in vain in one step; each costs a look at all residents that could make room
-CLAIMANTS = 8  # tenants that look for a row to take in one step; each costs a look at all that run
+CLAIMANTS = 4  # tenants that look for a row to take in one step; each costs a look at all that run
 
 
 class AdapterPages(Protocol):
@@ -179,11 +179,13 @@ class Scheduler:
         """
         if plan.budget <= 0 and not (self._full and all(chunk.samples for chunk in plan.chunks)):
             return
+        if self._full and not self.waiting.contended:
+            return
         starving = [sequence for sequence in self.waiting if sequence.skipped_steps >= STARVATION_STEPS]
         turn = [min(starving, key=lambda sequence: sequence.arrival)] if starving else self.waiting.in_turn(plan.passed)
         missing: set[str] = set()
         for sequence in turn:
-            if self._full and (not self.waiting.contended or len(plan.passed) >= CLAIMANTS):
+            if self._full and (len(plan.passed) >= CLAIMANTS or not self.waiting.contended):
                 return
             if sequence.num_pending:  # preempted while a step was under way
                 continue
@@ -214,7 +216,7 @@ class Scheduler:
 
         The tenants of the preempted start nothing else, so that their next ones do not overtake them.
         """
-        cached, root = self.blocks.match(sequence.tokens, sequence.request.cache_key)
+        cached, root = self.blocks.match(sequence.tokens, sequence.request.cache_root)
         missing = self.blocks.blocks_for(len(sequence)) - len(cached)
         lacking = missing + int(GROWTH_BLOCKS * len(self.running)) - self.blocks.num_free
         victims: list[Sequence] | None = []

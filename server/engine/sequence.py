@@ -59,8 +59,8 @@ class SamplingParams:
 class Request:
     """What the engine is asked for. `paths` gives the local folder of every adapter of the mix, by digest.
 
-    `cache_key` roots the prefix-cache hash chain: the KV of one key is never read under another. `weight` (> 0) is the
-    share that is due to `tenant`, relative to those of others.
+    `cache_key` and the mix root the prefix-cache hash chain: the KV of one pair is never read under another. `weight`
+    (> 0) is the share that is due to `tenant`, relative to those of others.
     """
 
     id: str
@@ -75,6 +75,11 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"the weight of tenant {self.tenant!r} is {self.weight}, expected a number above 0")
+
+    @property
+    def cache_root(self) -> bytes:
+        """Root of the hash chain: with the mix, so that no caller can forget it."""
+        return self.cache_key + self.mix.digest.encode() if self.mix.entries else self.cache_key
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Request, arrival: float = 0.0) -> "Sequence":
-        return cls(request=request, tokens=list(request.prompt), arrival=arrival, parent_hash=request.cache_key)
+        return cls(request=request, tokens=list(request.prompt), arrival=arrival, parent_hash=request.cache_root)
 
     def __len__(self) -> int:
         return len(self.tokens) + self.num_pending
@@ -172,4 +177,4 @@ class Sequence:
         """Back to nothing computed, as preemption by recompute needs. Blocks and lease must have been given back."""
         self.num_computed = 0
         self.num_hashed_blocks = 0
-        self.parent_hash = self.request.cache_key
+        self.parent_hash = self.request.cache_root

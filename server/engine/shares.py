@@ -75,15 +75,19 @@ class Shares:
     ) -> Sequence | None:
         """Who yields the next row, or next blocks, if the claimant's tenant is owed more than `cost` besides."""
         queue, tenant = self.queue, claimant.request.tenant
-        last_first: dict[str, list[Sequence]] = defaultdict(list)
-        for sequence in reversed(running):
-            last_first[sequence.request.tenant].append(sequence)
-        held = {name: len(own) for name, own in last_first.items()} if row else held_blocks(running)
+        held = queue.running if row else held_blocks(running)
         needed = 1 if row else self.blocks.blocks_for(len(claimant))
         claimed = (held[tenant] + needed) / queue.weight(tenant) if tenant in held else 0.0
-        others = last_first.keys() - spared - {tenant}
-        for other in sorted(others, key=lambda name: (held[name] / queue.weight(name), name), reverse=True):
-            victim = next(filter(may_yield, last_first[other]), None)
+        debtors = [
+            (own / queue.weight(name), name)
+            for name, own in held.items()
+            if name != tenant and name not in spared and queue.excess(name, tenant) > cost
+        ]
+        for ratio, other in sorted(debtors, reverse=True):
+            if ratio < claimed:
+                break
+            own = (sequence for sequence in reversed(running) if sequence.request.tenant == other)
+            victim = next(filter(may_yield, own), None)
             if victim is None or queue.excess(other, tenant) <= cost + len(victim):
                 continue
             if (held[other] - (1 if row else len(victim.blocks))) / queue.weight(other) >= claimed:

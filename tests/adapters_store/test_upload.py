@@ -1,11 +1,14 @@
-"""Packed adapters in their pages. The way to a GPU is tested on one, in tests/gpu."""
+"""Packed adapters in their pages. What only a GPU can show is tested on one, in tests/gpu."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 
 from adapters_store.pages import pack
 from adapters_store.types import GROUPS
-from adapters_store.upload import write_pages
-from tests.adapters_store.library import HIDDEN, KEYS, LIBRARY, SHAPE, adapter, make_pool
+from adapters_store.upload import Uploader, write_pages
+from tests.adapters_store.library import CPU, HIDDEN, KEYS, LIBRARY, PACKED, SHAPE, adapter, make_pool
 
 
 def test_pages_of_another_adapter_are_zero_where_unused() -> None:
@@ -31,3 +34,57 @@ def test_pages_are_written_in_their_order() -> None:
     assert torch.equal(slices[:33], weights.pairs[1, "k_proj"].a)
     assert not slices[33:].any()
     assert a[:, 1].isnan().all()
+
+
+class FakeEvent:
+    """Over when the test says so."""
+
+    is_over = False
+
+    def query(self) -> bool:
+        return self.is_over
+
+
+class FakeStream:
+    """Remembers what it waits for. Work on a CPU is done when it is launched."""
+
+    def __init__(self, _: object = None) -> None:
+        self.events: list[FakeEvent] = []
+        self.awaited: list[FakeEvent] = []
+
+    def record_event(self) -> FakeEvent:
+        self.events.append(FakeEvent())
+        return self.events[-1]
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.awaited.append(event)
+
+
+@pytest.mark.parametrize("digest", sorted(LIBRARY))
+def test_the_way_through_the_buffer_gives_the_same_pages(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each stream waits for the other: copies for the steps before them, later steps for the copies."""
+    steps = FakeStream()
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: steps)
+    pool, twin, packed = make_pool(5), make_pool(5), PACKED[digest]
+    uploader = Uploader(pool.tensors, CPU)
+    for buffers in uploader._buffers.values():
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
+    pages = {name: tuple(range(4, 4 - len(group.pages), -1)) for name, group in packed.groups.items()}
+    upload = uploader.start(packed, pages)
+    write_pages(packed, pages, twin.tensors)
+    for name, parts in pool.tensors.items():
+        for found, expected in zip(parts, twin.tensors[name], strict=True):
+            torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+    copies = uploader._stream
+    assert isinstance(copies, FakeStream)
+    assert copies.awaited == steps.events
+    assert len(steps.events) == 1
+    assert not upload.done()
+    assert not steps.awaited
+    copies.events[-1].is_over = True
+    assert upload.done()
+    assert steps.awaited == copies.events
+    assert upload.packed is packed

@@ -77,6 +77,7 @@ def test_parameters_of_known_models() -> None:
     assert SHAPES["smollm2-135m"].num_parameters == pytest.approx(134.5e6, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_throughput_serves_every_token_of_every_traffic() -> None:
     document = run(replace(TINY, traffic=("off", *TINY.traffic)), ["throughput"], silent)
     rows = document["scenarios"]["throughput"]["rows"]
@@ -118,6 +119,15 @@ def test_many_adapters_go_through_few_pages() -> None:
     # residents of the first run may serve the second; all other adapters had to come
     assert rows[1]["loads"] >= rows[1]["adapters"]
     assert rows[2]["loads"] >= rows[2]["adapters"] - TINY.device_adapters
+
+
+@pytest.mark.slow
+def test_adapters_come_beside_decoding_rows() -> None:
+    rows = run(replace(TINY, steps=40), ["loads"], silent)["scenarios"]["loads"]["rows"]
+    assert [row["rate"] for row in rows] == [0, 100, 400]
+    assert rows[0]["slower"] == 0
+    assert all(0 < row["ms"] <= row["ms_p90"] <= row["ms_p99"] for row in rows)
+    assert rows[2]["loads_per_second"] > rows[0]["loads_per_second"]
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ async def test_a_broken_model_is_one_sentence(tmp_path: Path) -> None:
     await client.stop()
 
 
+@pytest.mark.slow
 async def test_the_engine_leaves_when_its_front_end_dies(tiny_model: Path, tmp_path: Path) -> None:
     script = tmp_path / "front.py"
     script.write_text(

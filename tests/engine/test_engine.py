@@ -371,11 +371,9 @@ def test_weights_that_overflow_end_only_their_own_request(engine: Engine, regist
 def test_what_overflowed_is_not_found_as_a_prefix(engine: Engine, registered: Registered) -> None:
     params = replace(GREEDY, max_tokens=2)
     for name, weight in (("fine", 1.0), ("huge", 1e38)):
-        key = name.encode()
-        engine.add_request(
-            Request(name, PROMPTS[5], params, registered.mix({"all4": weight}), registered.paths, cache_key=key)
-        )
+        request = Request(name, PROMPTS[5], params, registered.mix({"all4": weight}), registered.paths)
+        engine.add_request(request)
         drain(engine)
-        found, _ = engine.scheduler.blocks.match(PROMPTS[5], key)
+        found, _ = engine.scheduler.blocks.match(PROMPTS[5], request.cache_root)
         assert len(found) == (len(PROMPTS[5]) // 16 if name == "fine" else 0)
         engine.scheduler.blocks.release(found)

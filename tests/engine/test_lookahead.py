@@ -228,6 +228,32 @@ def test_preemption_changes_nothing(make: Make, registered: Registered) -> None:
     assert tight.stats().kv_used_blocks == 0
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_yielding_a_row_to_another_tenant_changes_nothing(make: Make, prefix_cache: bool) -> None:
+    """A row may yield while its next token is pending; it comes back, and its text is what it would have been."""
+    flood, others = [], []
+    for row in range(24):
+        params = replace((SAMPLED, GREEDY, PARAMS["presence"])[row % 3], max_tokens=48 if row < 12 else 12, seed=row)
+        (flood if row < 12 else others).append(Request(str(row), PROMPTS[row % 6], params, tenant=str(row < 12)))
+    expected = texts(outputs_of(make(False), flood + others))
+    engine = make(max_num_seqs=4, prefix_cache=prefix_cache)
+    for request in flood:
+        engine.add_request(request)
+    found: dict[str, list[Output]] = {request.id: [] for request in flood + others}
+    for _ in range(6):
+        for output in engine.step():
+            found[output.request_id].append(output)
+    for request in others:
+        engine.add_request(request)
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id].append(output)
+        engine.check_integrity()
+    assert texts(found) == expected
+    assert 2 <= engine.scheduler.yielded <= 12
+    assert engine.scheduler.yielded == engine.scheduler.preemptions
+
+
 def test_a_row_that_overflows_ends_once(make: Make, registered: Registered) -> None:
     alone = texts(outputs_of(make(False), [Request("fine", PROMPTS[1], GREEDY, registered.mix({}))]))
     huge = registered.mix({"all4": 1e38})

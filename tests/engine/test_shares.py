@@ -1,19 +1,22 @@
 """Tenants that flood and tenants that wait: who yields, how often, and what each is served, on a fake clock."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from math import inf
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulation import Simulation, alone, request, simulate
 
-from server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE
+from server.engine.blocks import BlockPool
+from server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, FairQueue
 from server.engine.plan import Chunk
 from server.engine.sequence import Request, Sequence
-from server.engine.shares import PATIENCE, QUANTUM
+from server.engine.shares import PATIENCE, QUANTUM, Shares
 
 ROOM = {"num_blocks": 150, "block_size": 16, "max_batch_tokens": 64}
 
@@ -276,6 +279,9 @@ def test_where_every_row_decodes_and_the_budget_is_spent(lookahead: bool) -> Non
         run.step()
     assert len(run.simulation.scheduler.running) == 8
     before = run.served()
+    for _ in range(12):
+        run.step(Backlog("modest", 5, 20))
+    assert run.simulation.scheduler.yielded > 0
     while run.runs("flood"):
         run.step(Backlog("modest", 5, 20))
     served = difference(before, run.served())
@@ -300,6 +306,23 @@ def test_a_flood_that_holds_all_kv_yields_too(num_blocks: int) -> None:
     run.finish()
 
 
+def test_what_is_freed_is_not_for_others_of_the_tenant_that_yields() -> None:
+    """Its small request waits behind the one that was preempted for less than it held."""
+    simulation = simulate(num_blocks=34, max_num_seqs=8, max_batch_tokens=200)
+    for number in range(3):
+        simulation.add(request(f"long{number}", text(number, 38), max_tokens=40, tenant="flood"))
+    simulation.step()
+    simulation.add(request("small", text(3, 17), tenant="flood"))
+    simulation.step()
+    simulation.add(request("claimant", text(4, 25), tenant="modest"))
+    simulation.scheduler.waiting.counters["flood"] += 1000.0
+    simulation.step()
+    running = [sequence.request.id for sequence in simulation.scheduler.running]
+    assert running == ["long0", "long1", "claimant"]
+    assert [sequence.request.id for sequence in simulation.scheduler.waiting] == ["long2", "small"]
+    simulation.run()
+
+
 def test_nothing_yields_to_a_mix_whose_pages_are_missing() -> None:
     run = contest(max_num_seqs=2, capacity=3)
     run.add(*[request(f"flood{i}", (i, 7), "d", max_tokens=200, tenant="flood") for i in range(4)])
@@ -315,21 +338,109 @@ def test_nothing_yields_to_a_mix_whose_pages_are_missing() -> None:
     run.finish()
 
 
-def test_one_that_is_about_to_end_does_not_yield() -> None:
-    """Its last token is pending: the row is free in the next step anyway."""
-    run = contest(max_num_seqs=1, lookahead=True, patience=0.0)
-    run.add(request("long", (1, 2), max_tokens=30, tenant="flood"))
-    for _ in range(29):
-        run.step()
-    run.add(request("short", (3, 4), tenant="modest"))
-    long = run.simulation.sequences["long"]
-    while long.num_sampled < 30:
-        run.simulation.scheduler.shares.patience = inf
-        run.step()
-    run.simulation.scheduler.shares.patience = 0.0
-    run.step()
-    assert run.simulation.scheduler.yielded == 0
-    run.finish()
+class Table:
+    """Sequences that run, of 10 tokens and one block each, and what their tenants were served beside `t`."""
+
+    def __init__(self, tenants: str, excess: float, weights: Mapping[str, float] = MappingProxyType({})) -> None:
+        self.queue = FairQueue()
+        self.blocks = BlockPool(64, 16)
+        self.shares = Shares(self.queue, self.blocks, patience=100.0, quantum=8)
+        self.running: list[Sequence] = []
+        self.weights = weights
+        for place, tenant in enumerate(tenants):
+            sequence = self.wait(f"{tenant}{place}", tenant)
+            sequence.blocks = self.blocks.allocate(1) or []
+            self.queue.started(sequence)
+            self.running.append(sequence)
+        self.claimant = self.wait("claimant", "t")
+        for tenant in set(tenants) - {"t"}:
+            self.queue.counters[tenant] = excess / weights.get(tenant, 1.0)
+        self.queue.counters["t"] = 0.0
+
+    def wait(self, name: str, tenant: str) -> Sequence:
+        sequence = Sequence.of(request(name, 9, max_tokens=50, tenant=tenant, weight=self.weights.get(tenant, 1.0)))
+        sequence.tokens.append(1)
+        self.queue.push(sequence)
+        return sequence
+
+    def yields(self, *, row: bool = True, missing: int = 0, spared: frozenset[str] = frozenset()) -> list[int] | None:
+        """Their places."""
+        found = self.shares.victims(self.claimant, self.running, spared, row=row, missing=missing)
+        return None if found is None else [self.running.index(sequence) for sequence in found]
+
+
+def test_a_row_is_taken_for_more_than_it_costs() -> None:
+    assert Table("aaaa", 110.0).yields() is None
+    assert Table("aaaa", 110.5).yields() == [3]
+
+
+def test_all_that_is_taken_is_paid_for() -> None:
+    assert Table("aaaaaa", 120.0).yields(missing=2) is None
+    assert Table("aaaaaa", 120.5).yields(missing=2) == [5, 4]
+    assert Table("aaaaaa", 129.0).yields(row=False, missing=3) is None
+    assert Table("aaaaaa", 131.0).yields(row=False, missing=3) == [5, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("tenants", "weights", "expected"),
+    [
+        ("aaat", {}, [2]),  # 3 : 1 becomes 2 : 2
+        ("aatt", {}, None),
+        ("aaatt", {}, None),  # 3 : 2 would become 2 : 3
+        ("a", {}, [0]),  # the first row, whatever is left
+        ("ab", {}, [1]),
+        ("aabbb", {}, [4]),  # of who holds most
+        ("aaabb", {"b": 0.5}, [4]),  # for its weight
+        ("aaatt", {"t": 2.0}, [2]),
+        ("aaaattttt", {"t": 3.0}, [3]),
+        ("aaatttttt", {"t": 3.0}, None),
+        ("attta", {"a": 0.25}, [4]),
+    ],
+)
+def test_who_yields_keeps_as_much_for_its_weight(
+    tenants: str, weights: dict[str, float], expected: list[int] | None
+) -> None:
+    assert Table(tenants, 1000.0, weights).yields() == expected
+
+
+def test_who_holds_most_is_left_alone_if_it_was_not_served_more() -> None:
+    table = Table("aaabb", 1000.0)
+    table.queue.counters["a"] = 50.0
+    assert table.yields() == [4]
+    assert table.yields(spared=frozenset("b")) is None
+
+
+def test_the_last_that_may_yield_does() -> None:
+    table = Table("aaaa", 1000.0)
+    table.running[3].kept_until = 11
+    assert table.yields() == [2]
+    table.running[3].tokens.append(1)
+    assert table.yields() == [3]
+    table.running[3].tokens += [1] * 47
+    table.running[3].num_pending = 1  # it ends with the pending token
+    assert table.yields() == [2]
+
+
+def test_blocks_are_taken_from_who_holds_most_of_them() -> None:
+    table = Table("aaabtt", 1000.0)
+    table.running[3].blocks += table.blocks.allocate(9) or []
+    assert table.yields(row=False, missing=4) is None, "it would be left with none"
+    table = Table("abbt", 1000.0)
+    table.running[2].blocks += table.blocks.allocate(9) or []
+    table.running[1].blocks += table.blocks.allocate(3) or []
+    assert table.yields(row=False, missing=4) == [2]
+    assert table.yields(row=False, missing=11) is None
+
+
+def test_how_long_a_sequence_stays() -> None:
+    shares = Shares(FairQueue(), BlockPool(4, 16), quantum=8)
+    sequence = Sequence.of(request("r", 9))
+    shares.started(sequence, again=False)
+    assert sequence.kept_until == 10
+    sequence.num_pending = 1
+    sequence.num_computed = 4
+    shares.started(sequence, again=True)
+    assert sequence.kept_until == 10 + 8 + 6
 
 
 def test_the_tenant_that_is_served_less_does_not_make_room_for_the_growth_of_the_flood() -> None:

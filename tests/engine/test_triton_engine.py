@@ -175,6 +175,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs of its own")
 @pytest.mark.usefixtures("fake_graphs")
 @pytest.mark.parametrize("broken", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_capturing_a_graph_between_steps_changes_nothing(
     micro_model: Path, micro: Registered, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_an_engine_killed_under_load_comes_back(served: Served) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_a_mix_too_large_is_a_clear_400_and_sigterm_lets_streams_finish(
     model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ async def test_a_broken_model_folder_is_one_sentence(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_broken_adapter_is_one_line_on_stderr(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(adapters["all4"], tmp_path / "bad")
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"x" * 100)

@@ -43,6 +43,7 @@ def registry(served: Served, data_dir: Path) -> Iterator[Registry]:  # noqa: ARG
     registry.close()
 
 
+@pytest.mark.slow
 def test_tenants_of_one_server(served: Served, registry: Registry) -> None:
     keys: dict[str, tuple[KeyRow, str]] = {}
     for tenant in ("acme", "umbrella"):

@@ -51,6 +51,7 @@ def test_known_targets_are_hit(answers: list[str]) -> None:
     assert {index: answers[index] for index in expected} == expected
 
 
+@pytest.mark.slow
 def test_texts_equal_transformers_and_peft(answers: list[str], smollm2: Path) -> None:
     requests = demo_requests()
     names = sorted({name for request in requests for name, _ in request.adapters})

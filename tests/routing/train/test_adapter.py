@@ -60,6 +60,7 @@ def test_files_are_plain_bf16_peft(trained: training.AdapterResult) -> None:
     assert all(tensor.float().abs().sum() > 0 for tensor in tensors.values())
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_where_an_uninterrupted_one_does(
     chat_model: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
