@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -111,3 +112,22 @@ def test_an_address_that_cannot_be_had() -> None:
             bind(ServeSettings(port=taken.getsockname()[1]))
     with pytest.raises(BindError, match="cannot listen on"):
         bind(ServeSettings(host="no.such.host.invalid", insecure=True))
+
+
+async def test_no_answer_waits_for_an_acknowledgement() -> None:
+    """asyncio's own rule for turning Nagle's algorithm off holds for what our listener accepts."""
+    options: list[int] = []
+    done = asyncio.Event()
+
+    def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+        done.set()
+
+    with bind(ServeSettings(port=0)) as listener:
+        async with await asyncio.start_server(accepted, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            await asyncio.wait_for(done.wait(), 10)
+            writer.close()
+            await writer.wait_closed()
+    assert options == [1]
