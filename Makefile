@@ -50,6 +50,7 @@ check: setup
 
 bench: model
 	$(RUN)/loramux bench
+	$(RUN)/python -m loadtests.adapters --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
 
 # All figures of docs/results.md's GPU section, about 25 minutes; `make bench-gpu MODELS=8b` measures one model.
 MODELS := 8b 1b smollm2-135m
