@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kernels import bench_cases, bench_lora
+from kernels import bench_cases, bench_einsum, bench_lora
 from kernels.bench_cases import Case, Where
 from kernels.bench_timing import Timing, copy_bandwidth, error, measure, own_stream
 from kernels.gemm_table import TABLES, GemmTable
@@ -28,7 +28,7 @@ from kernels.tune import Tuning, table_of, tune
 
 Json = dict[str, Any]
 
-OPS = ("gemm", "lora", "linears", "attention", "elementwise")
+OPS = ("gemm", "lora", "linears", "einsum", "attention", "elementwise")
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
@@ -79,6 +79,8 @@ def cases(asked: argparse.Namespace, where: Where, name: str) -> Iterator[Case]:
             yield from bench_lora.lora_cases(shape, asked.rows, asked.popularity, where, asked.rank)
         elif op == "linears":
             yield from bench_lora.chain_cases(shape, asked.rows, asked.popularity, where, asked.rank)
+        elif op == "einsum":
+            yield from bench_einsum.einsum_cases(shape, asked.rows, where, asked.rank, asked.tokens)
         elif op == "attention":
             yield from bench_cases.attention_cases(shape, asked.rows, asked.context, where)
         else:
@@ -135,6 +137,7 @@ def _document(asked: argparse.Namespace, name: str, floor: float, rows: list[Jso
         "copy_gb_per_second": None if math.isnan(floor) else floor / 1e9,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()},
         "rows": rows,
+        "einsum": bench_einsum.compared(rows),
     }
 
 
@@ -173,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--popularity", type=_words, default=("1", "8", "64", "mix3"), help="K, zipf, mixK")
     parser.add_argument("--rank", type=int, choices=range(1, 17), default=16, metavar="1..16")
     parser.add_argument("--context", type=int, default=400, help="tokens of each decoding sequence")
+    parser.add_argument("--tokens", type=int, default=1, help="of each row in einsum [1: decoding]")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
