@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 MODEL := smollm2-135m
+ENCODER := all-minilm-l6-v2
 ONCE ?=
+# Processes that run tests.
+WORKERS ?= 2
 PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
@@ -27,12 +30,13 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 
 model: setup
 	$(RUN)/loramux pull $(MODEL)
+	$(RUN)/loramux pull $(ENCODER)
 
 demo: model
 	$(RUN)/loramux demo --port $(PORT) $(if $(ONCE),--once)
 
 test: model
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: model
 	$(RUN)/python -m pytest -m slow
@@ -51,6 +55,10 @@ check: setup
 bench: model
 	$(RUN)/loramux bench
 	$(RUN)/python -m loadtests.adapters --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
+	$(RUN)/python -m server.bench_keys
+	$(RUN)/python -m routing.bench
+	$(RUN)/python -m routing.bench_encoder --model $$($(RUN)/loramux pull $(ENCODER) | tail -1)
+	$(RUN)/python -m loadtests.routing --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
 
 # All figures of docs/results.md's GPU section, about 25 minutes; `make bench-gpu MODELS=8b` measures one model.
 MODELS := 8b 1b smollm2-135m

@@ -1,4 +1,4 @@
-"""An adapter packed as zip or tar.gz, unpacked without trusting it."""
+"""An adapter or router packed as zip or tar.gz, unpacked without trusting it."""
 
 import errno
 import gzip
@@ -16,16 +16,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, BinaryIO, cast
 
 from adapters_store.blobs import disk_errors
-from adapters_store.model_card import CARD_NAME
-from adapters_store.peft_format import CONFIG_NAME, MAX_WEIGHTS_BYTES, PICKLE_NAME, WEIGHTS_NAME
+from adapters_store.contents import ADAPTER, Contents
+from adapters_store.peft_format import MAX_WEIGHTS_BYTES
 from adapters_store.types import AdapterError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar.gz", ".tgz")
-_WANTED = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PICKLE_NAME)
 _BROKEN = (
     EOFError,
     LookupError,
-    NotImplementedError,  # of a compression method
+    MemoryError,
+    NotImplementedError,  # of a feature that zipfile lacks
     OSError,  # EINVAL of a seek to nowhere, BadGzipFile
     OverflowError,
     RecursionError,
@@ -35,6 +35,9 @@ _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
 )
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Methods of which `zipfile` unpacks no more than it is asked for; of the others, all that a few KiB blow up to."""
+
 _CHUNK_BYTES = 1 << 20
 _MAX_DIRECTORY_BYTES = 1 << 20
 """Largest table of contents of a zip, which `zipfile` reads at once: more than 10,000 entries."""
@@ -54,44 +57,36 @@ class ArchiveLimits:
     max_entries: int = 1000
 
 
-def unpack(archive: Path, into: Path, limits: ArchiveLimits) -> Path:
-    """Unpack the one adapter of the archive straight into the folder `into`, and return that folder.
+def unpack(archive: Path, into: Path, limits: ArchiveLimits, contents: Contents = ADAPTER) -> Path:
+    """Unpack the one adapter, or router, of the archive straight into the folder `into`, and return that folder.
 
-    The adapter lies at the archive's top or in one folder there; only its config, weights and README are written, yet
-    every entry must be harmless: a plain file or folder under a relative path without `..`. On an error `into` is left
-    as it was. Raises AdapterError `adapter_unsafe`, `adapter_corrupt`, `adapter_incomplete`, `adapter_unsupported`
-    (several adapters), 413 `adapter_too_large`, 415 `not_safetensors`; BlobUnavailable when the disk fails.
+    It lies at the archive's top or in one folder there; only its own files are written, yet every entry must be
+    harmless: a plain file or folder under a relative path without `..`. On an error `into` is left as it was. Raises
+    AdapterError `adapter_unsafe`, `adapter_corrupt`, `adapter_incomplete`, `adapter_unsupported` (several adapters),
+    413 `adapter_too_large` (`router_unsafe` and so on), 415 `not_safetensors`; BlobUnavailable when the disk fails.
     """
-    with disk_errors():
+    with contents.errors(), disk_errors():
         into.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=into, prefix=".unpack-") as staging, archive.open("rb") as file:
             magic = file.read(4)
             file.seek(0)
             if magic[:2] == b"PK":
-                names = _unpack_zip(file, Path(staging), limits)
+                names = _unpack_zip(file, _Entries(Path(staging), limits, contents))
             elif magic[:2] == b"\x1f\x8b":
-                names = _unpack_tar(file, Path(staging), limits)
+                names = _unpack_tar(file, _Entries(Path(staging), limits, contents))
             else:
                 raise AdapterError("adapter_corrupt", "archive is not an archive: expected zip or tar.gz")
-            return _take_adapter(names, into)
-
-
-def check_complete(present: set[str]) -> None:
-    """Raise unless the names are those of an adapter: 415 for a pickle, `adapter_incomplete` for a missing file."""
-    if WEIGHTS_NAME not in present and PICKLE_NAME in present:
-        raise AdapterError("not_safetensors", f"{PICKLE_NAME} is a pickle: expected {WEIGHTS_NAME}", 415)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if name not in present:
-            raise AdapterError("adapter_incomplete", f"{name} is missing: expected {CONFIG_NAME} and {WEIGHTS_NAME}")
+            return _take(names, into, contents)
 
 
 class _Entries:
     """Judges the entries one after the other, and gives those that matter a place in the staging folder."""
 
-    def __init__(self, staging: Path, limits: ArchiveLimits) -> None:
+    def __init__(self, staging: Path, limits: ArchiveLimits, contents: Contents) -> None:
         self.places: dict[PurePosixPath, Path] = {}
         self._staging = staging
         self._limits = limits
+        self._wanted = {*contents.names, contents.pickle}
         self._names: set[PurePosixPath] = set()
         self._bytes = 0
 
@@ -115,15 +110,14 @@ class _Entries:
         if self._bytes > self._limits.max_bytes:
             message = f"the archive unpacks to too much: expected at most {self._limits.max_bytes} bytes"
             raise AdapterError("adapter_too_large", message, 413)
-        if name.endswith("/") or path.name not in _WANTED or len(path.parts) > 2:
+        if name.endswith("/") or path.name not in self._wanted or len(path.parts) > 2:
             return None
         place = self._staging / str(len(self.places))
         self.places[path] = place
         return place
 
 
-def _unpack_zip(file: BinaryIO, staging: Path, limits: ArchiveLimits) -> dict[PurePosixPath, Path]:
-    entries = _Entries(staging, limits)
+def _unpack_zip(file: BinaryIO, entries: _Entries) -> dict[PurePosixPath, Path]:
     wanted: list[tuple[zipfile.ZipInfo, Path]] = []
     with _corrupt("zip"), zipfile.ZipFile(_CappedReads(file)) as archive:
         for info in archive.infolist():
@@ -133,6 +127,8 @@ def _unpack_zip(file: BinaryIO, staging: Path, limits: ArchiveLimits) -> dict[Pu
             place = entries.admit(info.orig_filename, is_plain, info.file_size)
             if info.flag_bits & 1:
                 raise AdapterError("adapter_corrupt", "the archive is encrypted: expected a plain one")
+            if info.compress_type not in _BOUNDED:
+                raise _unsafe(info.orig_filename, "is neither stored nor deflated: expected a zip of these methods")
             if place:
                 wanted.append((info, place))
         for info, place in wanted:
@@ -141,8 +137,7 @@ def _unpack_zip(file: BinaryIO, staging: Path, limits: ArchiveLimits) -> dict[Pu
     return entries.places
 
 
-def _unpack_tar(file: BinaryIO, staging: Path, limits: ArchiveLimits) -> dict[PurePosixPath, Path]:
-    entries = _Entries(staging, limits)
+def _unpack_tar(file: BinaryIO, entries: _Entries) -> dict[PurePosixPath, Path]:
     with _corrupt("tar.gz"), gzip.GzipFile(fileobj=file) as unzipped:
         metered = _MeteredReads(unzipped, _HEADER_BYTES + _READ_BYTES)
         with tarfile.open(fileobj=cast(IO[bytes], metered), mode="r|", bufsize=_READ_BYTES) as archive:
@@ -158,13 +153,14 @@ def _unpack_tar(file: BinaryIO, staging: Path, limits: ArchiveLimits) -> dict[Pu
     return entries.places
 
 
-def _take_adapter(places: dict[PurePosixPath, Path], into: Path) -> Path:
-    folders = sorted({path.parent for path in places if path.name != CARD_NAME})
+def _take(places: dict[PurePosixPath, Path], into: Path, contents: Contents) -> Path:
+    folders = sorted({path.parent for path in places if path.name != contents.card})
     if len(folders) > 1:
-        raise AdapterError("adapter_unsupported", f"the archive holds {len(folders)} adapters: expected exactly one")
+        message = f"the archive holds {len(folders)} {contents.noun}s: expected exactly one"
+        raise AdapterError("adapter_unsupported", message)
     chosen = {path.name: place for path, place in places.items() if path.parent in folders}
-    check_complete(set(chosen))
-    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+    contents.check(set(chosen))
+    for name in contents.names:
         if name in chosen:
             chosen[name].replace(into / name)
     return into

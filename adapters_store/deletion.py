@@ -38,6 +38,7 @@ class Deletions:
         self._on_gone = on_gone
         self._closed: set[Name] = set()
         self._draining: dict[Name, asyncio.Task[None]] = {}
+        self._reopening: dict[Name, asyncio.Task[None]] = {}
 
     def is_closed(self, owner: str, name: str) -> bool:
         """Whether the name may no longer be leased."""
@@ -46,15 +47,18 @@ class Deletions:
     async def begin(self, owner: str, name: str, may_wait: bool) -> "asyncio.Task[None]":
         """Hide a name from every new use; the task ends when nobody has it any more.
 
-        Raises AdapterInUse, and leaves everything as it is, if it is used and must not wait for that to end. Raises
-        NotFound, RegistryUnavailable.
+        Raises AdapterInUse, and leaves everything as it is, if it is used and must not wait for that to end; should the
+        registry fail at that very moment, the name is shown again as soon as it answers. A name that is hidden already
+        is taken up from there. Raises NotFound, RegistryUnavailable.
         """
         self._refuse_used(owner, name, may_wait)
+        if (reopening := self._reopening.get((owner, name))) is not None:
+            await asyncio.wait({reopening})
         await self._mark(owner, name, True)
         try:
             self._refuse_used(owner, name, may_wait)
         except AdapterInUse:  # a request was faster
-            await self._mark(owner, name, False)
+            await asyncio.shield(self._reopen(owner, name))
             raise
         return self.finish(owner, name)
 
@@ -69,7 +73,7 @@ class Deletions:
 
     async def close(self) -> None:
         """Stop. What is still in use is finished when a store opens the registry again."""
-        tasks = tuple(self._draining.values())
+        tasks = (*self._draining.values(), *self._reopening.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -78,6 +82,30 @@ class Deletions:
         count = self._leases.of_name(owner, name)
         if count and not may_wait and not self.is_closed(owner, name):
             raise AdapterInUse(name, count)
+
+    def _reopen(self, owner: str, name: str) -> "asyncio.Future[None]":
+        """Show a name again, however long that takes; done when it was tried once."""
+        tried = asyncio.get_running_loop().create_future()
+        task = self._reopening[owner, name] = asyncio.create_task(self._unmark_at_last(owner, name, tried))
+        task.add_done_callback(_log_failure)
+        return tried
+
+    async def _unmark_at_last(self, owner: str, name: str, tried: "asyncio.Future[None]") -> None:
+        try:
+            while True:
+                try:
+                    return await self._mark(owner, name, False)
+                except NotFound:
+                    return None  # another process was faster
+                except RegistryUnavailable as error:
+                    logger.warning("adapter %r of tenant %r is not shown again yet: %s", name, owner, error)
+                if not tried.done():
+                    tried.set_result(None)
+                await asyncio.sleep(_RETRY_SECONDS)
+        finally:
+            del self._reopening[owner, name]
+            if not tried.done():
+                tried.set_result(None)
 
     async def _drain(self, owner: str, name: str) -> None:
         try:

@@ -26,6 +26,7 @@ from adapters_store.blobs import (
     disk_errors,
     no_fault,
 )
+from adapters_store.private_files import FROZEN_MODE, make_private_folder
 
 
 class LocalBlobs(BlobStore):
@@ -40,7 +41,7 @@ class LocalBlobs(BlobStore):
         self._fault = fault
         with disk_errors():
             for folder in (self._blobs, self._temporary, self._quarantine):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_private_folder(folder)
 
     def claim(self, owner: str) -> None:
         with disk_errors(), self._lock(fcntl.LOCK_EX):
@@ -74,7 +75,7 @@ class LocalBlobs(BlobStore):
                     self._fault("blob.opened")
                     blob = _copy(chunks, file, max_bytes)
                     self._fault("blob.written")
-                    os.fchmod(file.fileno(), 0o444)  # fetched files are links to it
+                    os.fchmod(file.fileno(), FROZEN_MODE)  # fetched files are links to it
                     file.flush()
                     os.fsync(file.fileno())
                 self._fault("blob.synced")
@@ -218,7 +219,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
         shutil.copyfile(source, target)  # another disk, or one without links
-        target.chmod(0o444)
+        target.chmod(FROZEN_MODE)
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -69,23 +69,30 @@ class MergeRecipe:
         density: float | None = None,
         seed: int = 0,
     ) -> "MergeRecipe":
-        """Check the arguments of `merge`, before any adapter is read. Raises AdapterError `invalid_merge` (400)."""
+        """Check the arguments of `merge`, before any adapter is read; names will do for the digests.
+
+        Raises AdapterError `invalid_merge` (400) with the field in `param`.
+        """
         if method not in [*MergeMethod]:
-            raise _invalid(f"method is {method!r}: expected one of {', '.join(MergeMethod)}")
+            raise _invalid(f"method is {method!r}: expected one of {', '.join(MergeMethod)}", "method")
         chosen = MergeMethod(method)
         if not entries:
-            raise _invalid("adapters is empty: expected at least one")
-        for digest, weight in entries:
+            raise _invalid("adapters is empty: expected at least one", "adapters")
+        for index, (adapter, weight) in enumerate(entries):
             if not math.isfinite(weight) or not weight:
-                raise _invalid(f"the weight of adapter {digest} is {weight}: expected a finite number other than 0")
+                raise _invalid(
+                    f"the weight of adapter {adapter!r} is {weight}: expected a finite number other than 0",
+                    f"adapters.{index}.weight",
+                )
         if rank is not None and (chosen is not MergeMethod.SVD or rank < 1):
-            raise _invalid(f"rank is {rank} for {chosen}: expected a positive integer for svd, nothing for the others")
+            message = f"rank is {rank} for {chosen}: expected a positive integer for svd, nothing for the others"
+            raise _invalid(message, "rank")
         if chosen.prunes and not (density is not None and 0 < density <= 1):
-            raise _invalid(f"density is {density}: expected a number above 0 and up to 1 for {chosen}")
+            raise _invalid(f"density is {density}: expected a number above 0 and up to 1 for {chosen}", "density")
         if not chosen.prunes and density is not None:
-            raise _invalid(f"density is {density}: expected none for {chosen}, which prunes nothing")
+            raise _invalid(f"density is {density}: expected none for {chosen}, which prunes nothing", "density")
         if not 0 <= seed < 1 << 63:
-            raise _invalid(f"seed is {seed}: expected an integer from 0 to 2^63 - 1")
+            raise _invalid(f"seed is {seed}: expected an integer from 0 to 2^63 - 1", "seed")
         pairs = tuple((digest, float(weight)) for digest, weight in entries)
         return cls(chosen, pairs, rank, None if density is None else float(density), seed if chosen.draws else None)
 
@@ -129,10 +136,13 @@ def merge(
             dtype = torch.float32 if any(_rounds(pair, dtype) for pair in pairs.values()) else dtype
         case MergeMethod.SVD:
             largest = rank or max(pair.rank for terms in modules.values() for pair, _ in terms)
-            pairs = {module: _svd(terms, largest) for module, terms in modules.items()}
+            pairs = {module: _finish(module, _svd(terms, largest), dtype) for module, terms in modules.items()}
         case _:
             merge_factors = _factor_method(recipe)
-            pairs = {module: _by_factors(module, terms, merge_factors) for module, terms in modules.items()}
+            pairs = {
+                module: _finish(module, _by_factors(module, terms, merge_factors), dtype)
+                for module, terms in modules.items()
+            }
     return AdapterWeights(recipe.digest, {module: _finish(module, pair, dtype) for module, pair in pairs.items()})
 
 
@@ -255,5 +265,5 @@ def _name(module: tuple[int, str]) -> str:
     return f"{module[1]} of layer {module[0]}"
 
 
-def _invalid(message: str) -> AdapterError:
-    return AdapterError("invalid_merge", message, 400)
+def _invalid(message: str, param: str | None = None) -> AdapterError:
+    return AdapterError("invalid_merge", message, 400, param)

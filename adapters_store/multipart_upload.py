@@ -1,6 +1,6 @@
-"""Adapters that come as multipart/form-data, written to disk while they arrive."""
+"""Adapters and routers that come as multipart/form-data, written to disk while they arrive."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,9 @@ from typing import BinaryIO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from adapters_store.archive import ArchiveLimits, check_complete, unpack
+from adapters_store.archive import ArchiveLimits, unpack
 from adapters_store.blobs import disk_errors
-from adapters_store.model_card import CARD_NAME
-from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from adapters_store.contents import ADAPTER, Contents
 from adapters_store.types import AdapterError
 
 _MAX_FIELD_BYTES = 1 << 20
@@ -31,17 +30,21 @@ class Upload:
 class MultipartUpload:
     """Writes the files of a multipart/form-data body to a folder while it arrives; memory stays small.
 
-    `limits` gives the fields that are files and the most bytes of each; all other fields are text. Every method raises
+    `limits` gives the fields that are files and the most bytes of each; all other fields are text, of the names
+    `fields` or, without these, of any. What has no place is refused as soon as it begins. Every method raises
     AdapterError (400 `bad_upload`, 413 `adapter_too_large`, 415 `unsupported_media_type`) and BlobUnavailable; then,
     as when the body breaks off, `close` remains to be called, and the folder to be removed.
     """
 
-    def __init__(self, content_type: str, folder: Path, limits: Mapping[str, int]) -> None:
+    def __init__(
+        self, content_type: str, folder: Path, limits: Mapping[str, int], fields: Collection[str] | None = None
+    ) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data":
             raise AdapterError("unsupported_media_type", "content-type is not multipart/form-data: expected it", 415)
         self._folder = folder
         self._limits = limits
+        self._texts = fields
         self._fields: dict[str, bytearray] = {}
         self._files: dict[str, Path] = {}
         self._left = _MAX_FIELD_BYTES
@@ -96,6 +99,11 @@ class MultipartUpload:
         self._name = options.get(b"name", b"").decode()
         if not self._name or self._name in self._fields or self._name in self._files:
             raise AdapterError("bad_upload", f"field {self._name[:80]!a} is nameless or comes twice", 400)
+        is_file = b"filename" in options or b"filename*" in options
+        if self._name not in self._limits and (is_file or (self._texts is not None and self._name not in self._texts)):
+            name = f"{self._name[:80]!a}"[1:-1]
+            message = f"{name}: there is no such field; files are {', '.join(self._limits)}"
+            raise AdapterError("bad_upload", message, 400, name)
         if self._name in self._limits:
             self._files[self._name] = self._folder / self._name
             self._out = self._files[self._name].open("xb")
@@ -125,21 +133,20 @@ class MultipartUpload:
         self._is_complete = True
 
 
-def take_upload(upload: Upload, into: Path, limits: ArchiveLimits) -> Path:
-    """The adapter in the files `config`, `weights` and `card`, or `archive`, of an upload, as `fetch` leaves one."""
+def take_upload(upload: Upload, into: Path, limits: ArchiveLimits, contents: Contents = ADAPTER) -> Path:
+    """What is in the files `config`, `weights` and `card`, or `archive`, of an upload, as `fetch` leaves it."""
     files = dict(upload.files)
     archive = files.pop("archive", None)
     if archive:
         if files:
-            raise AdapterError("bad_upload", "archive comes with other files: expected it alone", 400)
-        return unpack(archive, into, limits)
-    names = {"config": CONFIG_NAME, "weights": WEIGHTS_NAME, "card": CARD_NAME}
-    check_complete({names[field] for field in files if field in names})
+            raise AdapterError("bad_upload", "archive comes with other files: expected it alone", 400, "archive")
+        return unpack(archive, into, limits, contents)
+    contents.check({contents.fields[field] for field in files if field in contents.fields})
     with disk_errors():
         into.mkdir(parents=True, exist_ok=True)
         for field, path in files.items():
-            if field in names:
-                path.replace(into / names[field])
+            if field in contents.fields:
+                path.replace(into / contents.fields[field])
     return into
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapters_store.patterns import ModuleNames, Pattern, PatternBudget
+from adapters_store.patterns import Expression, ModuleNames, PatternBudget, PatternTable
 from adapters_store.types import AdapterError
 
 Number = TypeVar("Number", int, float)
@@ -47,6 +47,8 @@ _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _MAX_ALPHA = 3.4028234e38
 """Largest float32."""
 
+_MAX_RANK = (1 << 31) - 1
+
 _OUTSIDE = ("embed_tokens", "lm_head")
 
 
@@ -70,19 +72,18 @@ class LoraSettings:
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: Sequence[tuple[Pattern, int]]
-    alpha_pattern: Sequence[tuple[Pattern, float]]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
     target_modules: ModuleNames
     exclude_modules: ModuleNames
     layers: frozenset[int]
-    layers_pattern: Sequence[Pattern]
+    layers_pattern: Sequence[Expression]
     base_model: str | None
     description: str
 
     def of(self, module: str) -> ModuleSettings:
         """The first pattern that matches the path's end decides, on a border between names, as in PEFT."""
-        rank = next((value for pattern, value in self.rank_pattern if pattern.fullmatch(module)), self.rank)
-        alpha = next((value for pattern, value in self.alpha_pattern if pattern.fullmatch(module)), self.alpha)
+        rank, alpha = self.rank_pattern.get(module, self.rank), self.alpha_pattern.get(module, self.alpha)
         return ModuleSettings(rank, alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def targets(self, module: str) -> bool:
@@ -130,8 +131,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise AdapterError("adapter_bad_config", f"{path.name} is too large: expected at most {MAX_CONFIG_BYTES} bytes")
     try:
         fields = json.loads(path.read_bytes())
+        json.dumps(fields, ensure_ascii=False).encode()  # an escape may stand for half of a character
     except (ValueError, RecursionError) as error:
-        raise AdapterError("adapter_bad_config", f"{path.name} is not valid JSON: expected one object") from error
+        raise AdapterError(
+            "adapter_bad_config", f"{path.name} is not valid JSON: expected one object in Unicode"
+        ) from error
     if not isinstance(fields, dict):
         raise AdapterError("adapter_bad_config", f"{path.name} is not a JSON object: expected one object")
     return fields
@@ -147,10 +151,11 @@ def _refuse_variants(fields: Mapping[str, Any]) -> None:
             continue
         if name in _UNSUPPORTED:
             raise AdapterError(
-                "adapter_unsupported", f"{name} is set, but {_UNSUPPORTED[name]} is not supported: expected plain LoRA"
+                "adapter_unsupported",
+                f"{name} is set, but there is no support for {_UNSUPPORTED[name]}: expected plain LoRA",
             )
         if name not in _HARMLESS and (name.startswith("use_") or name.endswith("_config")):
-            raise AdapterError("adapter_unsupported", f"{name} is set, but is not known: expected plain LoRA")
+            raise AdapterError("adapter_unsupported", f"{name[:80]} is set, but is not known: expected plain LoRA")
     bias = fields.get("bias")
     if bias not in (None, "none"):
         raise AdapterError("adapter_unsupported", f"bias {_shown(bias)} is not supported: expected 'none'")
@@ -180,7 +185,7 @@ def _targets(fields: Mapping[str, Any], budget: PatternBudget) -> ModuleNames:
     return ModuleNames(budget, "target_modules", names)
 
 
-def _layers_pattern(fields: Mapping[str, Any], budget: PatternBudget) -> Sequence[Pattern]:
+def _layers_pattern(fields: Mapping[str, Any], budget: PatternBudget) -> Sequence[Expression]:
     """Patterns whose group `index` is the layer; by default the first number that is a name of its own."""
     names = _names(fields, "layers_pattern") or ()
     suffix = r"\.(?P<index>\d+)\..*"
@@ -209,26 +214,25 @@ def _is_int(value: object) -> bool:
 
 
 def _positive_int(value: Any, name: str) -> int:
-    if not _is_int(value) or value < 1:
-        raise _bad(name, value, "a positive integer")
+    if not _is_int(value) or not 1 <= value <= _MAX_RANK:
+        raise _bad(name, value, "a positive integer of at most 32 bits")
     return int(value)
 
 
 def _finite(value: Any, name: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _MAX_ALPHA:
         raise _bad(name, value, "a finite number")
-    return float(value)
+    return float(value) + 0.0  # one zero: the other's alpha would give the same adapter another digest
 
 
 def _table(
     fields: Mapping[str, Any], name: str, read: Callable[[Any, str], Number], budget: PatternBudget
-) -> Sequence[tuple[Pattern, Number]]:
+) -> PatternTable[Number]:
     value = fields.get(name)
     if value is not None and not isinstance(value, dict):
         raise _bad(name, value, "an object of patterns and values")
-    return [
-        (budget.compile_end(name, key), read(item, f"{name}[{_shown(key)}]")) for key, item in (value or {}).items()
-    ]
+    items = ((key, read(item, f"{name}[{_shown(key)}]")) for key, item in (value or {}).items())
+    return PatternTable(budget, name, items)
 
 
 def _layers(value: Any) -> frozenset[int]:

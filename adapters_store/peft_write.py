@@ -2,20 +2,16 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from safetensors.torch import save
-
-from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME, Module, module_path
+from adapters_store.linear_names import Module, module_path
+from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME, Number, most_frequent
+from adapters_store.safetensors_file import TensorWriter, header_of
 from adapters_store.types import TARGETS, AdapterError, AdapterWeights, LoraPair
 
 RECIPE_NAME = "loramux.json"
-
-Number = TypeVar("Number", int, float)
 
 
 def write_peft(
@@ -32,30 +28,37 @@ def write_peft(
     pairs = dict(sorted(weights.pairs.items()))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"base_model.model.{module_path(*module)}.lora_{factor}.weight": _owned(tensor)
+        tensor_name(module, factor): tensor
         for module, pair in pairs.items()
         for factor, tensor in (("A", pair.a), ("B", pair.b))
     }
-    # Not `save_file`, which hides the disk's OSError.
-    (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-    _write_json(folder / CONFIG_NAME, _config(pairs, base_model))
+    with TensorWriter(folder / WEIGHTS_NAME, [header_of(*item) for item in tensors.items()]) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+    ranks = {module: pair.rank for module, pair in pairs.items()}
+    alphas = {module: _alpha(pair) for module, pair in pairs.items()}
+    write_json(folder / CONFIG_NAME, lora_config(ranks, alphas, base_model))
     if recipe is not None:
-        _write_json(folder / RECIPE_NAME, recipe)
+        write_json(folder / RECIPE_NAME, recipe)
 
 
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy: safetensors refuses tensors that share memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def tensor_name(module: Module, factor: str) -> str:
+    """PEFT's name of a factor, "A" or "B"."""
+    return f"base_model.model.{module_path(*module)}.lora_{factor}.weight"
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Equal fields give equal bytes."""
     path.write_text(json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _config(pairs: Mapping[Module, LoraPair], base_model: str | None) -> dict[str, Any]:
-    rank, rank_pattern = _patterns({module: pair.rank for module, pair in pairs.items()})
-    alpha, alpha_pattern = _patterns({module: _alpha(pair) for module, pair in pairs.items()})
-    target_modules, layers = _targets(pairs)
+def lora_config(
+    ranks: Mapping[Module, int], alphas: Mapping[Module, float], base_model: str | None = None, use_rslora: bool = False
+) -> dict[str, Any]:
+    """PEFT's config of an adapter on exactly these modules, as short as may be."""
+    rank, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns({module: _shortest(alpha) for module, alpha in alphas.items()})
+    target_modules, layers = _targets(ranks)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -70,7 +73,7 @@ def _config(pairs: Mapping[Module, LoraPair], base_model: str | None) -> dict[st
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
         "use_dora": False,
     }
 
@@ -79,13 +82,16 @@ def _alpha(pair: LoraPair) -> float:
     """The alpha whose quotient by the rank comes closest to the scale: rounding may lose its last bit."""
     alpha = pair.scale * pair.rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    alpha = min(near, key=lambda value: abs(value / pair.rank - pair.scale))
+    return min(near, key=lambda value: abs(value / pair.rank - pair.scale))
+
+
+def _shortest(alpha: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
 def _patterns(values: Mapping[Module, Number]) -> tuple[Number, dict[str, Number]]:
     """The most frequent value, and patterns for the modules that have another: a target's name where one will do."""
-    common = max(Counter(values.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    common = most_frequent(values.values())
     patterns: dict[str, Number] = {}
     for target in TARGETS:
         own = {module: value for module, value in values.items() if module[1] == target}
@@ -98,7 +104,7 @@ def _path(module: Module) -> str:
     return module_path(*module)
 
 
-def _targets(pairs: Mapping[Module, LoraPair]) -> tuple[list[str], list[int] | None]:
+def _targets(pairs: Collection[Module]) -> tuple[list[str], list[int] | None]:
     """PEFT's `target_modules` and `layers_to_transform`: every target in every layer, or else each path by itself."""
     layers, targets = sorted({layer for layer, _ in pairs}), sorted({target for _, target in pairs})
     if len(pairs) == len(layers) * len(targets):

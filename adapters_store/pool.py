@@ -44,6 +44,16 @@ class Reservation:
     missing: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """A group whose pages do not suffice: how many are needed, there are, and belong to pins of other adapters."""
+
+    group: str
+    needed: int
+    pages: int
+    pinned: int
+
+
 @dataclass
 class PoolCounters:
     """Residents written to and dropped from the device since the start."""
@@ -108,8 +118,24 @@ class PagePool:
 
     def fits(self, mix: Mix, ranks: Ranks) -> bool:
         """Whether `mix` could be acquired if only pins held pages."""
-        needed, pinned = pages_needed(mix, ranks), self._pinned(without=resident_keys(mix))
-        return all(needed[name] + pinned[name] <= count for name, count in self.num_pages.items())
+        return self.shortage((mix,), ranks) is None
+
+    def shortage(self, mixes: Iterable[Mix], ranks: Ranks) -> Shortage | None:
+        """Where the pages of all these mixes at once, which share adapters, are too many beside the pins."""
+        sizes: dict[str, Mapping[str, int]] = {}
+        for mix in mixes:
+            if mix.composition is Composition.FUSION:
+                sizes[mix.digest] = pages_needed(mix, ranks)
+            else:
+                sizes.update((digest, rank_pages(ranks[digest])) for digest in mix.digests)
+        needed: Counter[str] = Counter()
+        for own in sizes.values():
+            needed.update(own)
+        pinned = self._pinned(without=sizes)
+        for name, count in self.num_pages.items():
+            if needed[name] + pinned[name] > count:
+                return Shortage(name, needed[name], count, pinned[name])
+        return None
 
     def acquire(self, mix: Mix) -> PageLease | None:
         """All pages of `mix`, safe from eviction until released, or None unless all its adapters are loaded."""
@@ -145,10 +171,8 @@ class PagePool:
         keys = resident_keys(mix)
         missing = tuple(key for key in keys if key not in self._residents)
         fused = mix.composition is Composition.FUSION
-        needed = pages_needed(mix if fused else Mix(tuple((key, 1.0) for key in missing)), ranks) if missing else {}
-        short = {name: count - len(self._free[name]) for name, count in needed.items()}
-        idle = ((key, self._residents[key].sizes) for key in self._idle if key not in keys)
-        victims = choose_victims(idle, short)
+        needed = self._needed(mix, missing, ranks)
+        victims = self._victims(keys, needed)
         if victims is None or (victims and not evict):
             return None
         for key in victims:
@@ -160,6 +184,12 @@ class PagePool:
         reservation = Reservation(mix, keys, missing)
         self._hold(reservation)
         return reservation
+
+    def can_reserve(self, mix: Mix, ranks: Ranks) -> bool:
+        """Whether `reserve` would succeed now."""
+        keys = resident_keys(mix)
+        missing = tuple(key for key in keys if key not in self._residents)
+        return self._victims(keys, self._needed(mix, missing, ranks)) is not None
 
     def settle(self, reservation: Reservation) -> None:
         """End a reservation; what failed gives its pages back. Raises RuntimeError the second time."""
@@ -232,6 +262,18 @@ class PagePool:
         failed = {key for key, resident in self._residents.items() if resident.state is State.FAILED}
         if not failed <= references.keys():
             raise RuntimeError("what could not be loaded keeps its pages")
+
+    def _needed(self, mix: Mix, missing: tuple[str, ...], ranks: Ranks) -> dict[str, int]:
+        """Pages by group name of the residents of `mix` that are missing."""
+        if mix.composition is not Composition.FUSION:
+            mix = Mix(tuple((key, 1.0) for key in missing))
+        return pages_needed(mix, ranks) if missing else {}
+
+    def _victims(self, keys: tuple[str, ...], needed: Mapping[str, int]) -> list[str] | None:
+        """The residents, other than `keys`, to evict for so many pages by group name, or None if that is not enough."""
+        short = {name: count - len(self._free[name]) for name, count in needed.items()}
+        idle = ((key, self._residents[key].sizes) for key in self._idle if key not in keys)
+        return choose_victims(idle, short)
 
     def _place(self, key: str, ranks: Mapping[str, int]) -> None:
         """Give a new resident its pages."""

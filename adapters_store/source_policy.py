@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store.archive import ArchiveLimits
+from adapters_store.contents import ROUTER
 from adapters_store.model_card import CARD_NAME
 from adapters_store.peft_config import MAX_CONFIG_BYTES
 from adapters_store.peft_format import CONFIG_NAME, MAX_WEIGHTS_BYTES, WEIGHTS_NAME
+from adapters_store.samples_file import MAX_SAMPLES_BYTES, SAMPLES_NAME
 from adapters_store.types import AdapterError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -56,8 +58,15 @@ class SourcePolicy:
         return ArchiveLimits(max_bytes=self.max_bytes + (64 << 20))
 
     def limit_of(self, name: str) -> int:
-        """Most bytes of one file of an adapter, or of an archive for any other name."""
-        limits = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: self.max_bytes, CARD_NAME: _MAX_CARD_BYTES}
+        """Most bytes of one file of an adapter or a router, or of an archive for any other name."""
+        limits = {
+            CONFIG_NAME: MAX_CONFIG_BYTES,
+            WEIGHTS_NAME: self.max_bytes,
+            CARD_NAME: _MAX_CARD_BYTES,
+            SAMPLES_NAME: MAX_SAMPLES_BYTES,
+            ROUTER.config: MAX_CONFIG_BYTES,
+            ROUTER.weights: self.max_bytes,
+        }
         return limits.get(name, self.archive_limits.max_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Adapters fetched from where they lie: file://, hf://, s3:// and https:// sources, within a policy."""
+"""Adapters and routers fetched from where they lie: file://, hf://, s3:// and https:// sources, within a policy."""
 
 import errno
 import os
@@ -16,10 +16,10 @@ from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from obstore.exceptions import BaseError
 
-from adapters_store.archive import ARCHIVE_SUFFIXES, check_complete, unpack
+from adapters_store.archive import ARCHIVE_SUFFIXES, unpack
 from adapters_store.blobs import CHUNK_BYTES, disk_errors
+from adapters_store.contents import ADAPTER, Contents
 from adapters_store.model_card import CARD_NAME
-from adapters_store.peft_format import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from adapters_store.s3_blobs import s3_store
 from adapters_store.source_policy import SourcePolicy, source_not_allowed, source_unavailable
 from adapters_store.types import AdapterError
@@ -28,15 +28,20 @@ from adapters_store.web_source import WebFolder
 if TYPE_CHECKING:
     from obstore import GetResult
 
+_MAX_PART_BYTES = 255
+_MAX_PATH_BYTES = 3800
+"""What Linux takes, less the names of an adapter's files."""
+
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 
 
-def fetch(source: str, into: Path, policy: SourcePolicy) -> Path:
-    """Copy the adapter at `source` into the folder `into`, and return that folder.
+def fetch(source: str, into: Path, policy: SourcePolicy, contents: Contents = ADAPTER) -> Path:
+    """Copy the adapter, or router, at `source` into the folder `into`, and return that folder.
 
-    It then holds `adapter_config.json`, `adapter_model.safetensors` and perhaps `README.md`, unread. A source is
-    `file:///folder`, `hf://org/repo@revision`, `s3://bucket/prefix` or `https://host/folder`; except for hf://, one
-    that ends in .zip, .tar.gz or .tgz is an archive. On an error `into` is left as it was. Raises AdapterError: 400
+    It then holds its config and weights and perhaps the card, from a local folder also an adapter's `samples.json`,
+    all unread. A source is `file:///folder`, `hf://org/repo@revision`, `s3://bucket/prefix` or
+    `https://host/folder`; except for hf://, one that ends in .zip, .tar.gz or .tgz is an archive. On an error `into` is
+    left as it was. Raises AdapterError: 400
     `bad_source`, 403 `source_not_allowed`, 422 `adapter_unsafe`, `adapter_incomplete`, `source_refused` and those of
     `unpack`, 413 `adapter_too_large`, 415 `not_safetensors`, 503 `source_unavailable`; and BlobUnavailable.
     """
@@ -49,22 +54,22 @@ def fetch(source: str, into: Path, policy: SourcePolicy) -> Path:
     }
     if not separator or scheme not in origins or not rest.isprintable():
         raise AdapterError("bad_source", "source is not understood: expected file://, hf://, s3:// or https://", 400)
-    origin = origins[scheme](source, policy)
     expires = policy.clock() + policy.deadline
-    with disk_errors():
+    with contents.errors(), disk_errors():
+        origin = origins[scheme](source, policy)
         into.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=into, prefix=".source-") as staging_name:
             staging = Path(staging_name)
             if scheme != "hf" and urlsplit(source).path.endswith(ARCHIVE_SUFFIXES):
                 if not _save(origin, "", staging / "archive", policy, expires):
                     raise AdapterError("adapter_incomplete", "source does not exist: expected an archive there")
-                return unpack(staging / "archive", into, policy.archive_limits)
-            names = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
+                return unpack(staging / "archive", into, policy.archive_limits, contents)
+            names = (*contents.names, *([contents.local] if contents.local and scheme == "file" else []))
             present = {name for name in names if _save(origin, name, staging / name, policy, expires)}
-            if WEIGHTS_NAME not in present:
-                with origin.open(PICKLE_NAME) as pickle:
-                    present |= {PICKLE_NAME} if pickle is not None else set()
-            check_complete(present)
+            if contents.weights not in present and contents.pickle:
+                with origin.open(contents.pickle) as pickle:
+                    present |= {contents.pickle} if pickle is not None else set()
+            contents.check(present)
             for name in present & set(names):
                 (staging / name).replace(into / name)
     return into
@@ -107,12 +112,19 @@ class _LocalFolder:
         if not text.startswith("/") or "\0" in text:
             raise AdapterError("bad_source", "source is not understood: expected file:///absolute/path", 400)
         self._path = Path(text)
+        longest = max(len(os.fsencode(part)) for part in self._path.parts)
+        if longest > _MAX_PART_BYTES or len(os.fsencode(text)) > _MAX_PATH_BYTES:
+            raise AdapterError("bad_source", "source has a name that is too long: expected the path of a folder", 400)
         if ".." in self._path.parts:
             raise AdapterError("adapter_unsafe", "source contains '..': expected a plain path")
         self._roots = [Path(os.path.realpath(root)) for root in policy.file_roots]
         if not any(map(self._path.is_relative_to, (*policy.file_roots, *self._roots))):
             # the same answer whether or not it exists
             raise source_not_allowed("source lies outside of the folders from which the server may read")
+        handle = self._open_beneath(self._path, any_kind=True)
+        if handle is None:
+            raise AdapterError("bad_source", "source does not exist: expected a folder or an archive there", 400)
+        os.close(handle)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Iterator[bytes] | None]:
@@ -123,8 +135,11 @@ class _LocalFolder:
         with os.fdopen(handle, "rb") as file:
             yield iter(lambda: file.read(CHUNK_BYTES), b"")
 
-    def _open_beneath(self, path: Path) -> int | None:
-        """Walks down from the root without following links, for one may be put there after the path was resolved."""
+    def _open_beneath(self, path: Path, *, any_kind: bool = False) -> int | None:
+        """A plain file, or with `any_kind` whatever is there.
+
+        Walks down from the root without following links, for one may be put there after the path was resolved.
+        """
         real = Path(os.path.realpath(path))
         root = next(filter(real.is_relative_to, self._roots), None)
         if root is None:
@@ -137,7 +152,7 @@ class _LocalFolder:
                 flags = os.O_RDONLY | os.O_NOFOLLOW | (os.O_DIRECTORY if is_folder else os.O_NONBLOCK)
                 parent, handle = handle, os.open(part, flags, dir_fd=handle)
                 os.close(parent)
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            if not any_kind and not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise AdapterError("adapter_unsafe", f"{path.name} is not a plain file: expected one")
             found, handle = handle, None
             return found

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +19,7 @@ from adapters_store.deletion import AdapterInUse, Deletions
 from adapters_store.folders import Folders
 from adapters_store.intake import Intake, NewAdapter, find_adapters
 from adapters_store.leases import Leases, StoreLease
+from adapters_store.merge_size import unite
 from adapters_store.merging import MergeRecipe
 from adapters_store.names_cache import NamesCache
 from adapters_store.registry import (
@@ -31,9 +33,10 @@ from adapters_store.registry import (
     RegistryError,
     Resolved,
     SchemaTooNew,
+    may_be_meant,
 )
 from adapters_store.store_config import StoreConfig
-from adapters_store.types import LinearShape
+from adapters_store.types import AdapterLimits, LinearShape
 from adapters_store.work_folder import Staging, WorkFolder
 from adapters_store.workers import Workers
 
@@ -82,6 +85,7 @@ class AdapterStore:
         timer: Callable[[], float] = time.monotonic,
         folder_bytes: int | None = None,
         fault: Fault = no_fault,
+        limits: AdapterLimits | None = None,
     ) -> None:
         self.registry = registry
         self.blobs = blobs
@@ -90,7 +94,7 @@ class AdapterStore:
         self._clock = clock
         self._fault = fault
         self._folder = folder
-        self._intake = Intake(registry, blobs, folder, shape, base_name, reserved, fault)
+        self._intake = Intake(registry, blobs, folder, shape, base_name, reserved, fault, limits)
         self._workers = Workers()
         self._leases = Leases()
         self._folders = Folders(folder.adapters, blobs, self._workers.leases, self._is_leased, folder_bytes)
@@ -121,15 +125,16 @@ class AdapterStore:
             is_remote = config.blob_url.startswith("s3://")
             blobs = BlobStore.open(config.blob_url, config.folder / "cache", config.cache_bytes, fault)
             blobs.claim(owner)
-            for tenant, name in registry.deleting():
+            for tenant, name in registry.removals.marked():
                 with contextlib.suppress(NotFound):  # another process was faster
-                    registry.remove(tenant, name, only_marked=True)
+                    registry.removals.remove(tenant, name, only_marked=True)
             folder = WorkFolder(config.folder)
         except (ValueError, RegistryError, BlobError) as error:
             registry.close()
             raise StoreOpenError(str(error)) from error
         folder_bytes = config.cache_bytes if is_remote else None
-        return cls(registry, blobs, folder, shape, base_name, reserved, clock, folder_bytes=folder_bytes, fault=fault)
+        what = registry, blobs, folder, shape, base_name, reserved, clock
+        return cls(*what, folder_bytes=folder_bytes, fault=fault, limits=config.limits)
 
     async def close(self) -> None:
         """Let writes under way end, stop everything else. Leases must be given back before."""
@@ -168,9 +173,10 @@ class AdapterStore:
     async def resolve(self, tenant: str, names: Sequence[str]) -> Mapping[str, Resolved]:
         """What each `name` or `name@<digest prefix>` means for a tenant; what means nothing is absent.
 
-        Answers are remembered for a second, and for longer while the registry fails. Raises RegistryUnavailable.
+        Answers are remembered for a second, and for longer while the registry fails; what can be no name is not asked
+        for, nor remembered. Raises RegistryUnavailable.
         """
-        return await self._names.resolve(tenant, names)
+        return await self._names.resolve(tenant, [name for name in names if may_be_meant(name)])
 
     async def lease(self, tenant: str, adapters: Sequence[Resolved]) -> StoreLease:
         """Keep the folders of these adapters in place, made of their blobs if need be.
@@ -193,6 +199,10 @@ class AdapterStore:
     def release(self, lease: StoreLease) -> None:
         """Give a lease back. Raises RuntimeError the second time."""
         self._leases.give_back(lease)
+
+    def is_deleting(self, tenant: str, name: str) -> bool:
+        """Whether this process is deleting a tenant's own name."""
+        return self._deletions.is_closed(tenant, name)
 
     def leases(self, tenant: str, owner: str, name: str) -> int:
         """How many leases of a tenant use a name."""
@@ -220,25 +230,35 @@ class AdapterStore:
         """How many adapters are stored, whatever their names."""
         return await self._sql(self.registry.count)
 
+    async def count_names(self) -> int:
+        """How many names all tenants have; some may mean the same adapter."""
+        return await self._sql(self.registry.count_names)
+
     async def update(self, tenant: str, name: str, **changes: Any) -> NamedAdapter:
-        """Change a tenant's own name as `Registry.update` does. Raises NotFound, InvalidValue, NameTaken."""
+        """Change a tenant's own name as `Registry.update` does, which says what it raises."""
         return await self._write(self._workers.sql, name, self.registry.update, tenant, name, **changes)
 
-    async def roll_back(self, tenant: str, name: str, digest: str) -> NamedAdapter:
-        """Move a tenant's own name to another of its revisions. Raises NotFound, RegistryUnavailable."""
-        return await self._write(self._workers.sql, name, self.registry.roll_back, tenant, name, digest)
+    async def roll_back(self, tenant: str, name: str, digest: str, *, may_be_public: bool = True) -> NamedAdapter:
+        """Move a tenant's own name to another of its revisions. Raises NotFound, NotPermitted, RegistryUnavailable."""
+        move = partial(self.registry.roll_back, may_be_public=may_be_public)
+        return await self._write(self._workers.sql, name, move, tenant, name, digest)
 
     async def delete(self, tenant: str, name: str, wait: bool | None = None, timeout: float = 60.0) -> bool:
         """Hide a tenant's own name from everybody at once, and forget it when no request uses it.
 
         True: it is gone. False: it goes when those requests have ended. `wait` True waits for that, at most `timeout`
-        seconds; with False a name in use is refused by AdapterInUse. Raises NotFound, RegistryUnavailable.
+        seconds; with False a name in use is refused by AdapterInUse. The deletion of a name that is hidden already goes
+        on from there. Raises NotFound, RegistryUnavailable.
         """
         removal = await self._workers.finish(self._deletions.begin(tenant, name, wait is not False))
         if wait is not True and self._leases.of_name(tenant, name):
             return False
         done, _ = await asyncio.wait({removal}, timeout=timeout)
         return bool(done) and not removal.cancelled()
+
+    async def is_marked(self, tenant: str, name: str) -> bool:
+        """Whether a tenant's own name is hidden, to be forgotten, by whichever process. Raises RegistryUnavailable."""
+        return await self._sql(self.registry.removals.is_marked, tenant, name)
 
     async def merge(
         self,
@@ -251,14 +271,16 @@ class AdapterStore:
     ) -> Registration:
         """Merge adapters that the new one's tenant may use, given by name and weight, as `merging.merge` does.
 
-        Raises UnknownAdapter, AdapterError, BlobError, RegistryError.
+        Names that mean the same adapter count as one, with the sum of their weights. What can be refused is refused
+        before any adapter is read. Raises UnknownAdapter, AdapterError, BlobError, RegistryError.
         """
-        self._intake.check_name(new.name)
+        MergeRecipe.of(entries, method, rank, density, seed)
+        await self._sql(self._intake.check_new, new)
         found = await self.resolve(new.tenant, [name for name, _ in entries])
         for name, _ in entries:
             if name not in found:
                 raise UnknownAdapter(name)
-        adapters = [(found[name], weight) for name, weight in entries]
+        adapters = unite([(found[name], weight) for name, weight in entries])
         recipe = MergeRecipe.of([(adapter.digest, weight) for adapter, weight in adapters], method, rank, density, seed)
         return await self._workers.finish(self._merge(new, adapters, recipe))
 
@@ -314,10 +336,10 @@ class AdapterStore:
         return self._leases.of_digest(digest) > 0
 
     async def _mark(self, owner: str, name: str, deleting: bool) -> None:
-        await self._write(self._workers.sql, name, self.registry.mark_deleting, owner, name, deleting)
+        await self._write(self._workers.sql, name, self.registry.removals.mark, owner, name, deleting)
 
     async def _remove(self, owner: str, name: str) -> tuple[str, ...]:
-        return await self._write(self._workers.sql, name, self.registry.remove, owner, name, only_marked=True)
+        return await self._write(self._workers.sql, name, self.registry.removals.remove, owner, name, only_marked=True)
 
     async def _gone(self, digest: str) -> None:
         await self._folders.remove(digest)

@@ -1,7 +1,7 @@
 """The host tier: recently used adapters in this process's memory, packed as the device takes them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,22 @@ Read = Callable[[str, str], PackedAdapter]
 """(digest, local folder) to the packed adapter; called by any thread."""
 
 
-def folder_reader(shape: LinearShape, dtype: torch.dtype, *, pinned: bool = False) -> Read:
+def folder_reader(
+    shape: LinearShape,
+    dtype: torch.dtype,
+    *,
+    pinned: bool = False,
+    check: Callable[[Mapping[str, int]], None] = lambda _: None,
+) -> Read:
     """Reads and packs PEFT folders, into page-locked memory if `pinned`; raises what `mapped_weights` and `pack` raise.
 
-    Folders come from verified blobs: neither their digest nor their values are looked at again.
+    Folders come from verified blobs: neither their digest nor their values are looked at again. `check` is given
+    `AdapterWeights.group_ranks` before anything is packed, and may raise.
     """
 
     def read(digest: str, path: str) -> PackedAdapter:
         with mapped_weights(Path(path), shape, digest) as weights:
+            check(weights.group_ranks)
             return pack(weights, shape, dtype, pinned=pinned)
 
     return read

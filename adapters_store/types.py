@@ -34,13 +34,28 @@ TARGETS = tuple(GROUP_OF)
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be served, in one sentence for its owner; `status` is the HTTP status that fits `code`."""
+    """An adapter that cannot be served, in one sentence for its owner; `status` is the HTTP status that fits `code`.
 
-    def __init__(self, code: str, message: str, status: int = 422) -> None:
+    `param` is the field of the request that is to blame, where it is one field.
+    """
+
+    def __init__(self, code: str, message: str, status: int = 422, param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.status = status
+        self.param = param
+
+
+@dataclass(frozen=True)
+class AdapterLimits:
+    """Largest adapter: `max_bytes` of its weights' file, `max_rank` of one linear (vLLM's largest, too).
+
+    A rank page spans all layers: of an adapter on one linear of an 8B model, rank 512 takes 2.7 GB of packed weights.
+    """
+
+    max_bytes: int = 2 << 30
+    max_rank: int = 512
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from adapters_store.blobs import disk_errors
+from adapters_store.private_files import make_private_folder
 
 _LOCK = "lock"
 
@@ -21,7 +22,7 @@ class WorkFolder:
     def __init__(self, root: Path) -> None:
         """Raises BlobUnavailable."""
         with disk_errors():
-            root.mkdir(parents=True, exist_ok=True)
+            make_private_folder(root)
             with (root / _LOCK).open("ab") as gate:
                 fcntl.flock(gate, fcntl.LOCK_EX)  # a folder is made and locked, or found and removed, by one at a time
                 _remove_abandoned(root)

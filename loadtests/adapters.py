@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import httpx
 
 from loadtests.process import ServerProcess
 from loadtests.random_adapter import LinearSizes, write_adapter
+from loadtests.spread import spread
+from loadtests.upload import upload
 
 Json = dict[str, Any]
 RANK = 16
@@ -65,23 +66,23 @@ def _tiers(model: Path, work: Path, folders: Sequence[Path], repeats: int) -> Js
     size = sum(file.stat().st_size for file in folders[0].iterdir())
     names = [folder.name for folder in folders]
     half = str(size * LARGE // 2 + (1 << 20))
-    options = ("--page-memory", half, "--max-model-len", "1024")
+    options = ("--encoder", "none", "--page-memory", half, "--max-model-len", "1024")
     with ServerProcess(model, work / "data", *options) as server, server.client() as client:
-        registered = [_timed(partial(_upload, client, folder.name, folder)) for folder in folders]
+        registered = [_timed(partial(upload, client, folder.name, folder)) for folder in folders]
         _first_tokens(client, names)
         host = _first_tokens(client, names * repeats)
         resident = _first_tokens(client, [names[0]] * (1 + repeats * LARGE))[1:]
     two = str(2 * size + (1 << 20))
-    tight = ("--page-memory", two, "--host-memory", two, "--max-model-len", "1024")
+    tight = ("--encoder", "none", "--page-memory", two, "--host-memory", two, "--max-model-len", "1024")
     with ServerProcess(model, work / "data", *tight) as server, server.client() as client:
         unverified = _first_tokens(client, names)
         disk = _first_tokens(client, names * repeats)
     return {
-        "registration_ms": _spread(registered),
-        "first_token_resident_ms": _spread(resident),
-        "first_token_host_ms": _spread(host),
-        "first_token_disk_ms": _spread(disk),
-        "first_token_after_restart_ms": _spread(unverified),
+        "registration_ms": spread(registered),
+        "first_token_resident_ms": spread(resident),
+        "first_token_host_ms": spread(host),
+        "first_token_disk_ms": spread(disk),
+        "first_token_after_restart_ms": spread(unverified),
         "host_above_resident_ms": statistics.median(host) - statistics.median(resident),
         "disk_above_resident_ms": statistics.median(disk) - statistics.median(resident),
     }
@@ -89,7 +90,7 @@ def _tiers(model: Path, work: Path, folders: Sequence[Path], repeats: int) -> Js
 
 def _many(model: Path, work: Path, sizes: LinearSizes, count: int) -> Json:
     """Start-up, lists and the front end's memory, with `count` small adapters and with none."""
-    data, small = work / "many", ("--max-model-len", "1024", "--page-memory", "64MiB")
+    data, small = work / "many", ("--encoder", "none", "--max-model-len", "1024", "--page-memory", "64MiB")
     with ServerProcess(model, data, *small) as server, server.client() as client:
         _lists(client)
         empty, empty_start = server.resident_bytes(), server.seconds
@@ -137,16 +138,9 @@ def _first_token(client: httpx.Client, name: str, seed: int) -> None:
     answer.raise_for_status()
 
 
-def _upload(client: httpx.Client, name: str, folder: Path) -> None:
-    with ExitStack() as opened:
-        parts = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
-        files = {field: opened.enter_context((folder / file).open("rb")) for field, file in parts.items()}
-        client.post("/admin/v1/adapters", data={"name": name}, files=files).raise_for_status()
-
-
 def _upload_small(client: httpx.Client, work: Path, sizes: LinearSizes, index: int) -> None:
     folder = write_adapter(work / f"small-{index % (4 * UPLOADS)}-{index}", sizes, 1, index, ("q_proj",), layers=1)
-    _upload(client, f"small-{index}", folder)
+    upload(client, f"small-{index}", folder)
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
@@ -160,11 +154,6 @@ def _timed(act: Callable[[], None]) -> float:
     started = time.perf_counter()
     act()
     return (time.perf_counter() - started) * 1e3
-
-
-def _spread(values: Sequence[float]) -> Json:
-    ordered = sorted(values)
-    return {"p50": statistics.median(ordered), "p90": ordered[int(0.9 * (len(ordered) - 1))], "count": len(ordered)}
 
 
 def _parser() -> argparse.ArgumentParser:

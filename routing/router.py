@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Protocol
 
 from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore
 from adapters_store.types import Composition, Mix
+from routing.router_options import RouterOptions
 
 AUTO = "auto"
 """The model name, alone or before `:<router>`, that leaves the choice to a router."""
+
+SHOWN_ROUTERS = 10
 
 LONGEST_LABEL = 256
 """Characters of a mix's name in metrics; three adapters with names of usual length take a quarter of it."""
@@ -35,13 +39,30 @@ class NamedWeight:
 
 @dataclass(frozen=True)
 class RouteQuery:
-    """What a client says about adapters. `adapters`, an explicit mix, overrides `model`; None says nothing."""
+    """What a client says about adapters. `adapters`, an explicit mix, overrides `model`; None says nothing.
+
+    `text` is what a router chooses from: the user's words, without the chat template. `default_router` is what `auto`
+    means for the tenant, if it is not the server's own default.
+    """
 
     tenant: str
     model: str
     adapters: tuple[NamedWeight, ...] | None = None
     composition: Composition = Composition.MIXTURE
     router: str | None = None
+    text: str | None = None
+    options: RouterOptions = field(default_factory=RouterOptions)
+    default_router: str | None = None
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether a router is to choose."""
+        return self.router is not None or self.model == AUTO or self.model.startswith(f"{AUTO}:")
+
+    @property
+    def router_param(self) -> str:
+        """The field that asks for a router."""
+        return "lora.router" if self.router is not None else "model"
 
 
 @dataclass(frozen=True)
@@ -66,9 +87,30 @@ class RoutedAdapter:
         return self.resolved.digest
 
 
+class Outcome(StrEnum):
+    """What came of a decision. A router that chooses nothing leaves the request to the base model."""
+
+    ROUTED = "routed"
+    BELOW_MIN_SCORE = "below_min_score"
+    NO_CANDIDATES = "no_candidates"
+    EMPTY_TEXT = "empty_text"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One candidate's score, the higher the better."""
+
+    name: str
+    score: float
+
+
 @dataclass(frozen=True)
 class Route:
-    """The decision for one request. `router` is None for the base model; `adapters` has names, `mix` digests."""
+    """The decision for one request. `adapters` has names, `mix` digests; both are empty for the base model.
+
+    `router` is None where nothing was to be chosen, `best` the highest score of any candidate. `scores`, of all
+    candidates and best first, are there when the query asked for an explanation.
+    """
 
     router: str | None
     adapters: tuple[RoutedAdapter, ...]
@@ -76,6 +118,9 @@ class Route:
     mix: Mix
     seconds: float = 0.0
     cached: bool = False
+    outcome: Outcome = Outcome.ROUTED
+    best: float | None = None
+    scores: tuple[Scored, ...] | None = None
 
     @property
     def resolved(self) -> tuple[Resolved, ...]:
@@ -116,7 +161,7 @@ class ExplicitRouter:
             names.append(query.model)
         found = await self._store.resolve(query.tenant, names) if names else {}
         entries = self._named(query, found) if query.adapters is None else self._listed(query, query.adapters, found)
-        entries = _compose(entries, query.composition)
+        entries = compose(entries, query.composition)
         mix = Mix.of([(entry.digest, entry.weight) for entry in entries], query.composition)
         router = self.name if entries else None
         return Route(router, tuple(entries), query.composition, mix, self._clock() - started)
@@ -147,43 +192,69 @@ class ExplicitRouter:
 
 
 class Routers:
-    """The explicit router and, by name, those that choose from the prompt."""
+    """The explicit router and, by name, those that choose from the prompt.
+
+    `absent` says why there is none, for those who ask for one.
+    """
 
     def __init__(
-        self, explicit: ExplicitRouter, routers: Mapping[str, Router] | None = None, default: str | None = None
+        self,
+        explicit: ExplicitRouter,
+        routers: Mapping[str, Router] | None = None,
+        default: str | None = None,
+        absent: str = "this server has none",
     ) -> None:
+        self.default = default
+        self.absent = absent
         self._explicit = explicit
         self._routers = dict(routers or {})
-        self._default = default
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the routers that choose, sorted."""
+        return tuple(sorted(self._routers))
+
+    def put(self, router: Router) -> None:
+        """From now on the router of this name is this one."""
+        self._routers[router.name] = router
+
+    def drop(self, name: str) -> None:
+        """From now on there is no router of this name."""
+        self._routers.pop(name, None)
 
     async def route(self, query: RouteQuery) -> Route:
         """The decision of the router that the query asks for. Raises RouteError, RegistryError."""
-        return await self._select(query).route(query)
+        return await self.select(query).route(query)
 
-    def _select(self, query: RouteQuery) -> Router:
-        is_auto = query.model == AUTO or query.model.startswith(f"{AUTO}:")
-        if query.router is None and not is_auto:
+    def select(self, query: RouteQuery) -> Router:
+        """Who decides. Raises RouteError."""
+        if not query.is_automatic:
             return self._explicit
-        param = "lora.router" if query.router is not None else "model"
+        param = query.router_param
         if query.adapters is not None:
             raise RouteError("lora.adapters: an explicit list of adapters excludes a router", param="lora.adapters")
-        name = query.router or query.model.partition(":")[2] or self._default
         if not self._routers:
             raise RouteError(
-                f"{param}: no router is available in this server; name the base model or an adapter in model,"
+                f"{param}: no router is available: {self.absent}. Name the base model or an adapter in model,"
                 " or a mix in lora.adapters",
                 param=param,
                 code="no_router",
             )
+        name = query.router or query.model.partition(":")[2] or query.default_router or self.default
         if name is None or name not in self._routers:
-            raise RouteError(f"{param}: there is no such router", param=param, code="router_not_found")
+            expected = ", ".join(self.names[:SHOWN_ROUTERS])
+            message = f"{param}: there is no router {(name or AUTO)[:200]!r}, expected one of {expected}"
+            raise RouteError(message, param=param, code="router_not_found")
         return self._routers[name]
 
 
-def _compose(entries: list[RoutedAdapter], composition: Composition) -> list[RoutedAdapter]:
-    """The adapters with the weights that they are applied with."""
+def compose(entries: list[RoutedAdapter], composition: Composition) -> list[RoutedAdapter]:
+    """The adapters with the weights that they are applied with. Raises RouteError for a fusion that weighs nothing.
+
+    A selection takes the entry of highest score, or of highest weight where nothing was scored; the first on a tie.
+    """
     if composition is Composition.SELECTION and entries:
-        chosen = max(entries, key=lambda entry: entry.weight)
+        chosen = max(entries, key=lambda entry: entry.weight if entry.score is None else entry.score)
         return [replace(chosen, weight=1.0)]
     if composition is Composition.FUSION and entries:
         total = math.fsum(entry.weight for entry in entries)

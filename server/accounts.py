@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.5
 """Between two looks at the registry: what another process changed counts within a second."""
+LEAST_SHARE, LARGEST_SHARE = 1e-3, 1e3
+"""Bounds of tenants' weights: a million tokens of one for each of another is as good as none."""
 PAGE = 1000
 THREADS = 4
 
@@ -160,8 +162,8 @@ class _Snapshot:
 
 def check_tenant(tenant: TenantRow) -> None:
     """Raises InvalidValue for a weight or quotas that mean nothing."""
-    if not (math.isfinite(tenant.weight) and tenant.weight > 0):
-        raise InvalidValue(f"weight: expected a number above 0, got {tenant.weight}")
+    if not LEAST_SHARE <= tenant.weight <= LARGEST_SHARE:  # nor is NaN
+        raise InvalidValue(f"weight: expected a number from {LEAST_SHARE} to {LARGEST_SHARE:g}, got {tenant.weight}")
     quotas = tenant.quotas
     if tenant.id == DEFAULT_ID and quotas != Quotas():
         raise InvalidValue(f"quotas: those of the built-in tenant {DEFAULT_ID!r} are unlimited, expected none")

@@ -18,6 +18,9 @@ Json = dict[str, Any]
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+SAMPLES_NAME = "samples.json"
+ROUTER_CARD_NAME = "router.json"
+ROUTER_WEIGHTS_NAME = "router.safetensors"
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -190,20 +193,31 @@ def is_source(given: str) -> bool:
 
 def files_to_upload(path: Path) -> dict[str, Path]:
     """The form's files for a PEFT folder or an archive of one. Raises AdminError that says what is missing."""
+    files = _config_and_weights(path, CONFIG_NAME, WEIGHTS_NAME, "one PEFT adapter")
+    card = path / CARD_NAME
+    if "config" in files and card.is_file() and card.stat().st_size <= _MOST_CARD_BYTES:
+        files["card"] = card
+    return files
+
+
+def router_to_upload(path: Path) -> dict[str, Path]:
+    """The form's files for a trained router's folder or an archive of one. Raises AdminError."""
+    return _config_and_weights(path, ROUTER_CARD_NAME, ROUTER_WEIGHTS_NAME, "a trained router")
+
+
+def _config_and_weights(path: Path, config: str, weights: str, what: str) -> dict[str, Path]:
+    """The archive at `path`, or the two files of the folder there."""
     if path.is_file():
         if not path.name.endswith(ARCHIVES):
             raise UsageError(f"{path} is no folder: expected a folder, a source with ://, or {', '.join(ARCHIVES)}")
         return {"archive": path}
     if not path.is_dir():
-        raise UsageError(f"{path} does not exist: expected a folder with an adapter, or a source such as hf://org/repo")
-    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (path / name).is_file()]
+        problem = "is no folder" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {problem}: expected the folder of {what}, or a source such as hf://org/repo")
+    missing = [name for name in (config, weights) if not (path / name).is_file()]
     if missing:
-        raise AdminError(f"{path} has no {' and no '.join(missing)}: expected the folder of one PEFT adapter")
-    files = {"config": path / CONFIG_NAME, "weights": path / WEIGHTS_NAME}
-    card = path / CARD_NAME
-    if card.is_file() and card.stat().st_size <= _MOST_CARD_BYTES:
-        files["card"] = card
-    return files
+        raise AdminError(f"{path} has no {' and no '.join(missing)}: expected the folder of {what}")
+    return {"config": path / config, "weights": path / weights}
 
 
 def _base(url: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import secrets
 import time
@@ -21,19 +22,23 @@ from adapters_store.blobs import BlobError
 from adapters_store.registry import DEFAULT_TENANT, NamedAdapter
 from adapters_store.store import AdapterStore, StoreConfig, UnknownAdapter
 from adapters_store.types import LinearShape
+from routing.calibrated import min_score as calibrated_score
+from routing.encoder import EncoderProcess
+from routing.retriever import RetrieverDefaults
 from routing.router import ExplicitRouter, Routers
 from server.accounts import REFRESH_SECONDS, AccountService
 from server.admin.routes import router as admin_router
 from server.catalog import Catalog, policies
 from server.chat import ChatTokenizer
-from server.checkpoint import locate
+from server.checkpoint import CheckpointError, locate
 from server.choice import ChoiceServices
-from server.config import Settings
+from server.config import DEFAULT_ENCODER, Settings
 from server.deps import Services, ServicesDep, ServingEngine, State, check_metrics_key
 from server.engine.client import EngineClient
 from server.errors import install_error_handlers
 from server.generation import SEEDS, Generator
 from server.key_ring import KeyRing
+from server.local_only import LocalOnly
 from server.metrics import Metrics
 from server.model.config import ModelConfig
 from server.openai.routes import router as openai_router
@@ -41,6 +46,7 @@ from server.periodic import repeating
 from server.quotas import QuotaGate
 from server.rate_limit_headers import RateLimitHeaders
 from server.request_id import RequestIds
+from server.routers import RouterService
 from server.tenants import Keys, Tenants
 from server.usage import FLUSH_SECONDS, UsageLedger
 
@@ -50,6 +56,9 @@ SWEEP_SECONDS = 600.0
 SWEEP_GRACE = 3600.0
 """Longer than any registration takes from its first file to its name."""
 COUNT_SECONDS = 10.0
+ROUTERS_SECONDS = 2.0
+READY_SECONDS = 30.0
+"""So long the start waits for the encoder, which is ready before the engine unless thousands of samples are new."""
 
 
 def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
@@ -74,6 +83,8 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
     app.include_router(openai_router, tags=["OpenAI"])
     app.include_router(admin_router)
     _add_operations(app)
+    if settings.serve.is_open and not settings.serve.insecure:
+        app.add_middleware(LocalOnly)
     app.add_middleware(RateLimitHeaders)
     app.add_middleware(RequestIds, new_id=_new_id)
     return app
@@ -93,23 +104,27 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     served_name = settings.serve.served_name or (
         folder.resolve().name if local else settings.serve.model.split("/")[-1]
     )
-    config = settings.serve.store_config(served_name, settings.data_dir)
+    config = settings.serve.store_config(served_name, settings.data_dir, settings.sources.max_adapter_bytes)
     shape, base_name = ModelConfig.from_folder(folder).linear_shape, folder.resolve().name if local else served_name
     tokenizer = ChatTokenizer.from_folder(folder)
     async with open_store(shape, base_name, config, served_name) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
         engine_config = settings.serve.engine_config(folder, settings.data_dir)
         engine = EngineClient(engine_config)
-        services = assemble(settings, served_name, engine, store, tokenizer)
+        process, absent = encoder_process(settings)
+        services = assemble(settings, served_name, engine, store, tokenizer, process, absent)
         engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
         async with accounting(services), upkeep(services):
             try:
+                await services.routers.start()  # the encoder loads while the engine does
                 await engine.start()
                 await services.catalog.start()
+                await services.routers.ready(READY_SECONDS)
                 engine.prefetch(await prefetched(store, given, engine_config.host_memory))
                 yield services
             finally:
                 await engine.stop()
+                await services.routers.close()
                 await services.catalog.close()
 
 
@@ -133,7 +148,11 @@ async def upkeep(services: Services) -> AsyncIterator[None]:
         services.metrics.registered(await services.store.count())
 
     sweep = partial(services.store.sweep, SWEEP_GRACE)
-    async with repeating(sweep, SWEEP_SECONDS), repeating(count, COUNT_SECONDS):
+    async with (
+        repeating(sweep, SWEEP_SECONDS),
+        repeating(count, COUNT_SECONDS),
+        repeating(services.routers.refresh, ROUTERS_SECONDS),
+    ):
         yield
 
 
@@ -169,10 +188,56 @@ async def accounting(services: Services) -> AsyncIterator[None]:
         await services.usage.close()
 
 
+def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
+    """What reads prompts, not started yet; or None, and why the model `auto` is not served.
+
+    Raises CheckpointError if the settings name an encoder that is not there; the default one may be missing.
+    """
+    routing = settings.routing
+    if routing.encoder == "none":
+        return None, "the server's settings switch the encoder off"
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return None, "the extra `routing` is not installed, `pip install 'loramux[routing]'` adds it"
+    try:
+        folder = locate(routing.encoder, settings.data_dir)
+    except CheckpointError as error:
+        if routing.encoder != DEFAULT_ENCODER:
+            raise
+        return None, str(error)
+    process = EncoderProcess(
+        folder,
+        device=routing.device,
+        num_threads=routing.threads,
+        cache_texts=routing.cached_texts,
+        gpu_share=routing.gpu_share,
+    )
+    return process, ""
+
+
+def router_service(
+    settings: Settings, store: AdapterStore, routers: Routers, process: EncoderProcess | None
+) -> RouterService:
+    """Keeps `routers` equal to what encoder and registry have."""
+    routing = settings.routing
+
+    def defaults(encoder: str, trained: float | None) -> RetrieverDefaults:
+        calibrated = calibrated_score(encoder) if trained is None else trained
+        lowest = calibrated if routing.min_score is None else routing.min_score
+        return RetrieverDefaults(routing.top_k, lowest, routing.temperature)
+
+    return RouterService(store, routers, process, settings.data_dir / "routers", defaults, time.perf_counter)
+
+
 def assemble(
-    settings: Settings, served_name: str, engine: ServingEngine, store: AdapterStore, tokenizer: ChatTokenizer
+    settings: Settings,
+    served_name: str,
+    engine: ServingEngine,
+    store: AdapterStore,
+    tokenizer: ChatTokenizer,
+    process: EncoderProcess | None = None,
+    absent: str = "it has no encoder",
 ) -> Services:
-    """The services around an engine, a store and a tokenizer."""
+    """The services around an engine, a store and a tokenizer; `absent` says why there is no encoder `process`."""
     serve = settings.serve
     metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs)
     metrics.registered(store.registry.count())
@@ -181,11 +246,16 @@ def assemble(
     quotas = QuotaGate(tenants, time.perf_counter, metrics.quota_rejected)
     usage = UsageLedger(store.registry, time.time)
     catalog = Catalog(store, engine, policies(settings), time.monotonic, settings.limits.uploads)
+    catalog.on_rejection = metrics.quota_rejected
     usage.on_use = catalog.residency.used
+    explicit = ExplicitRouter(store, served_name, time.perf_counter)
+    routers = Routers(explicit, default=serve.default_router, absent=absent)
+    service = router_service(settings, store, routers, process)
+    catalog.on_change = service.follow
     generator = Generator(
         ChoiceServices(engine, tokenizer, metrics, time.perf_counter),
         store,
-        Routers(ExplicitRouter(store, served_name, time.perf_counter)),
+        routers,
         quotas,
         usage,
         new_id=_new_id,
@@ -204,6 +274,7 @@ def assemble(
         engine=engine,
         store=store,
         catalog=catalog,
+        routers=service,
         tokenizer=tokenizer,
         generator=generator,
         metrics=metrics,
@@ -221,11 +292,13 @@ def assemble(
 def _add_operations(app: FastAPI) -> None:
     """What operators and load balancers ask."""
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operations"])
     async def health(services: ServicesDep) -> JSONResponse:
         """200 while an engine lives."""
         return _state("ok" if services.engine.alive else "no engine", services.engine.alive)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operations"])
     async def ready(services: ServicesDep) -> JSONResponse:
         """200 while new requests are taken."""
@@ -233,6 +306,7 @@ def _add_operations(app: FastAPI) -> None:
             return _state("shutting down", False)
         return _state("ready" if services.engine.alive else "no engine", services.engine.alive)
 
+    @app.head("/version", include_in_schema=False)
     @app.get("/version", tags=["operations"])
     async def get_version() -> dict[str, str]:
         return {"version": version("loramux")}

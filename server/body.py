@@ -1,5 +1,6 @@
 """A request's body: bytes to a checked model, or an error that names the field."""
 
+import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -7,13 +8,17 @@ from typing import Any, Protocol, Self, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from server.config import LimitSettings
 from server.deps import ServicesDep
 from server.errors import BadRequest, BodyTooLarge, ClientGone, UnsupportedMediaType
+from server.json_structure import TooComplex, check_structure
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+IN_THREAD = 1 << 16
+"""Bodies of so many bytes are parsed in a thread: the event loop has a millisecond for one, not more."""
 DRAINED = 4
 """A body up to this many times the limit is read to its end, so that its sender gets to see the refusal."""
 
@@ -42,13 +47,29 @@ def json_body(model: type[B], *, optional: bool = False) -> Callable[[Request, S
     """
 
     async def parsed(request: Request, services: ServicesDep) -> B:
+        if optional and not has_body(request.headers):
+            return model.parse({}, services.limits)
         content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaType("the content type is not JSON, expected `Content-Type: application/json`")
         body = await read_body(request, services.limits.body_bytes)
-        return model.parse({} if optional and not body else parse_object(body), services.limits)
+        return await parse(model, body, services.limits)
 
     return parsed
+
+
+async def parse(model: type[B], body: bytes, limits: LimitSettings) -> B:
+    """The checked body. Raises BadRequest."""
+
+    def work() -> B:
+        return model.parse(parse_object(body), limits)
+
+    return await asyncio.to_thread(work) if len(body) >= IN_THREAD else work()
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether a request with these headers has a body (RFC 9112, section 6.3)."""
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -71,8 +92,11 @@ async def read_body(request: Request, limit: int) -> bytes:
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises BadRequest for anything else, repeated keys and NaN included."""
     try:
+        check_structure(body)
         data = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-        path = _surrogate_path(data) if SURROGATE.search(body) else None
+        path = _surrogate_path(data) if SURROGATE.search(body) and not _can_be_written(data) else None
+    except TooComplex as error:
+        raise BadRequest(str(error), code="body_too_complex") from None
     except UnicodeDecodeError:
         raise _bad_json("the body is not UTF-8") from None
     except RecursionError:
@@ -139,6 +163,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise _bad_json(f"the body has the number {name}, which JSON does not know")
+
+
+def _can_be_written(data: object) -> bool:
+    """Whether all of its text can be written in UTF-8: to look for the place costs a hundred times as much."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _surrogate_path(value: object, path: str = "") -> str | None:

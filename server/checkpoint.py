@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from server.pull import RECIPES
+from server.model_recipes import RECIPES
 
 HUB_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
 CONNECT_SECONDS = 10

@@ -20,6 +20,12 @@ from server.stops import StopStrings
 logger = logging.getLogger(__name__)
 
 
+class OutputNotFinite(BadRequest):
+    """The weights asked for more than numbers can hold, as the engine found out by computing it."""
+
+    code = "output_not_finite"
+
+
 class Engine(Protocol):
     """What the front end needs of an engine client."""
 
@@ -143,7 +149,7 @@ class Choice:
             raise Unavailable("the server is shutting down", code="draining")
         if output.finish_reason is FinishReason.ERROR:
             if output.error == NOT_FINITE:
-                raise BadRequest(NOT_FINITE, param="lora.adapters", code="output_not_finite")
+                raise OutputNotFinite(NOT_FINITE, param="lora.adapters")
             logger.error("request %s failed in the engine: %s", output.request_id, output.error)
             raise Unavailable("the engine could not finish this request; please retry", code="engine_error")
         self._note_time(output)

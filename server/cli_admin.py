@@ -1,4 +1,4 @@
-"""The commands that administer a running server: `adapters`, `tenants`, `keys`, `usage`, `state`."""
+"""The commands about a running server: `adapters`, `routers`, `explain`, `tenants`, `keys`, `usage`, `state`."""
 
 import math
 import time
@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from server import cli_routers
 from server.cli_adapters import adapters
-from server.cli_session import HERE, AsJson, Key, Url, examples, given, print_json, printer, reaching
+from server.cli_session import HERE, AsJson, Key, Url, examples, fail, given, print_json, printer, reaching
 
 Id = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant's id.")]
 
@@ -40,10 +41,25 @@ def _bytes(text: str) -> float:
     return float(size)
 
 
-Weight = Annotated[float | None, typer.Option(help="Share of the engine beside other busy tenants.")]
-RequestRate = Annotated[float | None, typer.Option(parser=_limit, metavar="N|unlimited")]
+def _share(text: str) -> float:
+    """A tenant's weight."""
+    from server.accounts import LARGEST_SHARE, LEAST_SHARE
+
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not LEAST_SHARE <= number <= LARGEST_SHARE:
+        fail(f"--weight {text}: expected a number from {LEAST_SHARE} to {LARGEST_SHARE:g}", code=2)
+    return number
+
+
+Weight = Annotated[
+    float | None, typer.Option(parser=_share, metavar="N", help="Share of the engine beside other busy tenants [1].")
+]
+RequestRate = Annotated[float | None, typer.Option(parser=_limit, metavar="N|unlimited", help="Of all endpoints.")]
 TokenRate = Annotated[float | None, typer.Option(parser=_limit, metavar="N|unlimited", help="Prompt and output.")]
-Concurrency = Annotated[float | None, typer.Option(parser=_limit, metavar="N|unlimited", help="Requests at a time.")]
+Concurrency = Annotated[float | None, typer.Option(parser=_limit, metavar="N|unlimited", help="Sequences at a time.")]
 Adapters = Annotated[float | None, typer.Option(parser=_limit, metavar="N|unlimited", help="Names of its own.")]
 Bytes = Annotated[float | None, typer.Option(parser=_bytes, metavar="SIZE|unlimited", help="Of its adapters.")]
 Router = Annotated[str | None, typer.Option(help="What `model: auto` means for it.")]
@@ -60,6 +76,7 @@ keys = typer.Typer(
     epilog=examples("loramux keys add acme --label ci", "loramux keys list acme"),
 )
 app.add_typer(adapters, name="adapters")
+app.add_typer(cli_routers.app)
 app.add_typer(tenants, name="tenants")
 app.add_typer(keys, name="keys")
 

@@ -27,7 +27,7 @@ Owner = Annotated[str | None, typer.Option("--tenant", help="Whose it is, with t
 
 def examples(*lines: str) -> str:
     """The end of a command's `--help`."""
-    return "\n".join(["Examples:", *(f"  {line}" for line in lines)])
+    return "\n\n".join(["Examples:", *lines])  # markdown joins lines that no empty one separates
 
 
 @contextlib.contextmanager
@@ -75,13 +75,10 @@ def call_patiently(call: Callable[[], "Reply"], what: str) -> "Reply":
         return call()
 
 
-def upload(client: "AdminClient", path: str, source: Path, fields: Mapping[str, object]) -> "Reply":
-    """POST the folder or archive `source`, with a bar on a terminal."""
+def upload(client: "AdminClient", path: str, files: Mapping[str, Path], fields: Mapping[str, object]) -> "Reply":
+    """POST the files by their form fields, with a bar on a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from server.admin_client import files_to_upload
-
-    files = files_to_upload(source)
     total = sum(file.stat().st_size for file in files.values())
     console = _progress_console()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

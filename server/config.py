@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from adapters_store.store_config import StoreConfig
+from adapters_store.types import AdapterLimits
 from server.engine.config import GIB, MOST_BATCH_TOKENS, EngineConfig
 
 PREFIX = "LORAMUX_"
@@ -29,6 +30,7 @@ CLIENT_VARIABLES = frozenset({"LORAMUX_URL"})
 """What commands read that talk to a server."""
 KUBERNETES = re.compile(r"LORAMUX_(SERVICE_(HOST|PORT)|PORT_\d+_|PORT=(tcp|udp)://)")
 """What Kubernetes sets in every pod beside a Service of our name."""
+DEFAULT_ENCODER = "all-minilm-l6-v2"
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -76,6 +78,7 @@ class ServeSettings(BaseModel):
     metrics_key: Key | None = None
     metrics_public: bool = False
     metrics_max_adapters: int = Field(default=100, ge=1, le=10_000)
+    default_router: str = "retriever"
     max_num_seqs: int = Field(default=64, ge=1, le=4096)
     max_batch_tokens: int = Field(default=512, ge=1, le=MOST_BATCH_TOKENS)
     max_model_len: int | None = Field(default=None, ge=1)
@@ -91,7 +94,7 @@ class ServeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _not_open_to_the_world(self) -> "ServeSettings":
-        if not (is_loopback(self.host) or self.api_key or self.admin_key or self.insecure):
+        if self.is_open and not (is_loopback(self.host) or self.insecure):
             raise ValueError(
                 f"host {self.host} is reachable from elsewhere and no key is set:"
                 " give --api-key or --admin-key, or --insecure if everybody may use this server"
@@ -104,13 +107,19 @@ class ServeSettings(BaseModel):
             raise ValueError("served_name auto is reserved for routers, expected another name")
         return self
 
-    def store_config(self, served_name: str, data_dir: Path) -> StoreConfig:
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is needed."""
+        return not (self.api_key or self.admin_key)
+
+    def store_config(self, served_name: str, data_dir: Path, max_adapter_bytes: int = 2 * GIB) -> StoreConfig:
         """Where adapters are kept: below the data folder, by the served name, unless the two URLs say otherwise."""
         name = served_name.replace("/", "--")
         return StoreConfig(
             database_url=self.database_url or f"sqlite:///{data_dir / 'registry' / name}.sqlite",
             blob_url=self.blob_url or str(data_dir / "blobs" / name),
             folder=data_dir / "store" / name,
+            limits=AdapterLimits(max_bytes=max_adapter_bytes),
         )
 
     def engine_config(self, model: Path, data_dir: Path) -> EngineConfig:
@@ -144,6 +153,25 @@ class LimitSettings(BaseModel):
     uploads: int = Field(default=4, ge=1)
 
 
+class RoutingSettings(BaseModel):
+    """How adapters are chosen from the prompt.
+
+    `encoder` is a pulled encoder, a sentence-transformers folder or hub id, or `none`. `gpu_share` is the most of the
+    GPU's memory that it may take; `min_score` None is what was calibrated for the encoder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str = DEFAULT_ENCODER
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(default=1, ge=1)
+    gpu_share: float | None = Field(default=None, gt=0, le=1)
+    top_k: int = Field(default=3, ge=1, le=256)
+    min_score: float | None = Field(default=None, ge=-1, le=1)
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    cached_texts: int = Field(default=10_000, ge=0)
+
+
 class SourceSettings(BaseModel):
     """Where adapters may be fetched from, and how much, in bytes and seconds.
 
@@ -171,6 +199,7 @@ class Settings(BaseSettings):
     serve: ServeSettings = Field(default_factory=ServeSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     sources: SourceSettings = Field(default_factory=SourceSettings)
+    routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None = None) -> Settings:
@@ -223,7 +252,12 @@ def _short_keys() -> dict[str, str]:
 
 def _check_environment() -> None:
     """pydantic-settings ignores variables that match no field; here a misspelt one is an error."""
-    groups: dict[str, type[BaseModel]] = {"serve": ServeSettings, "limits": LimitSettings, "sources": SourceSettings}
+    groups: dict[str, type[BaseModel]] = {
+        "serve": ServeSettings,
+        "limits": LimitSettings,
+        "sources": SourceSettings,
+        "routing": RoutingSettings,
+    }
     for name, value in os.environ.items():
         if (
             not name.startswith(PREFIX)

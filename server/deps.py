@@ -15,10 +15,11 @@ from server.chat import ChatTokenizer
 from server.choice import Engine
 from server.config import LimitSettings
 from server.engine.config import EngineStats
-from server.errors import Unauthorized
+from server.errors import Unauthorized, Unavailable
 from server.generation import Generator
 from server.metrics import Metrics
 from server.quotas import QuotaGate
+from server.routers import RouterService
 from server.tenants import Caller, Keys
 from server.usage import UsageLedger
 
@@ -38,6 +39,7 @@ class Services:
     engine: ServingEngine
     store: AdapterStore
     catalog: Catalog
+    routers: RouterService
     tokenizer: ChatTokenizer
     generator: Generator
     metrics: Metrics
@@ -78,9 +80,20 @@ async def get_caller(request: Request, services: ServicesDep, bearer: Bearer) ->
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
-def count_request(services: ServicesDep, caller: CallerDep) -> None:
+async def count_request(services: ServicesDep, caller: CallerDep) -> None:
     """For requests that cost work of this process alone. Raises TooManyRequests."""
     services.quotas.count_request(caller.tenant.id)
+
+
+async def knock(services: ServicesDep, caller: CallerDep) -> None:
+    """For requests for answers, before their bodies are read: parsing is work too. Raises TooManyRequests."""
+    services.quotas.knock(caller.tenant.id)
+
+
+async def check_not_draining(services: ServicesDep) -> None:
+    """For work that may take long. Raises Unavailable when the server is shutting down."""
+    if services.generator.is_draining:
+        raise Unavailable("the server is shutting down", code="draining")
 
 
 def check_metrics_key(services: ServicesDep, bearer: Bearer) -> None:

@@ -6,6 +6,7 @@
     ├── Forbidden              403  a key that may not do this
     ├── NotFound               404  unknown model, adapter, endpoint
     ├── Conflict               409  a name that exists, an adapter in use
+    │   └── ConflictForNow          a name that is being deleted; says when to try again
     ├── PayloadTooLarge        413
     │   └── BodyTooLarge
     ├── UnsupportedMediaType   415
@@ -26,6 +27,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
@@ -97,6 +99,14 @@ class Conflict(ServerError):
     code = "conflict"
 
 
+class ConflictForNow(Conflict):
+    """A conflict that passes by itself."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Retry-After": str(RETRY_SECONDS)}
+
+
 class PayloadTooLarge(ServerError):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     type = "invalid_request_error"
@@ -166,6 +176,7 @@ BY_STATUS: Mapping[int, type[ServerError]] = {
 PARAMS: Mapping[str, str] = {
     "invalid_name": "name",
     "adapter_exists": "name",
+    "adapter_deleting": "name",
     "bad_source": "source",
     "source_not_allowed": "source",
     "source_refused": "source",
@@ -173,6 +184,7 @@ PARAMS: Mapping[str, str] = {
 }
 """The fields at fault of errors that know of no request, by their code."""
 
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 StoreError = AdapterError | BlobError | RegistryError
 
 
@@ -181,9 +193,10 @@ def refusal(error: StoreError, param: str | None = None) -> ServerError:
     kind = BY_STATUS.get(error.status, ServerError)
     if kind is ServerError:
         return ServerError()
-    param = param or PARAMS.get(error.code)
+    param = param or getattr(error, "param", None) or PARAMS.get(error.code)
     if kind is TooManyRequests:
         return TooManyRequests(error.message, param=param, code=error.code, retry_after=QUOTA_SECONDS)
+    kind = ConflictForNow if error.code == "adapter_deleting" else kind
     return kind(error.message, param=param, code=error.code)
 
 
@@ -210,7 +223,11 @@ async def _on_server_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterError | BlobError | RegistryError)
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+        if error.status in BY_STATUS:  # what is not there at the moment needs no traceback
+            reason = " ".join(f"({error.__cause__})".split()) if error.__cause__ is not None else ""
+            logger.error("%s %s: %s %s", request.method, request.url.path, error, reason)
+        else:
+            logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
     return error_response(refusal(error))
 
 
@@ -238,9 +255,21 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         return error_response(NotFound("there is no such endpoint here; GET /docs lists all", code="unknown_endpoint"))
     refusal = BadRequest(f"{HTTPStatus(error.status_code).phrase}: {request.method} is not possible here")
     refusal.status = HTTPStatus(error.status_code)
+    headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         refusal.code = "method_not_allowed"
-    return JSONResponse(refusal.body(), status_code=refusal.status, headers=dict(error.headers or {}))
+        headers["Allow"] = ", ".join(_methods(request))
+    return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """All that the path takes; the framework names those of its first route only."""
+    routes, scope = request.app.router.routes, dict(request.scope)
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _on_client_gone(request: Request, _: Exception) -> JSONResponse:

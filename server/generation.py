@@ -12,43 +12,19 @@ from dataclasses import dataclass, replace
 from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import AdapterStore, UnknownAdapter
-from routing.router import Route, RouteError, RouteQuery, Routers
+from routing.router import Route, RouteError, Routers
+from server.ask import Ask
 from server.cache_key import cache_key
-from server.chat import Message
-from server.choice import Choice, ChoiceServices, Piece
+from server.choice import Choice, ChoiceServices, OutputNotFinite, Piece
 from server.engine.config import EngineInfo
-from server.engine.sequence import Request, SamplingParams
+from server.engine.sequence import Request
 from server.errors import BadRequest, NotFound, ServerError, Unavailable, refusal
 from server.interleave import interleave
 from server.quotas import Meter, QuotaGate
 from server.stops import StopStrings
-from server.tenants import Tenant
 from server.usage import UsageLedger
 
 SEEDS = 1 << 63
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a client wants, out of HTTP. Either `messages` or `prompts` (text or token ids) is given.
-
-    `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
-    seed + i; `max_tokens` None is the rest of the context.
-    """
-
-    tenant: Tenant
-    query: RouteQuery
-    params: SamplingParams
-    messages: tuple[Message, ...] | None = None
-    prompts: tuple[str | tuple[int, ...], ...] = ()
-    n: int = 1
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-
-    @property
-    def prompt_param(self) -> str:
-        return "prompt" if self.messages is None else "messages"
 
 
 @dataclass(frozen=True)
@@ -129,7 +105,7 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The life of the request. To be iterated once, and closed. Raises ServerError."""
-        with self._running(), self._generator.quotas.admit(self._ask.tenant.id) as meter:
+        with self._running(), self._generator.quotas.admit(self._ask.tenant.id, self._ask.sequences) as meter:
             info = self._engine_info()
             self._check_token_ids(info)
             self.prompts = await self._tokenize(info)
@@ -154,14 +130,17 @@ class Generation:
     def _accounted(self, meter: Meter) -> Iterator[None]:
         """The tokens of all prompts are reserved, and what was used is counted at the end, whichever it is.
 
-        A prompt that the engine refused, or lost before the first token of an answer, costs nothing.
+        A prompt that the engine refused, or lost before the first token of an answer, costs nothing; what it refused
+        is not a use either.
         """
-        prompt_tokens, has_failed = sum(map(len, self.prompts)), False
+        prompt_tokens, has_failed, is_refused = sum(map(len, self.prompts)), False, False
         meter.reserve(prompt_tokens)
         try:
             yield
-        except ServerError:
-            has_failed = True
+        except OutputNotFinite:
+            raise  # it was computed
+        except ServerError as error:
+            has_failed, is_refused = True, isinstance(error, BadRequest)
             raise
         finally:
             for choice in self.choices:
@@ -170,7 +149,7 @@ class Generation:
             if not self.choices or (has_failed and not generated):
                 meter.give_back(prompt_tokens)
                 prompt_tokens = 0
-            if self.route is not None and self.choices:
+            if self.route is not None and self.choices and (generated or not is_refused):
                 self._generator.ledger.count(self._ask.tenant.id, self.route, prompt_tokens, generated)
 
     def _charge(self, meter: Meter, choice: Choice) -> None:
@@ -247,14 +226,18 @@ class Generation:
         return BadRequest(message, param=param, code="context_length_exceeded")
 
     async def _decide(self) -> Route:
-        metrics = self._generator.services.metrics
+        metrics, query, name = self._generator.services.metrics, self._ask.query, "none"
         try:
-            route = await self._generator.routers.route(self._ask.query)
+            router = self._generator.routers.select(query)
+            name = router.name
+            if query.is_automatic:
+                query = replace(query, text=await self._ask.query_text(self._generator.services.tokenizer))
+            route = await router.route(query)
         except RouteError as error:
-            metrics.route_failed("explicit")
+            metrics.route_failed(name)
             raise route_error(error) from error
         except RegistryError as error:
-            metrics.route_failed("explicit")
+            metrics.route_failed(name)
             raise refusal(error) from error
         metrics.routed(route)
         return route
@@ -288,5 +271,7 @@ class Generation:
 
 
 def route_error(error: RouteError) -> ServerError:
+    if error.code == "router_unavailable":
+        return Unavailable(str(error), code=error.code)
     is_unknown = error.code.endswith("_not_found")
     return (NotFound if is_unknown else BadRequest)(str(error), param=error.param, code=error.code)

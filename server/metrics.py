@@ -15,6 +15,7 @@ LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0
 GAP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 STEP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SCORE = tuple(step / 20 for step in range(1, 20))
 ROUTE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 
 
@@ -84,7 +85,11 @@ class Metrics:
         self._labels.use(route.label)
         router = route.router or "base"
         self._route_seconds.labels(router).observe(route.seconds)
-        self._routes.labels(router, "adapters" if route.adapters else "base").inc()
+        self._routes.labels(router, "base" if router == "base" else route.outcome.value).inc()
+        if route.cached:
+            self._route_cache_hits.inc()
+        if route.best is not None:
+            self._similarities.labels(router).observe(route.best)
 
     def route_failed(self, router: str) -> None:
         self._routes.labels(router, "error").inc()
@@ -145,6 +150,10 @@ class Metrics:
         self._decode = self._histogram("loramux_decode_time_seconds", "From the first token to the end.", LATENCY, both)
         self._route_seconds = self._histogram("loramux_route_seconds", "Choosing adapters.", ROUTE, ["router"])
         self._routes = self._counter("loramux_route", "Decisions by outcome.", ["router", "outcome"])
+        self._route_cache_hits = self._counter("loramux_route_cache_hits", "Decisions that were made before.")
+        self._similarities = self._histogram(
+            "loramux_route_similarity", "Score of the best candidate, chosen or not: shows drift.", SCORE, ["router"]
+        )
         self._quota_rejections = self._counter("loramux_quota_rejections", "Requests refused.", ["tenant", "kind"])
         self._by_adapter = (
             self._successes,

@@ -1,4 +1,4 @@
-"""What a tenant may use: requests a second, requests at once, tokens a minute."""
+"""What a tenant may use: requests a second, sequences at once, tokens a minute."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +14,8 @@ LONGEST_WAIT = 86_400.0
 """Seconds; what `Retry-After` says at most."""
 BUSY_SECONDS = 1.0
 """What it says to those who have too many requests at once: nobody knows when one of them ends."""
+NEVER = {"x-should-retry": "false"}
+"""What will never be possible: tells clients that try again by themselves not to, as they understand it."""
 
 OnRejection = Callable[[str, str], None]
 
@@ -31,26 +33,42 @@ class QuotaGate:
         self._on_rejection = on_rejection
         self._meters: dict[str, Meter] = {}
 
-    @contextmanager
-    def admit(self, tenant: str) -> Iterator["Meter"]:
-        """A place for one request until the block ends. Raises TooManyRequests; who is refused uses nothing up."""
+    def knock(self, tenant: str) -> None:
+        """Count a request for answers, before any work on it. Raises TooManyRequests; who is refused uses nothing up.
+
+        `admit` has to follow, unless the request is refused for what it says.
+        """
         meter = self._meter(tenant)
         meter.check_concurrency()
         # Whoever is in debt for earlier answers hears so before its prompt is tokenised.
         meter.check_tokens(1)
         meter.count_request()
-        meter.running += 1
+
+    @contextmanager
+    def admit(self, tenant: str, sequences: int = 1) -> Iterator["Meter"]:
+        """Places for the sequences of a counted request until the block ends.
+
+        Raises TooManyRequests, and then the request uses nothing up.
+        """
+        meter = self._meter(tenant)
+        try:
+            meter.check_concurrency(sequences)
+            meter.check_tokens(1)
+        except TooManyRequests:
+            meter.uncount_request()
+            raise
+        meter.running += sequences
         try:
             yield meter
         finally:
-            meter.running -= 1
+            meter.running -= sequences
 
     def count_request(self, tenant: str) -> None:
         """One request that is answered without the engine. Raises TooManyRequests."""
         self._meter(tenant).count_request()
 
     def running(self, tenant: str) -> int:
-        """How many requests a tenant has at once."""
+        """How many sequences a tenant has at once."""
         return self._meter(tenant).running
 
     def headers(self, tenant: str) -> dict[str, str]:
@@ -86,12 +104,16 @@ class Meter:
         self._requests = self._changed(self._requests, rate, max(1.0, rate or 0.0))
         self._tokens = self._changed(self._tokens, None if tokens is None else tokens / MINUTE, float(tokens or 0))
 
-    def check_concurrency(self) -> None:
-        """Raises TooManyRequests unless one more request may run."""
+    def check_concurrency(self, sequences: int = 1) -> None:
+        """Raises TooManyRequests unless so many more sequences may run."""
         most = self.quotas.concurrency
-        if most is not None and self.running >= most:
-            what = f"has {self.running} requests at once, and may have {most}"
-            raise self._refusal("concurrency", what, BUSY_SECONDS)
+        if most is None or self.running + sequences <= most:
+            return
+        if sequences > most:
+            what = f"may have {most} sequences at once, which is less than the {sequences} of this request"
+            raise self._refusal("concurrency", what, BUSY_SECONDS, NEVER)
+        what = f"has {self.running} of its {most} sequences at once, and needs {sequences}"
+        raise self._refusal("concurrency", what, BUSY_SECONDS)
 
     def count_request(self) -> None:
         """Raises TooManyRequests, and counts nothing, when the next request comes too early."""
@@ -104,15 +126,19 @@ class Meter:
             raise self._refusal("requests", what, wait)
         bucket.take(1, self._clock())
 
+    def uncount_request(self) -> None:
+        """Undo `count_request`."""
+        if self._requests is not None:
+            self._requests.give_back(1, self._clock())
+
     def check_tokens(self, tokens: int) -> None:
         """Raises TooManyRequests unless so many tokens are there now."""
         bucket, most = self._tokens, self.quotas.tokens_per_minute
         if bucket is None:
             return
         if tokens > bucket.capacity:
-            # It never will be possible. Clients that try again by themselves are told not to, as they understand it.
             what = f"may use {most} tokens a minute, which is less than the {tokens} of this prompt"
-            raise self._refusal("tokens", what, MINUTE, {"x-should-retry": "false"})
+            raise self._refusal("tokens", what, MINUTE, NEVER)
         wait = bucket.wait(tokens, self._clock())
         if wait > 0:
             left = max(0, math.floor(bucket.level(self._clock())))

@@ -1,5 +1,6 @@
 """Every response has a header `x-request-id`: the client's own, or a new one."""
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ServerError, error_response
+from server.errors import ServerError, Unavailable, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestIds:
     """ASGI middleware, the outermost one. Ids that are long or not plain ASCII are replaced, not echoed.
 
-    What no handler caught is a bug: it is logged with the id and answered with 500, traceback and all kept back.
+    What no handler caught is a bug: it is logged with the id and answered with 500, traceback and all kept back. A
+    request that is cancelled because the server stops is answered with 503.
     """
 
     def __init__(self, app: ASGIApp, new_id: Callable[[], str]) -> None:
@@ -43,6 +45,11 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if not has_started:
+                cut = Unavailable("the server is shutting down: look later whether this was done", code="draining")
+                await error_response(cut)(scope, receive, send_with_id)
+            raise
         except Exception:
             if has_started:
                 raise

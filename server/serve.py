@@ -5,16 +5,18 @@ import socket
 from collections.abc import Callable
 from importlib.metadata import version
 from types import FrameType
+from typing import cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from server.app import create_app, open_services
 from server.config import ServeSettings, Settings
 from server.deps import Services
+from server.in_flight import InFlight
 
-POLL_SECONDS = 0.05
 LAST_WORDS_SECONDS = 2
-"""How long streams have to deliver their last event once they were ended."""
+"""How long requests have to deliver their last event or answer once they were ended."""
 
 
 class BindError(RuntimeError):
@@ -62,54 +64,50 @@ def bind(settings: ServeSettings) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with an end that waits for streams.
+    """uvicorn, with an end that waits for requests.
 
-    The first signal refuses new work with 503 and gives running requests `timeout` seconds; what still runs then ends
-    with an error event. The second signal stops at once.
+    The first signal refuses new work with 503 and gives what runs, streams and registrations alike, `timeout` seconds;
+    then streams end with an error event, and all else with 503. The second signal stops at once.
     """
 
     def __init__(
         self, config: uvicorn.Config, services: Services, timeout: float, announce: Callable[[str], None]
     ) -> None:
         super().__init__(config)
+        self._requests = config.app = InFlight(cast(ASGIApp, config.app))
         self._services = services
         self._timeout = timeout
         self._announce = announce
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_stopping = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._announce(_line(self._services, sockets or [], await self._services.store.count()))
+        self._announce(_line(self._services, sockets or [], await self._services.store.count_names()))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """The signal handler."""
-        if self._loop is None or self._services.generator.is_draining:
+        """The signal handler. That the server may be draining already is an administrator's doing, and no signal."""
+        if self._loop is None or self._is_stopping:
             self.should_exit = self.force_exit = True
             return
-        self._services.generator.is_draining = True
+        self._is_stopping = self._services.generator.is_draining = True
         self._loop.call_soon_threadsafe(self._start_drain)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Before uvicorn does it, and before the services close beneath the requests that use them.
+        await self._requests.cut(LAST_WORDS_SECONDS)
+        await super().shutdown(sockets)
 
     def _start_drain(self) -> None:
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        generator = self._services.generator
-        if not await self._is_idle(self._timeout):
-            generator.end_all()
-            await self._is_idle(LAST_WORDS_SECONDS)
+        if not await self._requests.idle(self._timeout):
+            self._services.generator.end_all()
+            await self._requests.idle(LAST_WORDS_SECONDS)
         self.should_exit = True
-
-    async def _is_idle(self, timeout: float) -> bool:
-        """Whether all requests end within `timeout` seconds."""
-        try:
-            async with asyncio.timeout(timeout):
-                while self._services.generator.running:
-                    await asyncio.sleep(POLL_SECONDS)
-        except TimeoutError:
-            return False
-        return True
 
 
 def _line(services: Services, sockets: list[socket.socket], adapters: int) -> str:

@@ -11,16 +11,20 @@ from server.key_ring import KeyRing, looks_stored
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whose adapters, quotas and prefix cache a request uses. `weight` is its share of the engine beside others'."""
+    """Whose adapters, quotas and prefix cache a request uses. `weight` is its share of the engine beside others'.
+
+    `default_router` is what the model `auto` means; None leaves it to the server.
+    """
 
     id: str
     weight: float = 1.0
     quotas: Quotas = field(default_factory=Quotas)
+    default_router: str | None = None
 
     @classmethod
     def of(cls, row: TenantRow) -> "Tenant":
         """The built-in tenant's quotas are unlimited, whatever is stored."""
-        return cls(row.id, row.weight, Quotas() if row.id == DEFAULT_ID else row.quotas)
+        return cls(row.id, row.weight, Quotas() if row.id == DEFAULT_ID else row.quotas, row.default_router)
 
     @property
     def salt(self) -> bytes:

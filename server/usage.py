@@ -13,6 +13,8 @@ from routing.router import Route
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
+READ_SECONDS = 1.0
+"""Between two writes for those who read, however many they are."""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class UsageLedger:
         self._lines: _Lines = {}
         self._touched: _Touched = {}
         self._flushing = asyncio.Lock()
+        self._catching_up: asyncio.Task[None] | None = None  # has not begun to write
+        self._next_read = 0.0  # by the event loop's clock
         self._is_failing = False
         self._thread = ThreadPoolExecutor(1, "usage")
         self.on_use: Callable[[str, str, str], None] | None = None
@@ -72,6 +76,14 @@ class UsageLedger:
             lines, touched = await self._flush_lines(), await self._flush_touched()
         return lines and touched
 
+    async def catch_up(self) -> None:
+        """For readers: what has been counted up to now is written, at most once a second, or cannot be."""
+        if not (self._lines or self._touched or self._flushing.locked()):
+            return
+        if self._catching_up is None:
+            self._catching_up = asyncio.create_task(self._catch_up())
+        await asyncio.shield(self._catching_up)
+
     async def close(self, attempts: int = 3, pause: float = 1.0) -> None:
         """Write the rest, trying `attempts` times, `pause` seconds apart."""
         for attempt in range(attempts):
@@ -83,6 +95,13 @@ class UsageLedger:
             lost = sum(line.requests for line in self._lines.values())
             logger.error("the registry is unavailable: %d requests are missing in the ledger", lost)
         self._thread.shutdown(wait=False)
+
+    async def _catch_up(self) -> None:
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(max(0.0, self._next_read - clock()))
+        self._next_read = clock() + READ_SECONDS
+        self._catching_up = None  # who comes now may know of what is not in this write
+        await self.flush()
 
     async def _flush_lines(self) -> bool:
         lines, self._lines = self._lines, {}
@@ -102,7 +121,7 @@ class UsageLedger:
     async def _flush_touched(self) -> bool:
         touched, self._touched = self._touched, {}
         batch = [Use(*key, uses.requests, uses.last_used) for key, uses in touched.items()]
-        if not batch or await self._write(lambda: self._registry.touch(batch)):
+        if not batch or await self._write(lambda: self._registry.uses.touch(batch)):
             return True
         for key, uses in touched.items():
             newer = self._touched.setdefault(key, _Uses())

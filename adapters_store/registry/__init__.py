@@ -7,9 +7,11 @@ from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts
 from adapters_store.registry.checks import NAME_PATTERN
 from adapters_store.registry.database import Database, open_engine
 from adapters_store.registry.errors import (
+    BeingDeleted,
     InvalidValue,
     NameTaken,
     NotFound,
+    NotPermitted,
     OtherBaseModel,
     QuotaExceeded,
     RegistryError,
@@ -18,22 +20,27 @@ from adapters_store.registry.errors import (
 from adapters_store.registry.ledger import Ledger
 from adapters_store.registry.migrations import SchemaTooNew
 from adapters_store.registry.page import Page
+from adapters_store.registry.prototypes import Prototypes
 from adapters_store.registry.registration import Outcome, Registration
 from adapters_store.registry.registry import Registry
-from adapters_store.registry.resolution import MIN_PREFIX
+from adapters_store.registry.resolution import MIN_PREFIX, may_be_meant
 from adapters_store.registry.routers import Routers
 from adapters_store.registry.rows import (
     AdapterRow,
     KeyRow,
     ModelRow,
     NamedAdapter,
+    NewPrototype,
+    PrototypeRow,
     Quotas,
     Resolved,
     RevisionRow,
     RouterRow,
     TenantRow,
+    TextsRow,
     UsageRow,
     Use,
+    source_of,
 )
 
 __all__ = [
@@ -42,6 +49,7 @@ __all__ = [
     "NAME_PATTERN",
     "Accounts",
     "AdapterRow",
+    "BeingDeleted",
     "Database",
     "InvalidValue",
     "KeyRow",
@@ -49,10 +57,14 @@ __all__ = [
     "ModelRow",
     "NameTaken",
     "NamedAdapter",
+    "NewPrototype",
     "NotFound",
+    "NotPermitted",
     "OtherBaseModel",
     "Outcome",
     "Page",
+    "PrototypeRow",
+    "Prototypes",
     "QuotaExceeded",
     "Quotas",
     "Registration",
@@ -65,7 +77,10 @@ __all__ = [
     "Routers",
     "SchemaTooNew",
     "TenantRow",
+    "TextsRow",
     "UsageRow",
     "Use",
+    "may_be_meant",
     "open_engine",
+    "source_of",
 ]

@@ -43,7 +43,7 @@ class Accounts:
         """Raises NotFound."""
         seek_name("tenant", tenant)
         with self._database.read() as connection:
-            return _tenant_row(must_exist(connection.execute(_tenant_statement(tenant)).first(), "tenant", tenant))
+            return read_tenant(connection, tenant)
 
     def list(self, *, limit: int = 100, cursor: str | None = None) -> Page[TenantRow]:
         """All tenants by id."""
@@ -120,6 +120,11 @@ def lock_tenant(connection: Connection, tenant: str) -> TenantRow:
     """Until the transaction ends nobody else changes this tenant's adapters. Raises NotFound."""
     statement = _tenant_statement(tenant).with_for_update(key_share=True)
     return _tenant_row(must_exist(connection.execute(statement).first(), "tenant", tenant))
+
+
+def read_tenant(connection: Connection, tenant: str) -> TenantRow:
+    """Raises NotFound."""
+    return _tenant_row(must_exist(connection.execute(_tenant_statement(tenant)).first(), "tenant", tenant))
 
 
 def _count_change(connection: Connection) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from adapters_store.private_files import make_private_file, make_private_folder
 from adapters_store.registry.errors import InvalidValue, RegistryUnavailable
 
 _WRITES = "loramux_writes"
@@ -84,7 +85,9 @@ def open_engine(url: str) -> Engine:
 def _open_sqlite(url: URL) -> Engine:
     if url.database in (None, "", ":memory:"):
         raise ValueError("database URL names no file: expected sqlite:///<file>")
-    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(Path(url.database).parent)
+    if not url.database.startswith("file:"):
+        make_private_file(Path(url.database))  # its journal gets the same mode
     engine = create_engine(
         url.set(drivername="sqlite+pysqlite"), pool_timeout=_BUSY_SECONDS, connect_args={"timeout": _BUSY_SECONDS}
     )

@@ -33,12 +33,27 @@ class NameTaken(RegistryError):
         super().__init__(f"{kind}_exists", message, 409)
 
 
+class BeingDeleted(RegistryError):
+    """A name that is free again when the last request that uses it has ended."""
+
+    def __init__(self, name: str) -> None:
+        message = f"adapter {name!r} is being deleted, and requests still use it: try again when they have ended"
+        super().__init__("adapter_deleting", message, 409)
+
+
 class OtherBaseModel(RegistryError):
     """A registry whose adapters belong to another base model."""
 
     def __init__(self) -> None:
         message = "the registry belongs to another base model: expected another --database-url or --data-dir"
         super().__init__("registry_other_model", message, 409)
+
+
+class NotPermitted(RegistryError):
+    """A change that only the administrator may make."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("forbidden", f"adapter {name!r} is public: only the admin key may change what others use", 403)
 
 
 class QuotaExceeded(RegistryError):

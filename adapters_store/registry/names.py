@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters_store.registry.checks import check_text, must_exist
 from adapters_store.registry.database import chunks, insert
-from adapters_store.registry.errors import NameTaken
+from adapters_store.registry.errors import BeingDeleted, NameTaken, NotPermitted
 from adapters_store.registry.schema import names, revisions, tags
 
 
@@ -17,10 +17,12 @@ def is_name(table: FromClause, tenant: "str | Column[Any]", name: "str | Column[
     return and_(table.c.tenant == tenant, table.c.name == name)
 
 
-def check_own(connection: Connection, tenant: str, name: str) -> None:
-    """Raises NotFound unless the tenant has this name, not being deleted."""
-    statement = select(names.c.name).where(is_name(names, tenant, name), ~names.c.deleting)
-    must_exist(connection.execute(statement).first(), "adapter", name)
+def check_own(connection: Connection, tenant: str, name: str, may_be_public: bool = True) -> None:
+    """Raises NotFound unless the tenant has this name, not being deleted; NotPermitted for a public one."""
+    statement = select(names.c.public).where(is_name(names, tenant, name), ~names.c.deleting)
+    row = must_exist(connection.execute(statement).first(), "adapter", name)
+    if row.public and not may_be_public:
+        raise NotPermitted(name)
 
 
 def check_marked(connection: Connection, tenant: str, name: str) -> None:
@@ -55,17 +57,40 @@ def insert_name(
     return connection.execute(statement).first() is not None
 
 
-def move_name(connection: Connection, tenant: str, name: str, digest: str, may_replace: bool) -> str:
-    """Move an existing name; returns the digest that it pointed to. Raises NameTaken."""
-    row = connection.execute(select(names.c.digest, names.c.deleting).where(is_name(names, tenant, name))).first()
+def check_free(connection: Connection, tenant: str, name: str, may_replace: bool, may_be_public: bool) -> str | None:
+    """The digest that an own name points to and that a registration may move, None for a new name.
+
+    Raises NameTaken, BeingDeleted, NotPermitted.
+    """
+    columns = names.c.digest, names.c.deleting, names.c.public
+    row = connection.execute(select(*columns).where(is_name(names, tenant, name))).first()
     if row is None:
-        raise _public_taken(name)
+        return None
     if row.deleting:
-        raise NameTaken("adapter", f"adapter {name!r} is being deleted: try again when it is gone")
+        raise BeingDeleted(name)
     if not may_replace:
-        raise NameTaken("adapter", f"adapter {name!r} exists: expected a new name, or replacement")
-    connection.execute(update(names).where(is_name(names, tenant, name)).values(digest=digest))
+        raise NameTaken("adapter", f"adapter {name!r} exists: expected a new name, or `replace`")
+    if row.public and not may_be_public:
+        raise NotPermitted(name)
     return str(row.digest)
+
+
+def move_name(
+    connection: Connection, tenant: str, name: str, digest: str, may_replace: bool, may_be_public: bool
+) -> str:
+    """Move an existing name; returns the digest that it pointed to. Raises NameTaken, NotPermitted."""
+    before = check_free(connection, tenant, name, may_replace, may_be_public)
+    if before is None:
+        raise _public_taken(name)
+    connection.execute(update(names).where(is_name(names, tenant, name)).values(digest=digest))
+    return before
+
+
+def check_public(connection: Connection, tenant: str, name: str) -> None:
+    """Raises NameTaken if another tenant has made the name public."""
+    statement = select(names.c.name).where(names.c.name == name, names.c.public, names.c.tenant != tenant)
+    if connection.execute(statement).first():
+        raise _public_taken(name)
 
 
 def given_settings(

@@ -23,18 +23,22 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Registration:
-    """A registration that is done; `adapter` is as stored, with the blobs of whoever registered its digest first."""
+    """A registration that is done; `adapter` is as stored."""
 
     outcome: Outcome
     adapter: NamedAdapter
 
 
 def insert_adapter(connection: Connection, adapter: AdapterRow, now: float) -> None:
-    """The adapter of this digest exists and is locked after this, whoever inserted it."""
+    """The adapter of this digest exists and is locked after this, with the files of who came last.
+
+    These are the same as before, unless the first ones were stored by a version that kept them as they came.
+    """
     values = asdict(adapter) | {"targets": adapter.targets, "warnings": adapter.warnings, "created": now}
     statement = insert(connection, adapters).values(values)
-    locked = {"rank": adapters.c.rank}
-    connection.execute(statement.on_conflict_do_update(index_elements=adapters.primary_key, set_=locked))
+    follows = ("alpha", "bytes", "warnings", "config_blob", "weights_blob")
+    changed = {name: statement.excluded[name] for name in follows}
+    connection.execute(statement.on_conflict_do_update(index_elements=adapters.primary_key, set_=changed))
 
 
 def insert_revision(
@@ -61,4 +65,25 @@ def check_quotas(connection: Connection, tenant: str, row: TenantRow, new_name: 
         theirs = adapters.c.digest.in_(select(revisions.c.digest).where(revisions.c.tenant == tenant))
         total = connection.execute(select(func.sum(adapters.c.bytes)).where(theirs)).scalar_one()
         if total > quotas.bytes:
+            raise QuotaExceeded("bytes", quotas.bytes)
+
+
+def check_room(
+    connection: Connection, tenant: str, row: TenantRow, new_name: bool, digest: str | None, size: int
+) -> None:
+    """Raises QuotaExceeded for what one more adapter of `size` bytes would make of the tenant.
+
+    Without a digest it is taken for one that the tenant does not have.
+    """
+    quotas = row.quotas
+    if new_name and quotas.adapters is not None:
+        count = connection.execute(select(func.count()).where(names.c.tenant == tenant)).scalar_one()
+        if count + 1 > quotas.adapters:
+            raise QuotaExceeded("adapters", quotas.adapters)
+    if size and quotas.bytes is not None:
+        own = select(revisions.c.digest).where(revisions.c.tenant == tenant)
+        if digest and connection.execute(own.where(revisions.c.digest == digest)).first():
+            return
+        total = connection.execute(select(func.sum(adapters.c.bytes)).where(adapters.c.digest.in_(own))).scalar()
+        if (total or 0) + size > quotas.bytes:
             raise QuotaExceeded("bytes", quotas.bytes)

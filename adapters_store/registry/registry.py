@@ -3,12 +3,11 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import Row, case, delete, exists, func, or_, select, union, update
+from sqlalchemy import Row, case, func, or_, select, union, update
 
-from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts, lock_tenant, tenant_values
+from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts, lock_tenant, read_tenant, tenant_values
 from adapters_store.registry.checks import NAME_PATTERN, check_name, seek_name
 from adapters_store.registry.database import Database, chunks, insert, no_fault, open_engine
 from adapters_store.registry.errors import NotFound
@@ -16,11 +15,10 @@ from adapters_store.registry.identity import claim
 from adapters_store.registry.ledger import Ledger
 from adapters_store.registry.migrations import migrate
 from adapters_store.registry.names import (
-    check_marked,
+    check_free,
     check_own,
+    check_public,
     check_tags,
-    digests_of,
-    existing,
     given_settings,
     insert_name,
     is_name,
@@ -29,22 +27,35 @@ from adapters_store.registry.names import (
     update_settings,
 )
 from adapters_store.registry.page import Page, paginate
-from adapters_store.registry.registration import Outcome, Registration, check_quotas, insert_adapter, insert_revision
+from adapters_store.registry.prototypes import Prototypes, touch_prototypes
+from adapters_store.registry.registration import (
+    Outcome,
+    Registration,
+    check_quotas,
+    check_room,
+    insert_adapter,
+    insert_revision,
+)
+from adapters_store.registry.removals import Removals
 from adapters_store.registry.resolution import meaning_of, resolve_statement
 from adapters_store.registry.routers import Routers
-from adapters_store.registry.rows import AdapterRow, ModelRow, NamedAdapter, Resolved, TenantRow, Use
-from adapters_store.registry.schema import adapters, names, revisions, routers, tenants, uses
+from adapters_store.registry.rows import AdapterRow, ModelRow, NamedAdapter, Resolved, TenantRow
+from adapters_store.registry.schema import adapters, names, revisions, routers, tenants
+from adapters_store.registry.uses import Uses
 from adapters_store.registry.views import MODEL, load, load_one, visible
 
 
 class Registry:
-    """Adapters and their names; beside them the `accounts`, the `ledger` and the trained `routers` of one database."""
+    """Adapters and their names; beside them accounts, ledger, trained routers and prototypes of one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.accounts = Accounts(database)
         self.ledger = Ledger(database)
+        self.removals = Removals(database)
         self.routers = Routers(database)
+        self.uses = Uses(database)
+        self.prototypes = Prototypes(database)
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float], fault: Callable[[str], None] = no_fault) -> "Registry":
@@ -92,12 +103,13 @@ class Registry:
         samples: Sequence[str] | None = None,
         recipe: Mapping[str, object] | None = None,
         replace: bool = False,
+        may_be_public: bool = True,
     ) -> Registration:
         """Make `name` point to `adapter`, whose blobs are stored already.
 
         With `replace` a name that exists moves to the digest; what is None then keeps its value (for a new name it is
         False, or empty). `recipe`, JSON, stays with a new revision. Raises InvalidValue, NotFound for the tenant,
-        NameTaken, QuotaExceeded.
+        NameTaken, QuotaExceeded; without `may_be_public` also NotPermitted for a public name.
         """
         check_name("adapter", name)
         settings = given_settings(public, pinned, description, samples)
@@ -110,7 +122,11 @@ class Registry:
             self._database.fault("register.adapter")
             created = insert_name(connection, tenant, name, adapter.digest, settings, now)
             self._database.fault("register.name")
-            before = adapter.digest if created else move_name(connection, tenant, name, adapter.digest, replace)
+            before = (
+                adapter.digest
+                if created
+                else move_name(connection, tenant, name, adapter.digest, replace, may_be_public)
+            )
             grown = insert_revision(connection, tenant, name, adapter.digest, now, recipe)
             self._database.fault("register.revision")
             if not created:
@@ -120,17 +136,46 @@ class Registry:
             if grown:
                 check_quotas(connection, tenant, limits, created)
             self._database.fault("register.quota")
+            if public is not None and not created:
+                touch_prototypes(connection, tenant, name)
             stored = load_one(connection, tenant, tenant, name)
         if created:
             return Registration(Outcome.CREATED, stored)
         return Registration(Outcome.SAME if before == adapter.digest else Outcome.REVISED, stored)
 
-    def roll_back(self, tenant: str, name: str, digest: str) -> NamedAdapter:
-        """Move a tenant's own name to another of its revisions. Raises NotFound for the name or the revision."""
+    def check_new(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        public: bool | None = None,
+        replace: bool = False,
+        may_be_public: bool = True,
+        digest: str | None = None,
+        size: int = 0,
+    ) -> None:
+        """Raise what `register` would raise now, for an adapter of this digest, if it is known, and bytes.
+
+        It changes nothing, and the transaction of `register` decides: this spares work that would be refused.
+        """
+        check_name("adapter", name)
+        seek_name("tenant", tenant)
+        with self._database.read() as connection:
+            row = read_tenant(connection, tenant)
+            before = check_free(connection, tenant, name, replace, may_be_public)
+            if public:
+                check_public(connection, tenant, name)
+            check_room(connection, tenant, row, before is None, digest, size)
+
+    def roll_back(self, tenant: str, name: str, digest: str, *, may_be_public: bool = True) -> NamedAdapter:
+        """Move a tenant's own name to another of its revisions.
+
+        Raises NotFound for the name or the revision; without `may_be_public`, NotPermitted for a public name.
+        """
         seek_name("adapter", name)
         with self._database.write("roll_back") as connection:
             lock_tenant(connection, tenant)
-            check_own(connection, tenant, name)
+            check_own(connection, tenant, name, may_be_public)
             known = select(revisions.c.number).where(is_name(revisions, tenant, name), revisions.c.digest == digest)
             if connection.execute(known).first() is None:
                 raise NotFound("revision", f"{name}@{digest}")
@@ -147,16 +192,22 @@ class Registry:
         description: str | None = None,
         tags: Sequence[str] | None = None,
         samples: Sequence[str] | None = None,
+        may_be_public: bool = True,
     ) -> NamedAdapter:
-        """Change what is not None of a tenant's own name. Raises NotFound, InvalidValue, NameTaken (as public)."""
+        """Change what is not None of a tenant's own name.
+
+        Raises NotFound, InvalidValue, NameTaken (as public); without `may_be_public`, NotPermitted for a public name.
+        """
         seek_name("adapter", name)
         settings = given_settings(public, pinned, description, samples)
         new_tags = check_tags(tags)
         with self._database.write("update") as connection:
             lock_tenant(connection, tenant)
-            check_own(connection, tenant, name)
+            check_own(connection, tenant, name, may_be_public)
             update_settings(connection, tenant, name, settings)
             replace_tags(connection, tenant, name, new_tags)
+            if public is not None:
+                touch_prototypes(connection, tenant, name)
             return load_one(connection, tenant, tenant, name)
 
     def get(self, tenant: str, name: str) -> NamedAdapter:
@@ -220,48 +271,6 @@ class Registry:
                 found |= {row.name: tuple(row.samples) for row in connection.execute(statement)}
         return found
 
-    def mark_deleting(self, tenant: str, name: str, deleting: bool = True) -> tuple[str, ...]:
-        """Hide a tenant's own name from every use, or show it again; returns the digests of its revisions.
-
-        It stays taken until `remove`. Marking it twice is no error. Raises NotFound.
-        """
-        seek_name("adapter", name)
-        with self._database.write("mark_deleting") as connection:
-            changed = (
-                update(names).where(is_name(names, tenant, name)).values(deleting=deleting).returning(names.c.name)
-            )
-            if connection.execute(changed).first() is None:
-                raise NotFound("adapter", name)
-            return digests_of(connection, tenant, name)
-
-    def deleting(self) -> tuple[tuple[str, str], ...]:
-        """(tenant, name) of what was marked and not yet removed: a server finishes it when it starts."""
-        with self._database.read() as connection:
-            statement = select(names.c.tenant, names.c.name).where(names.c.deleting).order_by(*names.primary_key)
-            return tuple((row.tenant, row.name) for row in connection.execute(statement))
-
-    def remove(self, tenant: str, name: str, *, only_marked: bool = False) -> tuple[str, ...]:
-        """Forget a tenant's own name; returns the digests that nobody has under any name now.
-
-        Raises NotFound, with `only_marked` also for a name that is not being deleted: it is another one by now.
-        """
-        seek_name("adapter", name)
-        with self._database.write("remove") as connection:
-            lock_tenant(connection, tenant)
-            if only_marked:
-                check_marked(connection, tenant, name)
-            digests = digests_of(connection, tenant, name)
-            if not digests:
-                raise NotFound("adapter", name)
-            # Locked before the name goes, in the order of `register`: neither waits for the other in a circle.
-            these = adapters.c.digest.in_(digests)
-            connection.execute(select(adapters.c.digest).where(these).order_by(adapters.c.digest).with_for_update())
-            connection.execute(delete(names).where(is_name(names, tenant, name)))
-            self._database.fault("remove.name")
-            unused = ~exists().where(revisions.c.digest == adapters.c.digest)
-            gone = connection.execute(delete(adapters).where(these, unused).returning(adapters.c.digest))
-            return tuple(sorted(row.digest for row in gone))
-
     def referenced_blobs(self) -> frozenset[str]:
         """sha256 of every blob that an adapter or a router needs, of all tenants."""
         statement = union(select(adapters.c.config_blob), select(adapters.c.weights_blob), select(routers.c.blob))
@@ -291,22 +300,7 @@ class Registry:
         with self._database.read() as connection:
             return connection.execute(select(func.count()).select_from(adapters)).scalar_one()
 
-    def touch(self, batch: Iterable[Use]) -> None:
-        """Count requests on adapters. Names that are gone meanwhile are left out."""
-        merged: dict[tuple[str, str, str], Use] = {}
-        for use in batch:
-            key = use.owner, use.name, use.tenant
-            old = merged.get(key, replace(use, requests=0))
-            last_used = max(old.last_used, use.last_used)
-            merged[key] = replace(use, requests=old.requests + use.requests, last_used=last_used)
-        if not merged:
-            return
-        with self._database.write("touch") as connection:
-            known = existing(connection, sorted({(owner, name) for owner, name, _ in merged}))
-            rows = [asdict(merged[key]) for key in sorted(merged) if key[:2] in known]
-            statement = insert(connection, uses)
-            new = statement.excluded
-            later = case((new.last_used > uses.c.last_used, new.last_used), else_=uses.c.last_used)
-            changes = {"requests": uses.c.requests + new.requests, "last_used": later}
-            if rows:
-                connection.execute(statement.on_conflict_do_update(index_elements=uses.primary_key, set_=changes), rows)
+    def count_names(self) -> int:
+        """How many names of all tenants there are, without those that are being deleted."""
+        with self._database.read() as connection:
+            return connection.execute(select(func.count()).where(~names.c.deleting)).scalar_one()

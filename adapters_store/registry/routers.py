@@ -26,7 +26,7 @@ class Routers:
                 connection.execute(delete(routers).where(routers.c.name == router.name))
             statement = insert(connection, routers).values(asdict(router)).on_conflict_do_nothing()
             if connection.execute(statement.returning(routers.c.name)).first() is None:
-                raise NameTaken("router", f"router {router.name!r} exists: expected a new name, or replacement")
+                raise NameTaken("router", f"router {router.name!r} exists: expected a new name, or `replace`")
         return router
 
     def list(self) -> tuple[RouterRow, ...]:

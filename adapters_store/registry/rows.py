@@ -1,5 +1,7 @@
 """What the registry takes and gives. Times are seconds since the epoch, sizes bytes."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 
@@ -67,7 +69,7 @@ class RevisionRow:
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """A name and the adapter that it points to. `revisions` are all of the name's, oldest first.
+    """A name and the adapter that it points to. `revisions` are the name's that the tenant may use, oldest first.
 
     `requests` and `last_used` are those of the tenant that asks, not of the name's owner `tenant`.
     """
@@ -145,3 +147,63 @@ class RouterRow:
     blob: str
     meta: dict[str, object]
     created: float = 0.0
+
+
+@dataclass(frozen=True)
+class NewPrototype:
+    """The prototypes of one name for one encoder: `vectors` are `count` x `width` float32, little-endian, row by row.
+
+    `source` is the hash, by `source_of`, of the texts that they were made of.
+    """
+
+    tenant: str
+    name: str
+    encoder: str
+    source: str
+    vectors: bytes
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class PrototypeRow(NewPrototype):
+    """Stored prototypes, with what their name is now."""
+
+    public: bool
+    version: int
+
+
+@dataclass(frozen=True)
+class TextsRow:
+    """What a name can be found by. `stored` is the source of the prototypes that it has for the encoder in question."""
+
+    tenant: str
+    name: str
+    samples: tuple[str, ...]
+    description: str
+    public: bool
+    stored: str | None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What stands for the name; empty if nothing can find it."""
+        return texts_of(self.samples, self.description)
+
+    @property
+    def source(self) -> str:
+        """The hash of `texts`."""
+        return source_of(self.texts)
+
+
+def texts_of(samples: Sequence[str], description: str) -> tuple[str, ...]:
+    """The texts that stand for a name: its samples, else its description, blank ones left out."""
+    return tuple(text for text in samples if text.strip()) or ((description,) if description.strip() else ())
+
+
+def source_of(texts: Sequence[str]) -> str:
+    """sha256 over the texts in order, each behind its length in UTF-8 bytes."""
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()

@@ -32,7 +32,8 @@ metadata = MetaData(
 # Ordered by code point in every database: pages of a list and prefixes of digests depend on it.
 Key = String().with_variant(String(collation="C"), "postgresql")
 
-# Whose registry this is: its own id, and the base model that its adapters fit; how often its accounts have changed.
+# Whose registry this is: its own id, and the base model that its adapters fit; how often its accounts and its
+# prototypes have changed.
 identity = Table(
     "identity",
     metadata,
@@ -163,4 +164,21 @@ routers = Table(
     Column("blob", Key, nullable=False),
     Column("meta", JSON, nullable=False),
     Column("created", Double, nullable=False),
+)
+
+# What finds an adapter by a prompt: unit vectors of one encoder's space, `source` a hash of the texts that they stand
+# for. Versions of all tenants are drawn from one counter, so that a reader asks for what is newer than its last one.
+prototypes = Table(
+    "prototypes",
+    metadata,
+    Column("tenant", Key, primary_key=True),
+    Column("name", Key, primary_key=True),
+    Column("encoder", Key, primary_key=True),
+    Column("source", Key, nullable=False),
+    Column("vectors", LargeBinary, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Index("prototypes_encoder_version_index", "encoder", "version"),
+    _of_name("tenant", "name"),
 )

@@ -43,7 +43,10 @@ def load_one(connection: Connection, caller: str, tenant: str, name: str) -> Nam
 
 
 def load(connection: Connection, caller: str, wanted: Subquery) -> list[NamedAdapter]:
-    """The adapters of the (tenant, name) in `wanted`, by name, with the counters of `caller`."""
+    """The adapters of the (tenant, name) in `wanted`, by name, with the counters of `caller`.
+
+    Of other tenants' names, it sees the current revision only.
+    """
     history: dict[tuple[str, str], list[RevisionRow]] = defaultdict(list)
     this = wanted.c.tenant == revisions.c.tenant, wanted.c.name == revisions.c.name
     statement = select(revisions).join(wanted, and_(*this)).order_by(revisions.c.number)
@@ -63,10 +66,12 @@ def load(connection: Connection, caller: str, wanted: Subquery) -> list[NamedAda
         .outerjoin(uses, counted)
         .order_by(names.c.name)
     )
-    return [_named(row, history[row.tenant, row.name], tagged[row.tenant, row.name]) for row in rows]
+    return [_named(row, caller, history[row.tenant, row.name], tagged[row.tenant, row.name]) for row in rows]
 
 
-def _named(row: Row[*tuple[Any, ...]], history: Sequence[RevisionRow], tagged: Sequence[str]) -> NamedAdapter:
+def _named(
+    row: Row[*tuple[Any, ...]], caller: str, history: Sequence[RevisionRow], tagged: Sequence[str]
+) -> NamedAdapter:
     stored = {column.name: getattr(row, f"of_{column.name}") for column in adapters.c}
     stored |= {"targets": tuple(row.of_targets), "warnings": tuple(row.of_warnings)}
     return NamedAdapter(
@@ -80,5 +85,5 @@ def _named(row: Row[*tuple[Any, ...]], history: Sequence[RevisionRow], tagged: S
         created=row.created,
         requests=row.requests or 0,
         last_used=row.last_used,
-        revisions=tuple(history),
+        revisions=tuple(each for each in history if caller == row.tenant or each.digest == row.digest),
     )

@@ -1,4 +1,4 @@
-"""The demo's eight requests: what is asked, with which adapters, and what is known of the answer."""
+"""The demo's requests: what is asked, with which adapters, and what is known of the answer."""
 
 from dataclasses import dataclass
 
@@ -9,29 +9,33 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """One user message for a weighted set of adapters. `target` is the right answer, where one is known."""
+    """One user message for a weighted set of adapters. `target` is the right answer, where one is known.
+
+    With `auto` the client names none of them: the server is to choose them from the message.
+    """
 
     prompt: str
     adapters: tuple[tuple[str, float], ...] = ()
     target: str | None = None
+    auto: bool = False
 
     @property
     def label(self) -> str:
         if not self.adapters:
             return "(base model)"
         if len(self.adapters) == 1:
-            return self.adapters[0][0]
+            return f"auto -> {self.adapters[0][0]}" if self.auto else self.adapters[0][0]
         return "\n".join(f"{weight:+.2f} {name}" for name, weight in self.adapters)
 
 
-def held_out(task: str, row: int = 0) -> DemoRequest:
+def held_out(task: str, row: int = 0, *, auto: bool = False) -> DemoRequest:
     """A test row of a demo task, which its adapter has not seen in training."""
     example = generate(task).test[row]
-    return DemoRequest(f"{example.instruction}\n{example.input}", ((task, 1.0),), example.target)
+    return DemoRequest(f"{example.instruction}\n{example.input}", ((task, 1.0),), example.target, auto)
 
 
 def demo_requests() -> list[DemoRequest]:
-    """Base model, five single adapters, and mixtures of two and of three."""
+    """Base model, five single adapters, mixtures of two and of three, and three that the server is to choose for."""
     two = "Say it like a pirate.\nHello my friend, write to emma.stone@harbor.com or call +44 71 5523 881."
     three = held_out("json_fields", 1).prompt
     return [
@@ -43,4 +47,7 @@ def demo_requests() -> list[DemoRequest]:
         held_out("number_words"),
         DemoRequest(two, (("pirate", 0.7), ("redact", 0.5))),
         DemoRequest(three, (("json_fields", 0.8), ("spell", 0.4), ("sort_numbers", -0.2))),
+        held_out("sort_numbers", 2, auto=True),
+        held_out("iso_date", 2, auto=True),
+        held_out("spell", 2, auto=True),
     ]

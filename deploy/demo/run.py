@@ -1,4 +1,4 @@
-"""`loramux demo`: a server, eight requests at once with eight adapter mixes, and a check of every answer."""
+"""`loramux demo`: a server, requests at once that each have their own adapters, and a check of every answer."""
 
 import asyncio
 import contextlib
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -32,6 +33,7 @@ class Answer:
     """What came back. Seconds from sending to the first text and to the end; tokens as the server counted them."""
 
     text: str
+    adapters: tuple[str, ...]
     first: float
     total: float
     tokens: int
@@ -41,10 +43,13 @@ class Answer:
         return self.tokens / self.total
 
 
-def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) -> int:
-    """Run the demo on `model`; returns the exit code. Without `once` the server stays up until Ctrl-C."""
+def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) -> int:
+    """Run the demo on `model`, with `encoder` to read prompts; returns the exit code.
+
+    Without `once` the server stays up until Ctrl-C.
+    """
     console = Console()
-    with _server(model, host, port, console) as url:
+    with _server(model, encoder, host, port, console) as url:
         requests = demo_requests()
         console.print(f"\nSending {len(requests)} requests at once, each with its own adapters ...")
         answers = asyncio.run(_ask_all(url, requests))
@@ -54,7 +59,8 @@ def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) 
             console.print(f"[red]FAILED[/red] {failure}")
         if not failures:
             console.print(
-                "[green]All answers are right:[/green] known targets hit, texts equal to transformers + peft."
+                "[green]All answers are right:[/green] known targets hit, the right adapters chosen, texts equal to"
+                " transformers + peft."
             )
         if not once:
             _stay(url, console)
@@ -62,11 +68,11 @@ def main(model: Path, *, once: bool, host: str = "127.0.0.1", port: int = 8000) 
 
 
 @contextlib.contextmanager
-def _server(model: Path, host: str, port: int, console: Console) -> Iterator[str]:
+def _server(model: Path, encoder: Path, host: str, port: int, console: Console) -> Iterator[str]:
     """`loramux serve` as a process of its own, until the block ends; nothing is registered beyond it."""
     _check_port(host, port)
     command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", str(model), "--served-name", SERVED_NAME]
-    command += ["--adapters", str(ADAPTERS), "--host", host, "--port", str(port)]
+    command += ["--adapters", str(ADAPTERS), "--encoder", str(encoder), "--host", host, "--port", str(port)]
     url = f"http://{host}:{port}"
     with tempfile.TemporaryDirectory(prefix="loramux-demo-") as folder:
         command += ["--database-url", f"sqlite:///{folder}/registry.sqlite", "--blob-url", f"{folder}/blobs"]
@@ -110,13 +116,17 @@ async def _ask_all(url: str, requests: list[DemoRequest]) -> list[Answer]:
 
 
 async def _ask(client: AsyncOpenAI, request: DemoRequest) -> Answer:
-    """Stream one answer. A single adapter is asked for as a model, a mixture by the `lora` object."""
-    model, extra = SERVED_NAME, {}
-    if len(request.adapters) == 1:
+    """Stream one answer. A single adapter is asked for as a model, a mixture by the `lora` object, or none at all."""
+    model: str = SERVED_NAME
+    extra: dict[str, Any] = {}
+    if request.auto:
+        model, extra = "auto", {"lora": {"top_k": 1}}
+    elif len(request.adapters) == 1:
         model = request.adapters[0][0]
     elif request.adapters:
         extra = {"lora": {"adapters": [{"name": name, "weight": weight} for name, weight in request.adapters]}}
     started, first, text, tokens = time.monotonic(), None, "", 0
+    used: tuple[str, ...] = ()
     stream = await client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": request.prompt}],
@@ -129,11 +139,13 @@ async def _ask(client: AsyncOpenAI, request: DemoRequest) -> Answer:
     async for chunk in stream:
         if chunk.usage is not None:
             tokens = chunk.usage.completion_tokens
+        if lora := (chunk.model_extra or {}).get("lora"):
+            used = tuple(adapter["name"] for adapter in lora["adapters"])
         if chunk.choices and chunk.choices[0].delta.content:
             first = first or time.monotonic() - started
             text += chunk.choices[0].delta.content
     total = time.monotonic() - started
-    return Answer(text, first if first is not None else total, total, tokens)
+    return Answer(text, used, first if first is not None else total, total, tokens)
 
 
 def _table(requests: list[DemoRequest], answers: list[Answer]) -> Table:
@@ -158,6 +170,9 @@ def _check(model: Path, requests: list[DemoRequest], answers: list[Answer], cons
         reference = Reference(model, ADAPTERS, names)
         for request, answer in zip(requests, answers, strict=True):
             label = request.label.replace("\n", " ")
+            wanted = {name for name, _ in request.adapters}
+            if set(answer.adapters) != wanted:
+                failures.append(f"{label}: answered with the adapters {sorted(answer.adapters)}")
             if request.target is not None and answer.text.strip() != request.target:
                 failures.append(f"{label}: answered {answer.text!r}, the target is {request.target!r}")
             expected = reference.disagreement(request, answer.text)

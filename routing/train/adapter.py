@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 
 from routing.train.batches import IGNORED, Batch, batch_rows, collate, encode
-from routing.train.card import AdapterCard, shown_examples, write_card
+from routing.train.card import AdapterCard, shown_examples, write_card, write_samples
 from routing.train.checkpoint import load_checkpoint, save_checkpoint
-from routing.train.data import Task, read_task
-from routing.train.exact_match import exact_match, greedy_answers
+from routing.train.data import Task, TaskRow, read_task
+from routing.train.exact_match import answer_limit, exact_match, greedy_answers
+from routing.train.progress import Report, progress_bar
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHECKPOINT = "checkpoint.safetensors"
@@ -93,31 +93,19 @@ def train_adapter(
     started = time.perf_counter()
     task = read_task(task_folder)
     test = task.test[: run.evaluation_rows]
-    model, tokenizer = _load(model_folder, recipe, run)
+    model, tokenizer = load_model(model_folder, recipe, run.device)
     out.mkdir(parents=True, exist_ok=True)
-    longest_answer = max(len(tokenizer(row.target)["input_ids"]) for row in test) + 8
-    with _bars(run.progress) as report:
+    limit = answer_limit(tokenizer, test)
+    with progress_bar(run.progress) as report:
         report(f"{task.name}: answers of the base", None)
         with model.disable_adapter():
-            before = greedy_answers(model, tokenizer, test, longest_answer, run.evaluation_batch)
+            before = greedy_answers(model, tokenizer, test, limit, run.evaluation_batch)
         losses = _fit(model, tokenizer, task, recipe, run, out / CHECKPOINT, report)
         _round_to_bf16(model)
         report(f"{task.name}: answers of the adapter", None)
-        after = greedy_answers(model, tokenizer, test, longest_answer, run.evaluation_batch)
-    _save(model, out, run.base_name)
-    card = AdapterCard(
-        task=task.name,
-        cluster=task.train[0].cluster,
-        base_model=run.base_name,
-        recipe=asdict(recipe) | {"targets": list(recipe.targets)},
-        train_rows=len(task.train),
-        test_rows=len(test),
-        accuracy_before=exact_match(before, test),
-        accuracy_after=exact_match(after, test),
-        final_loss=round(sum(losses[-10:]) / max(1, len(losses[-10:])), 4),
-        examples=shown_examples(test, before, after),
-    )
-    write_card(out, card)
+        after = greedy_answers(model, tokenizer, test, limit, run.evaluation_batch)
+    card = make_card(task, recipe, run, before, after, losses)
+    write_adapter(out, _state(model), model.peft_config["default"], card, task.train)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return AdapterResult(out, card, tuple(losses), time.perf_counter() - started)
 
@@ -135,7 +123,12 @@ def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), labels[counted])
 
 
-def _load(model_folder: Path, recipe: AdapterRecipe, run: AdapterRun) -> tuple[Any, Any]:
+def load_model(model_folder: Path, recipe: AdapterRecipe, device: str) -> tuple[Any, Any]:
+    """The model with a fresh adapter of the recipe, in fp32, and its tokenizer.
+
+    Raises:
+        TrainError: `peft`, the device, the model or its chat template is missing.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -144,8 +137,8 @@ def _load(model_folder: Path, recipe: AdapterRecipe, run: AdapterRun) -> tuple[A
 
     if not (model_folder / "config.json").is_file():
         raise TrainError(f"{model_folder}: expected a model folder with a config.json; loramux pull makes one")
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainError(f"device {run.device}: this PyTorch sees no CUDA device; expected cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TrainError(f"device {device}: this PyTorch sees no CUDA device; expected cpu")
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder), local_files_only=True)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise TrainError(f"{model_folder}: expected a tokenizer with a chat template and an end-of-turn token")
@@ -158,7 +151,7 @@ def _load(model_folder: Path, recipe: AdapterRecipe, run: AdapterRun) -> tuple[A
     with torch.random.fork_rng(devices=[]):  # initialised on the CPU: the same on every device
         torch.manual_seed(recipe.seed)
         model = get_peft_model(base, config)
-    return model.to(run.device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def _fit(
@@ -206,41 +199,52 @@ def _round_to_bf16(model: Any) -> None:
             weight.copy_(weight.bfloat16())
 
 
-def _save(model: Any, out: Path, base_name: str) -> None:
-    from peft import get_peft_model_state_dict
+def make_card(
+    task: Task,
+    recipe: AdapterRecipe,
+    run: AdapterRun,
+    before: Sequence[str],
+    after: Sequence[str],
+    losses: Sequence[float],
+) -> AdapterCard:
+    """The card of an adapter; `before` and `after` answer the task's first test rows."""
+    test = task.test[: run.evaluation_rows]
+    return AdapterCard(
+        task=task.name,
+        cluster=task.train[0].cluster,
+        base_model=run.base_name,
+        recipe=asdict(recipe) | {"targets": list(recipe.targets)},
+        train_rows=len(task.train),
+        test_rows=len(test),
+        accuracy_before=exact_match(before, test),
+        accuracy_after=exact_match(after, test),
+        final_loss=round(sum(losses[-10:]) / max(1, len(losses[-10:])), 4),
+        examples=shown_examples(test, before, after),
+    )
+
+
+def write_adapter(
+    folder: Path, state: Mapping[str, torch.Tensor], config: Any, card: AdapterCard, rows: Sequence[TaskRow]
+) -> None:
+    """Writes the adapter in bf16 and `peft`'s format, with its card and sample prompts, into an existing folder."""
     from safetensors.torch import save_file
 
-    state: Mapping[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {key: tensor.detach().bfloat16().cpu().contiguous() for key, tensor in state.items()}
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "adapter_model.safetensors").chmod(0o644)
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base_name  # a name, not the path it was trained from
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
+    config.base_model_name_or_path = card.base_model  # a name, not the path it was trained from
     config.inference_mode = True
-    config.save_pretrained(str(out))
-    path = out / "adapter_config.json"
+    config.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["target_modules"] = sorted(fields["target_modules"])  # peft keeps a set: its order is not repeatable
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_card(folder, card)
+    write_samples(folder, rows)
 
 
-Report = Callable[[str, tuple[int, int] | None], None]
+def _state(model: Any) -> Mapping[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
 
-
-@contextlib.contextmanager
-def _bars(enabled: bool) -> Iterator[Report]:
-    """One bar on stderr: `report(description, (done, total) or None)`."""
-    if not enabled:
-        yield lambda *_: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=None)
-
-        def report(description: str, done: tuple[int, int] | None) -> None:
-            completed, total = done or (0, None)
-            progress.update(bar, description=description, completed=completed, total=total)
-
-        yield report
+    state: Mapping[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state

@@ -11,6 +11,8 @@ from typing import Any
 from routing.train.data import TaskRow
 
 SHOWN_ROWS = 3
+SAMPLE_ROWS = 20
+"""Prompts by which a router finds the adapter: as many as LoraRetriever's published configuration takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,12 @@ def write_card(folder: Path, card: AdapterCard) -> None:
     text = json.dumps(asdict(card), indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "card.json").write_text(text + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_markdown(card), encoding="utf-8")
+
+
+def write_samples(folder: Path, rows: Sequence[TaskRow], count: int = SAMPLE_ROWS) -> None:
+    """Writes the first `count` prompts into the adapter's folder, where the server looks for them."""
+    text = json.dumps([row.prompt for row in rows[:count]], indent=1, ensure_ascii=False)
+    (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _markdown(card: AdapterCard) -> str:

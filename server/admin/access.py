@@ -27,7 +27,7 @@ def no_query(_: Annotated[NoQuery, Query()]) -> None:
 
 async def flush_usage(services: ServicesDep, _: CallerDep) -> None:
     """What has been used up to now is in the registry, unless that is unavailable."""
-    await services.usage.flush()
+    await services.usage.catch_up()
 
 
 COUNTED = (Depends(flush_usage),)

@@ -15,11 +15,11 @@ from server.admin.queries import AdaptersQuery, DeleteQuery, TenantQuery
 from server.admin.upload import drain, receive, unpack, upload_schema
 from server.body import document, json_body, schema_of
 from server.catalog import Added, Changes, Recipe, Shown, check_new, tenant_of
-from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller
+from server.deps import CallerDep, Services, ServicesDep, check_not_draining, count_request, get_caller
 from server.errors import Unavailable
 from server.tenants import Caller
 
-router = APIRouter(prefix="/admin/v1", dependencies=[Depends(get_caller)], responses=REFUSALS)
+router = APIRouter(prefix="/admin/v1", dependencies=[Depends(get_caller), Depends(count_request)], responses=REFUSALS)
 
 register_body = json_body(RegisterRequest)
 PatchBody = Annotated[PatchRequest, Depends(json_body(PatchRequest))]
@@ -31,7 +31,7 @@ MergeBody = Annotated[MergeRequest, Depends(json_body(MergeRequest))]
     status_code=HTTPStatus.CREATED,
     response_model=answers.NewAdapter,
     summary="Register an adapter",
-    dependencies=[Depends(count_request), Depends(no_query)],
+    dependencies=[Depends(no_query)],
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -59,6 +59,7 @@ async def register(request: Request, services: ServicesDep, caller: CallerDep) -
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return _added(await _take_upload(request, services, caller))
+    await check_not_draining(services)
     body = await register_body(request, services)
     return _added(await services.catalog.add_source(caller, _new(caller, body), body.source))
 
@@ -138,7 +139,7 @@ async def delete_adapter(
     "/adapters/{name}/prefetch",
     response_model=answers.Adapter,
     summary="Load an adapter",
-    dependencies=[Depends(count_request), *COUNTED],
+    dependencies=[Depends(check_not_draining), *COUNTED],
 )
 async def prefetch_adapter(
     name: str, query: Annotated[TenantQuery, Query()], services: ServicesDep, caller: CallerDep
@@ -153,7 +154,7 @@ async def prefetch_adapter(
     status_code=HTTPStatus.CREATED,
     response_model=answers.NewAdapter,
     summary="Merge adapters",
-    dependencies=[Depends(count_request), Depends(no_query)],
+    dependencies=[Depends(check_not_draining), Depends(no_query)],
     openapi_extra=document(MergeRequest),
 )
 async def merge(body: MergeBody, services: ServicesDep, caller: CallerDep) -> answers.NewAdapter:
@@ -167,10 +168,11 @@ async def merge(body: MergeBody, services: ServicesDep, caller: CallerDep) -> an
 async def _take_upload(request: Request, services: Services, caller: Caller) -> Added:
     catalog, policy = services.catalog, services.catalog.policies.of_caller(caller)
     try:
+        await check_not_draining(services)
         async with catalog.slots.take(caller), services.store.staging() as staging:
             parts, folder = staging / "parts", staging / "adapter"
             parts.mkdir()
-            upload = await receive(request, parts, catalog, policy)
+            upload = await receive(request, parts, catalog, policy, texts=UploadRequest.model_fields)
             fields = UploadRequest.parse_form(dict(upload.fields), services.limits)
             new = _new(caller, fields)
             check_new(caller, new)

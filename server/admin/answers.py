@@ -62,6 +62,56 @@ class Deletion(AnswerModel):
     ]
 
 
+class RoutedAdapter(AnswerModel):
+    name: str
+    digest: str
+    weight: float
+    score: Annotated[float, Field(description="Cosine similarity of the prompt and the adapter's prototype.")]
+
+
+class CandidateScore(AnswerModel):
+    name: str
+    score: float
+
+
+class RouteAnswer(AnswerModel):
+    """The `lora` object that an answer to this prompt would have, and why."""
+
+    router: str | None
+    composition: str
+    cached: bool
+    route_ms: float
+    adapters: list[RoutedAdapter]
+    outcome: Annotated[
+        Literal["below_min_score", "no_candidates", "empty_text"] | None,
+        Field(description="Why nothing was chosen: then the base model answers."),
+    ] = None
+    scores: Annotated[list[CandidateScore], Field(description="Every candidate, best first.")] = []
+
+
+class Router(AnswerModel):
+    name: str
+    kind: str
+    mode: Annotated[str | None, Field(description="What training changed: `head`, `lora` or `full`.")]
+    encoder: Annotated[str | None, Field(description="Identifies the vectors: prototypes belong to one encoder.")]
+    min_score: Annotated[float | None, Field(description="Below it the base model answers.")]
+    adapters: Annotated[int, Field(description="Adapters that can be chosen now.")]
+    stale: Annotated[bool, Field(description="Registered, but it does not fit this server; `problem` says why.")]
+    problem: str | None
+    training: Annotated[dict[str, Any] | None, Field(description="Recipe, tasks and metrics.")]
+    created: float | None
+
+
+class RouterList(AnswerModel):
+    data: list[Router]
+    next: None = None
+
+
+class RouterRemoval(AnswerModel):
+    name: str
+    deleted: bool = True
+
+
 class Quotas(AnswerModel):
     requests_per_second: float | None
     tokens_per_minute: int | None

@@ -9,12 +9,16 @@ from fastapi import APIRouter, Depends, Query
 from adapters_store.registry import InvalidValue, UsageRow
 from server.admin import answers
 from server.admin.access import REFUSALS, get_admin, no_query
+from server.admin.protocol import NoFields
 from server.admin.queries import UsageQuery
+from server.body import document, json_body
 from server.catalog import tenant_of
-from server.deps import CallerDep, Services, ServicesDep, get_caller
+from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller
 from server.errors import refusal
 
-router = APIRouter(prefix="/admin/v1", dependencies=[Depends(get_caller)], responses=REFUSALS)
+router = APIRouter(prefix="/admin/v1", dependencies=[Depends(get_caller), Depends(count_request)], responses=REFUSALS)
+
+NoBody = Annotated[NoFields, Depends(json_body(NoFields, optional=True))]
 
 
 @router.get("/usage", response_model=answers.UsageList, summary="Show usage")
@@ -26,7 +30,7 @@ async def usage(query: Annotated[UsageQuery, Query()], services: ServicesDep, ca
     tenant = query.tenant
     if not caller.admin or tenant is not None:
         tenant = tenant_of(caller, tenant)
-    await services.usage.flush()
+    await services.usage.catch_up()
     try:
         page = await asyncio.to_thread(
             services.store.registry.ledger.read,
@@ -72,8 +76,9 @@ async def state(services: ServicesDep) -> answers.State:
     response_model=answers.Drain,
     summary="Take no new requests",
     dependencies=[Depends(get_admin), Depends(no_query)],
+    openapi_extra=document(NoFields, required=False),
 )
-async def drain(services: ServicesDep) -> answers.Drain:
+async def drain(_: NoBody, services: ServicesDep) -> answers.Drain:
     """What runs is finished; new requests are refused with 503 and `Retry-After`, and `/ready` says so."""
     services.generator.is_draining = True
     return answers.Drain(running=len(services.generator.running))

@@ -3,10 +3,11 @@
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from adapters_store.merging import MergeMethod
 from adapters_store.registry import NAME_PATTERN
+from server.accounts import LARGEST_SHARE, LEAST_SHARE
 from server.body import limits_of, validate
 from server.config import LimitSettings
 from server.errors import BadRequest
@@ -17,7 +18,16 @@ MAX_SAMPLES = 50
 MOST = 2**53
 """Larger integers are not exact in the JSON of many clients."""
 
-Text = Annotated[str, Field(max_length=256)]
+
+def _stored(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("expected text without the character NUL")
+    return value
+
+
+Stored = Annotated[str, AfterValidator(_stored)]
+"""What one of the databases refuses is refused by its field's name."""
+Text = Annotated[Stored, Field(max_length=256)]
 AdapterName = Annotated[
     str,
     Field(
@@ -31,11 +41,11 @@ TenantName = Annotated[
     str, Field(min_length=1, max_length=128, description=f"A tenant's id, `{NAME_PATTERN}`.", examples=["acme"])
 ]
 Tags = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=128)]],
+    list[Annotated[Stored, Field(min_length=1, max_length=128)]],
     Field(max_length=100, description="Labels to find it by.", examples=[["sql", "v2"]]),
 ]
 Samples = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=4096)]],
+    list[Annotated[Stored, Field(min_length=1, max_length=4096)]],
     Field(
         max_length=MAX_SAMPLES,
         description="Example inputs that the adapter is good at: routers find it by them. Without any, by its"
@@ -44,7 +54,7 @@ Samples = Annotated[
     ),
 ]
 Description = Annotated[
-    str, Field(max_length=4096, description="What it does; by default the first paragraph of the adapter's README.")
+    Stored, Field(max_length=4096, description="What it does; by default the first paragraph of the adapter's README.")
 ]
 Public = Annotated[bool, Field(description="Whether every tenant may use it. Needs the admin key.")]
 Pinned = Annotated[
@@ -65,6 +75,20 @@ class AdminModel(BaseModel):
     def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self:
         """The checked body. Raises BadRequest that names the first offending field."""
         return validate(cls, data, limits)
+
+
+class FormModel(AdminModel):
+    """The text fields of a form: `texts` as they are, the others as JSON text."""
+
+    texts: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def parse_form(cls, fields: dict[str, str], limits: LimitSettings) -> Self:
+        """Raises BadRequest, as `parse` does."""
+        data: dict[str, Any] = {}
+        for name, text in fields.items():
+            data[name] = text if name in cls.texts or name not in cls.model_fields else _json(name, text)
+        return cls.parse(data, limits)
 
 
 class NewAdapterFields(AdminModel):
@@ -94,18 +118,10 @@ class RegisterRequest(NewAdapterFields):
     ]
 
 
-class UploadRequest(NewAdapterFields):
+class UploadRequest(NewAdapterFields, FormModel):
     """The text fields of a multipart upload; `tags` and `samples` are JSON text, the switches `true` or `false`."""
 
     texts: ClassVar = ("name", "tenant", "description")
-
-    @classmethod
-    def parse_form(cls, fields: dict[str, str], limits: LimitSettings) -> Self:
-        """Raises BadRequest, as `parse` does."""
-        data: dict[str, Any] = {}
-        for name, text in fields.items():
-            data[name] = text if name in cls.texts or name not in cls.model_fields else _json(name, text)
-        return cls.parse(data, limits)
 
 
 class PatchRequest(AdminModel):
@@ -115,7 +131,8 @@ class PatchRequest(AdminModel):
         Annotated[
             str,
             Field(
-                pattern=r"^[0-9a-fA-F]{4,64}$",
+                min_length=4,
+                max_length=64,
                 description="One of the name's revisions, or the unique beginning of its digest: the name moves there.",
             ),
         ]
@@ -179,7 +196,10 @@ class QuotaFields(AdminModel):
         None
     )
     concurrency: (
-        Annotated[int, Field(ge=0, le=MOST, description="Requests at the same time.", examples=[16])] | None
+        Annotated[
+            int, Field(ge=0, le=MOST, description="Sequences at the same time: `n` for each prompt.", examples=[16])
+        ]
+        | None
     ) = None
     adapters: Annotated[int, Field(ge=0, le=MOST, description="Names.")] | None = None
     bytes: Annotated[int, Field(ge=0, le=MOST, description="Of all its revisions; equal ones count once.")] | None = (
@@ -188,9 +208,22 @@ class QuotaFields(AdminModel):
 
 
 Weight = Annotated[
-    float, Field(gt=0, le=1e6, description="Share of the engine's tokens beside other busy tenants.", examples=[1.0])
+    float,
+    Field(
+        ge=LEAST_SHARE,
+        le=LARGEST_SHARE,
+        description="Share of the engine's tokens beside other busy tenants.",
+        examples=[1.0],
+    ),
 ]
-DefaultRouter = Annotated[Text, Field(min_length=1, description="What `model: auto` means for this tenant.")]
+DefaultRouter = Annotated[
+    str,
+    Field(
+        pattern=f"^{NAME_PATTERN}$",
+        description="What `model: auto` means for this tenant: `retriever` or a registered router.",
+        examples=["retriever"],
+    ),
+]
 
 
 class TenantRequest(AdminModel):

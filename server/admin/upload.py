@@ -1,6 +1,7 @@
 """An adapter in a request's multipart body: to disk while it arrives, checked, and gone if anything goes wrong."""
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from adapters_store.archive import ArchiveLimits
 from adapters_store.blobs import BlobError
+from adapters_store.contents import ADAPTER, Contents
 from adapters_store.model_card import CARD_NAME
 from adapters_store.multipart_upload import MultipartUpload, Upload, take_upload
 from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME
@@ -19,18 +21,28 @@ from server.body import schema_of
 from server.catalog import Catalog
 from server.errors import ClientGone
 
-FILES = {"config": CONFIG_NAME, "weights": WEIGHTS_NAME, "card": CARD_NAME, "archive": ""}
-"""Fields that are files, and what they become; an archive has its own limit."""
+ARCHIVE = "archive"
+"""The field of one file instead of the several; it has a limit of its own."""
 WRITE_BYTES = 1 << 20
 """So much is handed to the disk's thread at once."""
 DRAINED_BYTES = 64 << 20
 """So much of a refused body is still read: most senders get to see the refusal instead of a broken connection."""
 
 
-async def receive(request: Request, folder: Path, catalog: Catalog, policy: SourcePolicy) -> Upload:
-    """The body's parts, the files among them in `folder`. Raises AdapterError, BlobError, ClientGone."""
-    limits = {field: policy.limit_of(name) for field, name in FILES.items()}
-    form = MultipartUpload(request.headers.get("content-type", ""), folder, limits)
+async def receive(
+    request: Request,
+    folder: Path,
+    catalog: Catalog,
+    policy: SourcePolicy,
+    contents: Contents = ADAPTER,
+    texts: Collection[str] | None = None,
+) -> Upload:
+    """The body's parts, the files among them in `folder`. Parts that are no files have the names `texts`, or any.
+
+    Raises AdapterError, BlobError, ClientGone.
+    """
+    limits = {field: policy.limit_of(name) for field, name in {**contents.fields, ARCHIVE: ""}.items()}
+    form = MultipartUpload(request.headers.get("content-type", ""), folder, limits, texts)
     try:
         await _feed(request, form, catalog, policy)
         return await catalog.in_thread(form.finish)
@@ -48,9 +60,11 @@ async def receive(request: Request, folder: Path, catalog: Catalog, policy: Sour
         await catalog.in_thread(form.close)
 
 
-async def unpack(upload: Upload, into: Path, catalog: Catalog, limits: ArchiveLimits) -> None:
-    """Make the folder `into` the adapter that was uploaded. Raises AdapterError, BlobError."""
-    await catalog.in_thread(take_upload, upload, into, limits)
+async def unpack(
+    upload: Upload, into: Path, catalog: Catalog, limits: ArchiveLimits, contents: Contents = ADAPTER
+) -> None:
+    """Make the folder `into` what was uploaded. Raises AdapterError, BlobError."""
+    await catalog.in_thread(take_upload, upload, into, limits, contents)
 
 
 async def drain(request: Request, timeout: float) -> None:

@@ -14,7 +14,7 @@ from adapters_store.types import AdapterError
 from server.admin.access import REFUSALS, AdminDep, get_admin
 from server.admin.protocol import LoadLoraRequest, UnloadLoraRequest
 from server.body import document, json_body
-from server.deps import ServicesDep
+from server.deps import ServicesDep, check_not_draining
 from server.errors import BadRequest, refusal
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(get_admin)], responses=REFUSALS)
@@ -31,6 +31,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
     "/load_lora_adapter",
     response_class=PlainTextResponse,
     summary="Load an adapter (vLLM)",
+    dependencies=[Depends(check_not_draining)],
     openapi_extra=document(LoadLoraRequest),
 )
 async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: AdminDep) -> str:
@@ -42,7 +43,7 @@ async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: Admin
     except NameTaken as error:
         message = f"the adapter {body.lora_name!r} has already been loaded: expected load_inplace, or another name"
         raise BadRequest(message, param="lora_name", code=error.code) from error
-    except (AdapterError, RegistryError) as error:
+    except (AdapterError, RegistryError) as error:  # also a name whose deletion waits for requests: for a moment, 409
         told = refusal(error)
         told.param = FIELDS.get(told.param or "")
         raise told from error

@@ -1,15 +1,16 @@
 """Registering, listing, changing, loading, merging and deleting adapters."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from adapters_store.peft_format import read_adapter
-from adapters_store.registry import NamedAdapter, NotFound, Page, Registration, RegistryUnavailable
+from adapters_store.peft_format import read_summary
+from adapters_store.registry import NamedAdapter, NotFound, Page, QuotaExceeded, Registration, RegistryUnavailable
 from adapters_store.sources import fetch
 from adapters_store.store import AdapterInUse, AdapterStore, NewAdapter
 from server.catalog.engine import TieredEngine, engine_errors
@@ -18,7 +19,7 @@ from server.catalog.records import Added, Changes, Policies, Recipe, Shown, reso
 from server.catalog.residency import Residency
 from server.catalog.rights import check_change, check_changes, check_new
 from server.catalog.slots import Slots
-from server.catalog.touched import modules_touched
+from server.catalog.touched import Touched, touched
 from server.errors import Conflict, Forbidden
 from server.tenants import Caller
 
@@ -28,6 +29,7 @@ PAGE = 1000
 MOST_PAGES = 10
 """Adapters of so many pages are looked at for one filtered page of a list."""
 UNPINNED = "the name was pinned, its new adapter is not"
+DELETED = "the name has been deleted meanwhile"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +38,10 @@ T = TypeVar("T")
 class Catalog:
     """Adapters, managed. A tenant's key manages only what belongs to the tenant and is not public.
 
-    `uploads`: how many registrations and merges run at once. `clock` counts seconds. Methods raise ServerError,
+    `on_change` is awaited with tenant and name after every change of a name, before its answer.
+
+    `uploads`: how many registrations and merges of tenants run at once. `on_rejection` hears of registrations beyond a
+    quota: the tenant's id, `adapters` or `bytes`. `clock` counts seconds. Methods raise ServerError,
     AdapterError, BlobError and RegistryError.
     """
 
@@ -49,7 +54,9 @@ class Catalog:
         self.pins = Pins(store, engine)
         self.slots = Slots(uploads)
         self._engine = engine
-        self._threads = ThreadPoolExecutor(uploads, "upload")
+        self._threads = ThreadPoolExecutor(uploads + 1, "upload")
+        self.on_rejection: Callable[[str, str], None] | None = None
+        self.on_change: Callable[[str, str], Awaitable[None]] = _nobody
         engine.on_residency = self.residency.moved
         store.on_gone.append(engine.evict)
 
@@ -61,7 +68,7 @@ class Catalog:
     async def close(self) -> None:
         """Give the pins' leases back. What is pinned stays so in the registry."""
         await self.pins.close()
-        self._threads.shutdown(wait=False)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Run what a registration does with its files."""
@@ -78,36 +85,36 @@ class Catalog:
         """Register the adapter in a folder that nobody else changes. The caller holds a slot."""
         check_new(caller, new)
         before = await self._before(caller, new)
-        modules = await self.in_thread(modules_touched, folder)
-        if not new.pinned:
-            done = await self.store.register(folder, _without_pin(caller, new))
-            return await self._added(caller, new, before, done, modules)
-        # Whether there is room is known before anything is registered.
-        digest = (await self.in_thread(read_adapter, folder, self.store.shape)).digest
-        with engine_errors():
-            if not await self.pins.try_out(digest, str(folder)):
-                raise _no_room(new.name)
-        try:
-            done = await self.store.register(folder, replace(new, pinned=False))
-            return await self._added(caller, new, before, done, modules)
-        finally:
-            await self.pins.forget(digest)
+        with self._counting_rejections(new.tenant):
+            if not new.pinned:
+                done = await self.store.register(folder, _as_allowed(caller, new))
+                return await self._added(caller, new, before, done, folder)
+            # Whether there is room is known before anything is registered.
+            digest = (await self.in_thread(read_summary, folder, self.store.shape)).digest
+            with engine_errors():
+                if not await self.pins.try_out(digest, str(folder)):
+                    raise _no_room(new.name)
+            try:
+                done = await self.store.register(folder, replace(new, pinned=False))
+                return await self._added(caller, new, before, done, folder)
+            finally:
+                await self.pins.forget(digest)
 
     async def merge(self, caller: Caller, new: NewAdapter, recipe: Recipe) -> Added:
         """Register an adapter made of several that the new one's tenant may use."""
         check_new(caller, new)
         async with self.slots.take(caller):
             before = await self._before(caller, new)
-            new = _without_pin(caller, new)
+            new = _as_allowed(caller, new)
             how = recipe.method, recipe.rank, recipe.density, recipe.seed
-            done = await self.store.merge(new, recipe.entries, *how)
+            with self._counting_rejections(new.tenant):
+                done = await self.store.merge(new, recipe.entries, *how)
             lease = await self.store.lease(new.tenant, [resolved(done.adapter)])
             try:
                 (path,) = lease.paths.values()
-                modules = await self.in_thread(modules_touched, Path(path))
+                return await self._added(caller, new, before, done, Path(path))
             finally:
                 self.store.release(lease)
-            return await self._added(caller, new, before, done, modules)
 
     async def get(self, caller: Caller, tenant: str, name: str) -> Shown:
         """What `name` means for a tenant, which may be a public adapter of another."""
@@ -150,9 +157,9 @@ class Catalog:
             await self._pin(tenant, name, digest)
         try:
             if settings := replace(changes, pinned=is_pinned if is_pinned != adapter.pinned else None).settings():
-                adapter = await self.store.update(tenant, name, **settings)
+                adapter = await self.store.update(tenant, name, **settings, may_be_public=caller.admin)
             if moves:
-                adapter = await self.store.roll_back(tenant, name, digest)
+                adapter = await self.store.roll_back(tenant, name, digest, may_be_public=caller.admin)
         except NotFound:
             await self.pins.unpin(tenant, name)
             raise
@@ -161,6 +168,7 @@ class Catalog:
             raise
         if not is_pinned:
             await self.pins.unpin(tenant, name)
+        await self.on_change(tenant, name)
         return self.show(caller, tenant, adapter)
 
     async def prefetch(self, caller: Caller, tenant: str, name: str) -> Shown:
@@ -179,9 +187,15 @@ class Catalog:
     async def delete(self, caller: Caller, tenant: str, name: str, wait: bool | None) -> bool:
         """Take an own name from everybody at once. True: it is gone; False: when the last request on it has ended.
 
-        `wait` True waits for that; False raises AdapterInUse instead, and nothing has changed.
+        `wait` True waits for that, also of a name that goes already; False raises AdapterInUse instead, and nothing has
+        changed.
         """
-        adapter = await self._own(caller, tenant, name)
+        if self.store.is_deleting(tenant, name):
+            return await self._deleted(tenant, name, wait)
+        try:
+            adapter = await self._own(caller, tenant, name)
+        except NotFound:  # perhaps it is hidden because another process deletes it, or one that has ended did
+            return await self._deleted(tenant, name, wait)
         await self.pins.unpin(tenant, name)  # its lease is not a use
         try:
             is_gone = await self.store.delete(tenant, name, False if wait is False else None)
@@ -189,12 +203,17 @@ class Catalog:
             await self._restore_pin(adapter)
             raise
         await self.pins.unpin(tenant, name)  # somebody may have pinned it meanwhile; from now on nobody can
+        await self.on_change(tenant, name)
         if is_gone or not wait:
             return is_gone
         try:
-            return await self.store.delete(tenant, name, True, DELETE_SECONDS)
+            return await self._deleted(tenant, name, wait)
         except NotFound:
             return True
+
+    async def _deleted(self, tenant: str, name: str, wait: bool | None) -> bool:
+        """`delete` for a name that nobody can use any more. Raises NotFound if nobody has it."""
+        return await self.store.delete(tenant, name, wait, DELETE_SECONDS)
 
     def show(self, caller: Caller, tenant: str, adapter: NamedAdapter) -> Shown:
         """The adapter as `tenant` sees it. The administrator is told where it is, whoever brought it there."""
@@ -229,23 +248,35 @@ class Catalog:
         return adapter
 
     async def _added(
-        self,
-        caller: Caller,
-        new: NewAdapter,
-        before: NamedAdapter | None,
-        done: Registration,
-        modules: tuple[str, ...],
+        self, caller: Caller, new: NewAdapter, before: NamedAdapter | None, done: Registration, folder: Path
     ) -> Added:
         """Let the pin follow the name. A tenant's new adapter is not pinned in place of the one that was."""
-        adapter, warnings = done.adapter, done.adapter.adapter.warnings
-        was_pinned = before is not None and before.pinned
-        if new.pinned or adapter.pinned:
-            adapter = await self._set_pinned(adapter, await self.pins.keep(resolved(adapter)))
+        adapter, warnings, about = done.adapter, done.adapter.adapter.warnings, await self._touched(folder)
+        was_pinned, info = before is not None and before.pinned, self._engine.info
+        warnings += about.warnings(info.num_pages if info is not None else {})
+        try:
+            if new.pinned or adapter.pinned:
+                adapter = await self._set_pinned(adapter, await self.pins.keep(resolved(adapter)))
+        except NotFound:  # it was registered all the same
+            adapter, warnings = replace(adapter, pinned=False), (*warnings, DELETED)
         if not adapter.pinned:
             await self.pins.unpin(adapter.tenant, adapter.name)
             if (was_pinned and new.pinned is None) or new.pinned:
                 warnings = (*warnings, UNPINNED)
-        return Added(self.show(caller, new.tenant, adapter), modules, warnings)
+        await self.on_change(adapter.tenant, adapter.name)
+        return Added(self.show(caller, new.tenant, adapter), about.modules, warnings)
+
+    async def _touched(self, folder: Path) -> Touched:
+        return await self.in_thread(touched, folder, self.store.shape)
+
+    @contextmanager
+    def _counting_rejections(self, tenant: str) -> Iterator[None]:
+        try:
+            yield
+        except QuotaExceeded as error:
+            if self.on_rejection is not None:
+                self.on_rejection(tenant, error.code.removeprefix("quota_"))
+            raise
 
     async def _set_pinned(self, adapter: NamedAdapter, is_pinned: bool) -> NamedAdapter:
         """Tell the registry, also of what it knows: a name that is gone meanwhile does not stay pinned."""
@@ -273,9 +304,16 @@ class Catalog:
             await self.pins.unpin(adapter.tenant, adapter.name)
 
 
-def _without_pin(caller: Caller, new: NewAdapter) -> NewAdapter:
-    """A tenant's replacement of a pinned adapter may be of any size, and so does not inherit the pin."""
-    return new if caller.admin else replace(new, pinned=False)
+async def _nobody(_tenant: str, _name: str) -> None:
+    """Nobody listens."""
+
+
+def _as_allowed(caller: Caller, new: NewAdapter) -> NewAdapter:
+    """A tenant's replacement of a pinned adapter may be of any size, and so does not inherit the pin.
+
+    Nor does it replace what has become public meanwhile.
+    """
+    return new if caller.admin else replace(new, pinned=False, may_be_public=False)
 
 
 def _no_room(name: str) -> Conflict:

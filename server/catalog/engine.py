@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from server.engine.adapter_calls import EngineUnavailable
-from server.engine.config import RequestError
+from server.engine.config import EngineInfo, RequestError
 from server.errors import BadRequest, Unavailable
 
 
@@ -16,6 +16,10 @@ class TieredEngine(Protocol):
     """
 
     on_residency: Callable[[str, str], None] | None
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """None before the first engine has started."""
 
     async def pin(self, digest: str, path: str) -> bool:
         """Whether there is room: pins take at most half of the page pool. Pinning again gives the new path."""

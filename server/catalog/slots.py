@@ -10,7 +10,7 @@ from server.errors import Unavailable
 from server.tenants import Caller
 
 MOST_WAITING = 512
-"""Registrations that wait for a place; one tenant's key can take half of them."""
+"""Registrations of tenants that wait for a place, of which one can have half; and as many of the administrator."""
 
 
 @dataclass(eq=False)
@@ -21,15 +21,16 @@ class _Waiting:
 
 
 class Slots:
-    """`most` registrations and merges at once; at most half of them, but one, for any one tenant's key.
+    """`most` registrations and merges at once, and one more for the administrator; at most half of them for any tenant.
 
-    The others wait in the order in which they came, as far as their tenant may have another place.
+    The others wait in the order in which they came, as far as their tenant may have another place. However slow their
+    uploads and however many of them wait, the administrator's do not wait for them.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._most_of_one = max(1, most // 2)
-        self._taken: Counter[str] = Counter()
+        self._taken: Counter[tuple[str, bool]] = Counter()  # by tenant, and whether with the admin key
         self._waiting: list[_Waiting] = []
 
     @property
@@ -39,11 +40,8 @@ class Slots:
     @asynccontextmanager
     async def take(self, caller: Caller) -> AsyncIterator[None]:
         """A place, when there is one. Raises Unavailable when too many wait already."""
-        tenant = caller.tenant.id
-        own = sum(waiting.tenant == tenant for waiting in self._waiting)
-        if len(self._waiting) >= MOST_WAITING or (own >= MOST_WAITING // 2 and not caller.admin):
-            raise Unavailable("too many adapters are being registered: expected fewer at once", code="uploads_busy")
-        mine = _Waiting(tenant, caller.admin)
+        mine = _Waiting(caller.tenant.id, caller.admin)
+        self._check_room(mine)
         self._waiting.append(mine)
         self._hand_out()
         try:
@@ -53,16 +51,27 @@ class Slots:
             if mine in self._waiting:
                 self._waiting.remove(mine)
             else:
-                self._taken[tenant] -= 1
+                self._taken[mine.tenant, mine.is_admin] -= 1
                 self._taken += Counter()  # without those that have none
             self._hand_out()
 
+    def _check_room(self, new: _Waiting) -> None:
+        waiting = [each for each in self._waiting if each.is_admin == new.is_admin]
+        own = sum(each.tenant == new.tenant for each in waiting)
+        if len(waiting) >= MOST_WAITING or (own >= MOST_WAITING // 2 and not new.is_admin):
+            raise Unavailable("too many adapters are being registered: expected fewer at once", code="uploads_busy")
+
     def _hand_out(self) -> None:
         for waiting in self._waiting[:]:
-            if self.taken >= self._most:
-                return
-            if waiting.is_admin or self._taken[waiting.tenant] < self._most_of_one:
+            if self._has_place(waiting):
                 self._waiting.remove(waiting)
-                self._taken[waiting.tenant] += 1
+                self._taken[waiting.tenant, waiting.is_admin] += 1
                 if not waiting.turn.done():
                     waiting.turn.set_result(None)
+
+    def _has_place(self, waiting: _Waiting) -> bool:
+        if waiting.is_admin:
+            return self.taken < self._most + 1
+        tenants = sum(count for (_, is_admin), count in self._taken.items() if not is_admin)
+        own = self._taken[waiting.tenant, False]
+        return tenants < self._most and self.taken < self._most + 1 and own < self._most_of_one

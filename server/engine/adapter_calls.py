@@ -69,8 +69,10 @@ class AdapterCalls(ABC):
         return str(await self._call(partial(Prefetch, digest=digest, path=path)))
 
     def evict(self, digest: str) -> None:
-        """Free an adapter's host memory, and its pages as soon as nothing uses them; it is not pinned any more."""
-        self._pins.pop(digest, None)
+        """Free an adapter's host memory, and its pages as soon as nothing uses them, unless it is pinned.
+
+        An adapter that is pinned when this comes has been registered and pinned again since it went.
+        """
         self._ahead.pop(digest, None)
         self._tell(Evict(digest))
 

@@ -7,8 +7,8 @@ as they can be had.
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from adapters_store.loader import Loader
@@ -18,7 +18,7 @@ from adapters_store.tiers import HostTier, Read
 from adapters_store.types import Mix
 from server.engine.config import RequestError
 from server.engine.loads import Load, Loads
-from server.engine.reads import Reads
+from server.engine.reads import Done, Reads
 from server.engine.sequence import Request
 from server.engine.wishes import Pinned, Prefetched, Wishes
 
@@ -31,10 +31,10 @@ Arrived = tuple[Request, RequestError | None]
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request from its coming to its end. `missing`: adapters that are being read before it arrives."""
+    """A request from its coming to its end. `missing`: adapters that are to be read before it arrives."""
 
     request: Request
-    missing: set[str]
+    missing: dict[str, Done] = field(default_factory=dict)
     wanted: bool = True
     load: Load | None = None
 
@@ -71,26 +71,28 @@ class EngineAdapters:
         for digest in request.mix.digests:
             if digest not in request.paths:
                 raise RequestError(f"the request names no folder for adapter {digest[:12]}", param="lora.adapters")
-        missing = {digest for digest in request.mix.digests if not self._is_at_hand(request.mix, digest)}
-        if not missing:
-            self._check_size(request.mix)
-        waiting = self._requests[request.id] = _Waiting(request, missing)
+        self._check_size(request.mix)
+        missing = sorted(digest for digest in request.mix.digests if not self._is_at_hand(request.mix, digest))
+        waiting = self._requests[request.id] = _Waiting(request)
         self._wanted.update(request.mix.digests)
         if not missing:
             self._load_early(request)
-        for digest in sorted(missing):
-            self._reads.start(digest, request.paths[digest], partial(self._read, waiting, digest))
+        waiting.missing = {digest: partial(self._read, waiting, digest) for digest in missing}
+        for digest, done in waiting.missing.items():
+            self._reads.start(digest, request.paths[digest], done, tenant=request.tenant)
         return not missing
 
     def leave(self, request: Request) -> None:
-        """A request has ended. What is being loaded for it goes on, for others."""
+        """A request has ended. What is being read or copied for it goes on, for others; what is not begun does not."""
         waiting = self._requests.pop(request.id, None)
         if waiting is not None:
             self._unwant(waiting)
+            self._cancel(waiting)
 
     def poll(self, *, idle: bool) -> list[Arrived]:
         """Take note of what was read and copied, and start what can go on. `idle`: no request is there."""
         self._loader.poll()
+        self._reads.forget_ranks(self._in_use)
         self._loads.poll()
         self._wishes.poll(idle=idle)
         arrived, self._arrived = self._arrived, []
@@ -112,7 +114,7 @@ class EngineAdapters:
         if lease is not None:
             self._unwant(waiting)
             return lease
-        waiting.load = self._loads.get(request.mix) or self._loads.start(request.mix, request.paths)
+        waiting.load = self._loads.get(request.mix) or self._load(request)
         if waiting.load is None:
             self._check_size(request.mix)  # pins may have taken what it needs
         return None
@@ -120,6 +122,14 @@ class EngineAdapters:
     def is_loading(self, mix: Mix) -> bool:
         """Whether the pages of `mix` are reserved and its adapters on their way."""
         return self._loads.get(mix) is not None
+
+    def can_load(self, mix: Mix) -> bool:
+        """Whether `acquire` would begin now, or has begun, to load the pages of `mix` if it does not have them."""
+        return self.pool.can_reserve(mix, self._reads.ranks)
+
+    def fit_together(self, mixes: Iterable[Mix]) -> bool:
+        """Whether the pages of all these mixes could be had at once."""
+        return self.pool.shortage(mixes, self._reads.ranks) is None
 
     def release(self, lease: PageLease) -> None:
         self.pool.release(lease)
@@ -133,7 +143,12 @@ class EngineAdapters:
         self._wishes.unpin(digest)
 
     def evict(self, digest: str) -> None:
-        """Free an adapter's host memory now, and its pages as soon as nothing uses them. A pin of it ends."""
+        """Free an adapter's host memory now, and its pages as soon as nothing uses them, unless it is pinned.
+
+        Whoever takes an adapter away unpins it before; a pin that is there has come since, for the same weights.
+        """
+        if self._wishes.has_pin(digest):
+            return
         self._wishes.forget(digest)
         self._reads.forget(digest)
         self.host.drop(digest)
@@ -211,26 +226,47 @@ class EngineAdapters:
         try:
             if isinstance(packed, RequestError):
                 raise packed
-            waiting.missing.discard(digest)
+            del waiting.missing[digest]
+            self._check_size(waiting.request.mix)
             if not waiting.missing:
-                self._check_size(waiting.request.mix)
                 self._arrived.append((waiting.request, None))
         except RequestError as error:
-            waiting.missing.clear()
+            self._cancel(waiting)
             self._arrived.append((waiting.request, error))
+
+    def _cancel(self, waiting: _Waiting) -> None:
+        for digest, done in waiting.missing.items():
+            self._reads.cancel(digest, done)
+        waiting.missing.clear()
 
     def _load_early(self, request: Request) -> None:
         """Use free pages before it is the request's turn."""
         if not self.pool.holds(request.mix) and self._loads.get(request.mix) is None:
-            self._loads.start(request.mix, request.paths, evict=False)
+            self._load(request, evict=False)
+
+    def _load(self, request: Request, *, evict: bool = True) -> Load | None:
+        return self._loads.start(request.mix, request.paths, evict=evict, tenant=request.tenant)
+
+    def _in_use(self) -> set[str]:
+        """Adapters whose ranks somebody may need, or whose tier is to be told."""
+        named = {digest for own in self._requests.values() for digest in own.request.mix.digests}
+        return named | self._wishes.digests | self._told.keys() | self.host.moved | self.pool.moved
 
     def _check_size(self, mix: Mix) -> None:
-        if not self.pool.fits(mix, self._reads.ranks):
-            raise RequestError(
-                f"the {len(mix.entries)} adapters of this request need more rank pages than the server has",
-                param="lora.adapters",
-                code="mix_too_large",
-            )
+        """Raises RequestError if the adapters of `mix` whose ranks are known are too large already."""
+        known = tuple((digest, weight) for digest, weight in mix.entries if digest in self._reads.ranks)
+        number = len(mix.entries)
+        part = mix if len(known) == number else replace(mix, entries=known)
+        short = self.pool.shortage((part,), self._reads.ranks)
+        if short is None:
+            return
+        raise RequestError(
+            f"the {number} adapter{'s' * (number > 1)} of this request need{'s' * (number == 1)} more rank pages than"
+            f" the server has: {'at least ' * (len(known) < number)}{short.needed} for {short.group}, of"
+            f" {short.pages} that there are and {short.pinned} that pinned adapters take",
+            param="lora.adapters",
+            code="mix_too_large",
+        )
 
     def _unwant(self, waiting: _Waiting) -> None:
         if waiting.wanted:

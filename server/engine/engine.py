@@ -19,6 +19,7 @@ from server.engine.adapters import EngineAdapters
 from server.engine.blocks import BlockPool
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
 from server.engine.plan import Chunk
+from server.engine.reads import page_check
 from server.engine.runner import Launched, Runner
 from server.engine.sampler import stop_ids
 from server.engine.scheduler import Scheduler
@@ -59,7 +60,8 @@ class Engine:
         """Load the model and allocate its memory. Raises ModelError with one clear sentence if that cannot be done."""
         runner = Runner(config)
         pinned = runner.device.type == "cuda"
-        read = folder_reader(runner.model.linear_shape, runner.dtype, pinned=pinned)
+        check = page_check(runner.pool.num_pages)
+        read = folder_reader(runner.model.linear_shape, runner.dtype, pinned=pinned, check=check)
         host, loader = HostTier(config.host_memory), start_loader(config.load_threads, runner.device)
         return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock)
 

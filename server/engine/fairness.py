@@ -14,28 +14,32 @@ the waiting ones, so that time in which it did not ask for its share earns no cr
 
 import heapq
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from server.engine.sequence import Sequence
 
 INPUT_PRICE = 1.0
 OUTPUT_PRICE = 2.0  # an output token costs a whole decode row, a prompt token shares its step with hundreds
 EXPECTED = 32  # tokens; 16 and 64 do as well
+LEAST_WEIGHT, MOST_WEIGHT = 1e-3, 1e3
+REBASE = 1e9  # a token of the largest weight is 1e-3 and counts as such beside it, with 4 digits
 
 
 class FairQueue:
     """Waiting sequences by tenant, and how many each tenant has running.
 
-    A tenant's weight is that of the request it queued last.
+    A tenant's weight is that of the request it queued last, within `LEAST_WEIGHT` and `MOST_WEIGHT`.
     """
 
     def __init__(self) -> None:
         self.counters: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._queues: dict[str, deque[Sequence]] = {}
+        self._plain: dict[str, deque[Sequence]] = {}  # of these, the sequences without adapters
         self.running: dict[str, int] = {}
         self._last_waiting = ""  # the tenant whose queue was the last to become empty
         self._credits: dict[str, float] = {}  # what a tenant was owed when its queue became empty
+        self._most = REBASE  # the counter above which all are counted anew
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -59,17 +63,23 @@ class FairQueue:
     def push(self, sequence: Sequence) -> None:
         request = sequence.request
         self._queue(request.tenant).append(sequence)
-        self._weights[request.tenant] = request.weight
+        if not request.mix.entries:
+            self._plain[request.tenant].append(sequence)
+        self._weights[request.tenant] = min(max(request.weight, LEAST_WEIGHT), MOST_WEIGHT)
 
     def push_front(self, sequence: Sequence) -> None:
         """Queue a sequence that is being preempted ahead of its tenant's others. It still counts as running."""
         self._queue(sequence.request.tenant).appendleft(sequence)
+        if not sequence.request.mix.entries:
+            self._plain[sequence.request.tenant].appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         tenant = sequence.request.tenant
         self._queues[tenant].remove(sequence)
+        if not sequence.request.mix.entries:
+            self._plain[tenant].remove(sequence)
         if not self._queues[tenant]:
-            del self._queues[tenant]
+            del self._queues[tenant], self._plain[tenant]
             self._last_waiting = tenant
             self._credits[tenant] = self._floor(tenant) - self.counters.get(tenant, 0.0)
 
@@ -91,32 +101,43 @@ class FairQueue:
 
     def charge(self, sequence: Sequence, tokens: int, price: float) -> None:
         sequence.num_charged += tokens
-        tenant = sequence.request.tenant
-        self.counters[tenant] = self.counters.get(tenant, 0.0) + tokens * price / self.weight(tenant)
+        self.charge_tenant(sequence.request.tenant, tokens * price)
 
-    def in_turn(self, passed: Container[str] = ()) -> Iterator[Sequence]:
+    def charge_tenant(self, tenant: str, priced: float) -> None:
+        """Charge priced tokens that a tenant was served, or that others were not because of it."""
+        counter = self.counters[tenant] = self.counters.get(tenant, 0.0) + priced / self.weight(tenant)
+        if counter > self._most:
+            self._rebase()
+
+    def in_turn(
+        self, passed: Container[str] = (), only_plain: Callable[[str], bool] = lambda _: False
+    ) -> Iterator[Sequence]:
         """Waiting sequences in the order in which they should be tried, following the counters as they change.
 
-        The caller may call `started` on the sequence it was just given; one it passes over is not given again, and
-        none of the tenants that are in `passed` by then.
+        The caller may call `started` on the sequence it was just given; one it passes over is not given again, none of
+        the tenants that are in `passed` by then, and none with adapters of those that are `only_plain` by then.
         """
         rest: dict[str, Iterator[Sequence]] = {}
-        order = [(self._expected(tenant), tenant) for tenant in self._queues]
+        plain: set[str] = set()
+        order = [(self.expected(tenant), tenant) for tenant in self._queues]
         heapq.heapify(order)
         while order:
             tenant = order[0][1]
             if tenant not in rest:
                 rest[tenant] = iter(tuple(self._queues.get(tenant, ())))
+            if tenant not in plain and only_plain(tenant):
+                plain.add(tenant)
+                rest[tenant] = iter(tuple(self._plain.get(tenant, ())))
             sequence = None if tenant in passed else next(rest[tenant], None)
             if sequence is None:
                 heapq.heappop(order)
                 continue
             yield sequence
-            expected = self._expected(tenant)
+            expected = self.expected(tenant)
             if expected != order[0][0]:
                 heapq.heapreplace(order, (expected, tenant))
 
-    def _expected(self, tenant: str) -> float:
+    def expected(self, tenant: str) -> float:
         """The counter as it will soon be."""
         coming = self.running.get(tenant, 0) * EXPECTED * OUTPUT_PRICE
         return self.counters.get(tenant, 0.0) + coming / self.weight(tenant)
@@ -125,7 +146,7 @@ class FairQueue:
         """The tenant's queue; if it is new, the tenant's counter is lifted."""
         if tenant not in self._queues:
             self._lift(tenant)
-            self._queues[tenant] = deque()
+            self._queues[tenant], self._plain[tenant] = deque(), deque()
         return self._queues[tenant]
 
     def _lift(self, tenant: str) -> None:
@@ -133,10 +154,22 @@ class FairQueue:
             self.counters.clear()
             self._weights.clear()
             self._credits.clear()
+            self._most = REBASE
             return
         credit = max(0.0, self._credits.pop(tenant, 0.0)) if tenant in self.running else 0.0
         counter = self.counters.get(tenant, 0.0)
         self.counters[tenant] = max(counter, self._floor(tenant) - credit)
+
+    def _rebase(self) -> None:
+        """Count from the smallest counter of those that wait or run, so that small steps are not lost in large sums.
+
+        Others below it would be lifted to it if they came back.
+        """
+        served = self._queues.keys() | self.running.keys()
+        base = min((self.counters.get(tenant, 0.0) for tenant in served), default=0.0)
+        self._weights = {tenant: weight for tenant, weight in self._weights.items() if tenant in served}
+        self.counters = {tenant: own - base for tenant, own in self.counters.items() if own > base or tenant in served}
+        self._most = max(REBASE, 2 * max(self.counters.values(), default=0.0))
 
     def _floor(self, tenant: str) -> float:
         """The smallest counter of those that wait; where nobody does, of who waited last, or of all that run."""

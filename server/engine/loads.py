@@ -62,11 +62,11 @@ class Loads:
         """The load of `mix` that is under way, if there is one."""
         return self._loads.get(mix.digest)
 
-    def start(self, mix: Mix, paths: Mapping[str, str], *, evict: bool = True) -> Load | None:
+    def start(self, mix: Mix, paths: Mapping[str, str], *, evict: bool = True, tenant: str = "") -> Load | None:
         """Load `mix`, which is not under way; None if its pages cannot be had now.
 
         `paths`: folders by digest, for adapters that have left host memory. Their ranks must be known. `evict` False:
-        only into pages that are free.
+        only into pages that are free. tenant: in whose turn what has to be read is read.
         """
         reservation = self._pool.reserve(mix, self._reads.ranks, evict=evict)
         if reservation is None:
@@ -80,7 +80,8 @@ class Loads:
                 if packed is not None:
                     self._gathered(making, digest, packed)
                 else:
-                    self._reads.start(digest, paths[digest], partial(self._gathered, making, digest))
+                    done = partial(self._gathered, making, digest)
+                    self._reads.start(digest, paths[digest], done, tenant=tenant, first=True)
         return load
 
     def poll(self) -> None:

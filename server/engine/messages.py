@@ -53,7 +53,7 @@ class Prefetch(msgspec.Struct, tag=True):
 
 
 class Evict(msgspec.Struct, tag=True):
-    """To the engine: free an adapter's host memory, and its pages as soon as nothing uses them."""
+    """To the engine: free an adapter's host memory, and its pages as soon as nothing uses them, unless it is pinned."""
 
     digest: str
 

@@ -1,9 +1,13 @@
 """One step as the scheduler plans it: chunks of sequences under a budget of tokens."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from server.engine.config import RequestError
 from server.engine.sequence import Sequence
+
+MISSING_MIXES = 64  # mixes tried in vain in one step; each costs a look at all residents that could make room
+MISSED, MISSED_BY_TENANT = 256, 128  # sequences passed over for their pages in one step
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,20 @@ class Plan:
     failed: list[tuple[Sequence, RequestError]] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)  # digests of mixes whose pages cannot be had in this step
+    missed: Counter[str] = field(default_factory=Counter)  # sequences that were passed over for that, by tenant
+    num_missed: int = 0
+
+    def miss(self, sequence: Sequence) -> None:
+        """A sequence is passed over for its pages."""
+        self.missed[sequence.request.tenant] += 1
+        self.num_missed += 1
+
+    def only_plain(self, tenant: str) -> bool:
+        """Whether nothing with adapters is tried any more, since too much was in vain."""
+        return (
+            len(self.missing) >= MISSING_MIXES or self.num_missed >= MISSED or self.missed[tenant] >= MISSED_BY_TENANT
+        )
 
     def run(self, sequence: Sequence) -> None:
         """Plan the next chunk of a sequence, as long as the budget allows."""

@@ -2,24 +2,71 @@
 
 import logging
 from collections.abc import Callable, Container, Mapping
-from functools import partial
+from dataclasses import dataclass, field
 
 from adapters_store.loader import Loader
-from adapters_store.pages import PackedAdapter
+from adapters_store.pages import PackedAdapter, rank_pages
 from adapters_store.tiers import HostTier, Read
 from adapters_store.types import AdapterError
 from server.engine.config import RequestError
+from server.engine.turns import Turns
 
 Done = Callable[[PackedAdapter | RequestError], None]
 
+REMEMBERED = 1 << 14
+"""Adapters whose ranks are remembered though they are in no memory; about 8 MB."""
+
 logger = logging.getLogger(__name__)
+
+
+class TooManyPages(RequestError):
+    """An adapter that needs more rank pages than the device has. `ranks` as `AdapterWeights.group_ranks`."""
+
+    def __init__(self, ranks: Mapping[str, int], message: str) -> None:
+        super().__init__(message, param="lora.adapters", code="mix_too_large")
+        self.ranks = ranks
+
+
+def page_check(num_pages: Mapping[str, int]) -> Callable[[Mapping[str, int]], None]:
+    """Raises TooManyPages for ranks by group that could never be had of so many pages by group."""
+
+    def check(ranks: Mapping[str, int]) -> None:
+        for name, needed in rank_pages(ranks).items():
+            if needed > num_pages[name]:
+                raise TooManyPages(
+                    ranks, f"the adapter needs {needed} rank pages for {name}, more than the server's {num_pages[name]}"
+                )
+
+    return check
+
+
+@dataclass(eq=False)
+class _Outcome:
+    """Of one piece of work for the loader. `digest` None: there was nothing left to read."""
+
+    digest: str | None
+    packed: PackedAdapter | Exception | None = None
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Reading:
+    """An adapter from being asked for until it was read."""
+
+    path: str
+    waiting: list[Done] = field(default_factory=list)
+    wanted: bool = True  # in host memory
 
 
 class Reads:
     """Reads adapters by the loader, each once however many wait for it, and keeps them in the host tier.
 
-    `ranks` has `AdapterWeights.group_ranks` of every digest that was ever read. `keep`: digests that the host tier
-    must not drop for others, as somebody waits for them. `seconds`: how long each read took, for whoever clears it.
+    What is read next is decided when a thread of the loader is free: tenants take turns, and what nobody waits for any
+    more is not begun.
+
+    `ranks` has `AdapterWeights.group_ranks` of every digest that was read, until `forget_ranks`. `keep`: digests that
+    the host tier must not drop for others, as somebody waits for them. `seconds`: how long each read took, for whoever
+    clears it.
     """
 
     def __init__(
@@ -32,53 +79,114 @@ class Reads:
         self._read = read
         self._clock = clock
         self._keep = keep
-        self._waiting: dict[str, list[Done]] = {}
-        self._unwanted: set[str] = set()
+        self._readings: dict[str, _Reading] = {}
+        self._turns = Turns()
+        self._tasks = 0  # submitted to the loader and not reported
+        self._most_ranks = REMEMBERED
 
-    def start(self, digest: str, path: str, done: Done) -> None:
-        """Read an adapter, or join whoever reads it already. `done` gets it, or a RequestError, in a later poll."""
-        self._unwanted.discard(digest)
-        waiting = self._waiting.setdefault(digest, [])
-        waiting.append(done)
-        if len(waiting) == 1:
-            self._loader.submit(partial(self._timed, digest, path), partial(self._finish, digest))
+    def start(self, digest: str, path: str, done: Done, *, tenant: str = "", first: bool = False) -> None:
+        """Read an adapter, or join whoever reads it already. `done` gets it, or a RequestError, in a later poll.
+
+        tenant: in whose turn. first: before all others in it, as for pages that are held for the adapter.
+        """
+        reading = self._readings.get(digest)
+        if reading is None:
+            reading = self._readings[digest] = _Reading(path)
+            self._turns.enter(tenant, digest, first=first)
+        else:
+            self._turns.join(tenant, digest, first=first)
+        reading.wanted = True
+        reading.waiting.append(done)
+        self._submit()
+
+    def cancel(self, digest: str, done: Done) -> None:
+        """`done` is not to be called any more. If nobody else waits, reading does not begin; once begun, it goes on."""
+        reading = self._readings.get(digest)
+        if reading is None or done not in reading.waiting:
+            return
+        reading.waiting.remove(done)
+        if not reading.waiting and self._turns.leave(digest):
+            del self._readings[digest]
 
     def read_now(self, digest: str, path: str) -> None:
         """Read an adapter into the host tier, waiting for the disk. Raises what reading raises."""
-        self._keep_read(*self._timed(digest, path))
+        started = self._clock()
+        self._keep_read(self._read(digest, path), self._clock() - started)
 
     def forget(self, digest: str) -> None:
         """What is being read does not stay in the host tier, unless it is asked for again before it comes."""
-        if digest in self._waiting:
-            self._unwanted.add(digest)
+        if digest in self._readings:
+            self._readings[digest].wanted = False
+
+    def forget_ranks(self, needed: Callable[[], Container[str]]) -> None:
+        """Bound `ranks`: forget the older half of what is not in `needed`, which is only asked for if that is due."""
+        if len(self.ranks) <= self._most_ranks:
+            return
+        kept = needed()
+        unneeded = [digest for digest in self.ranks if digest not in kept]
+        for digest in unneeded[: max(len(unneeded) // 2, len(unneeded) - REMEMBERED)]:
+            del self.ranks[digest]
+        self._most_ranks = len(self.ranks) + REMEMBERED // 2
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless everything that is awaited is under way."""
-        if len(self._waiting) > self._loader.pending or not self._unwanted <= self._waiting.keys():
-            raise RuntimeError(f"{len(self._waiting)} adapters are awaited, {self._loader.pending} tasks are under way")
+        if not len(self._readings) <= self._tasks <= self._loader.pending:
+            raise RuntimeError(
+                f"{len(self._readings)} adapters are awaited, {self._tasks} of {self._loader.pending} tasks read"
+            )
 
-    def _timed(self, digest: str, path: str) -> tuple[PackedAdapter, float]:
+    def _submit(self) -> None:
+        while self._tasks < len(self._readings):
+            self._tasks += 1
+            self._loader.submit(self._read_next, self._finish)
+
+    def _read_next(self) -> _Outcome:
+        """Runs in a thread of the loader."""
+        digest = self._turns.next()
+        if digest is None:  # nobody waits for it any more
+            return _Outcome(None)
         started = self._clock()
-        packed = self._read(digest, path)
-        return packed, self._clock() - started
+        try:
+            packed: PackedAdapter | Exception = self._read(digest, self._readings[digest].path)
+        except Exception as error:
+            packed = error
+        return _Outcome(digest, packed, self._clock() - started)
 
-    def _finish(self, digest: str, result: tuple[PackedAdapter, float] | Exception) -> None:
-        waiting = self._waiting.pop(digest)
-        outcome = unavailable(digest, result) if isinstance(result, Exception) else self._keep_read(*result)
-        self._unwanted.discard(digest)
-        for done in waiting:
-            done(outcome)
+    def _finish(self, outcome: _Outcome | Exception) -> None:
+        self._tasks -= 1
+        if isinstance(outcome, Exception):  # the thread failed before it had begun
+            outcome = _Outcome(self._turns.next(), outcome)
+        if outcome.digest is not None:
+            self._report(outcome.digest, outcome)
+        self._submit()  # a task that found nothing to do may have counted as one for what came since
+
+    def _report(self, digest: str, outcome: _Outcome) -> None:
+        if isinstance(outcome.packed, PackedAdapter):
+            result: PackedAdapter | RequestError = self._keep_read(outcome.packed, outcome.seconds)
+        else:
+            assert outcome.packed is not None
+            result = self._failed(digest, outcome.packed)
+        for done in self._readings.pop(digest).waiting:
+            done(result)
 
     def _keep_read(self, packed: PackedAdapter, seconds: float) -> PackedAdapter:
         self.ranks[packed.digest] = packed.group_ranks
         self.seconds.append(seconds)
-        if packed.digest not in self._unwanted:
+        reading = self._readings.get(packed.digest)
+        if reading is None or reading.wanted:
             self._host.insert(packed, self._keep)
         return packed
+
+    def _failed(self, digest: str, error: Exception) -> RequestError:
+        if isinstance(error, TooManyPages):
+            self.ranks[digest] = error.ranks  # whoever asks again is told without a look at the file
+        return unavailable(digest, error)
 
 
 def unavailable(digest: str, error: Exception) -> RequestError:
     """What those are told who wait for an adapter that could not be loaded."""
+    if isinstance(error, RequestError):
+        return error
     if isinstance(error, AdapterError | OSError):  # it was fine when it was registered
         message = str(error)
     else:

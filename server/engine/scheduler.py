@@ -9,46 +9,24 @@ Steps are launched (`advance`) and later committed; the next one may be schedule
 not known yet counted as pending.
 
 Rank pages cannot deadlock: the pages of a mix are acquired all at once or not at all, waiting and preempted sequences
-hold none, and a sequence whose pages stay missing for `STARVATION_STEPS` steps stops the admission of all others until
-the running ones have given back what it needs.
+hold none, and a sequence whose pages stay missing keeps others off them when it is its turn (starvation.py).
 """
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
-from adapters_store.pool import PageLease
-from adapters_store.types import Mix
 from server.engine.blocks import BlockPool
 from server.engine.config import RequestError
 from server.engine.fairness import OUTPUT_PRICE, FairQueue
 from server.engine.plan import Chunk, Plan
-from server.engine.sequence import Request, Sequence
+from server.engine.sequence import Sequence
 from server.engine.shares import PATIENCE, QUANTUM, Shares
+from server.engine.starvation import AdapterPages, Starvation
 
-STARVATION_STEPS = 64
 # Free blocks that admission leaves to each running sequence for its growth. 256 requests of 8..512 prompt and output
 # tokens, 64 rows, KV for 20,000 tokens: 43 preemptions and 140,000 token rows, against 161 and 158,000 with none left.
 GROWTH_BLOCKS = 0.5
-MISSING_MIXES = 64  # mixes tried in vain in one step; each costs a look at all residents that could make room
 CLAIMANTS = 4  # tenants that look for a row to take in one step; each costs a look at all that run
-
-
-class AdapterPages(Protocol):
-    """Device pages of adapters, as the scheduler sees them."""
-
-    def acquire(self, request: Request) -> PageLease | None:
-        """All pages of the request's mix, or None when they cannot be had now or are being loaded.
-
-        Raises RequestError when they never can, as for an adapter that cannot be read.
-        """
-        ...
-
-    def is_loading(self, mix: Mix) -> bool:
-        """Whether the pages of `mix` are reserved, and its adapters on their way into them."""
-        ...
-
-    def release(self, lease: PageLease) -> None: ...
 
 
 class Scheduler:
@@ -74,6 +52,7 @@ class Scheduler:
         self.clock = clock
         self.waiting = FairQueue()
         self.shares = Shares(self.waiting, blocks, patience, quantum)
+        self.starvation = Starvation(self.waiting, pages)
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.yielded = 0  # of the preemptions, those in favour of another tenant that waited
@@ -115,6 +94,7 @@ class Scheduler:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)
+            self.starvation.left(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless exactly the running sequences hold blocks and pages, each as many as it needs."""
@@ -125,6 +105,8 @@ class Scheduler:
         held = Counter(block for sequence in self.running for block in sequence.blocks)
         assert held == self.blocks.references(), "blocks are held by no running sequence, or not as often as counted"
         assert not any(sequence.blocks or sequence.lease for sequence in self.waiting), "a waiting one holds memory"
+        starving = self.starvation.sequence
+        assert starving is None or starving in set(self.waiting), "room is kept for a sequence that does not wait"
 
     def _continue_running(self, plan: Plan) -> None:
         """A chunk for every running sequence.
@@ -181,10 +163,11 @@ class Scheduler:
             return
         if self._full and not self.waiting.contended:
             return
-        starving = [sequence for sequence in self.waiting if sequence.skipped_steps >= STARVATION_STEPS]
-        turn = [min(starving, key=lambda sequence: sequence.arrival)] if starving else self.waiting.in_turn(plan.passed)
-        missing: set[str] = set()
-        for sequence in turn:
+        self._start_waiting(plan)
+        self.starvation.settle(self.running, self.max_num_seqs - len(self.running))
+
+    def _start_waiting(self, plan: Plan) -> None:
+        for sequence in self.starvation.in_turn(plan):
             if self._full and (len(plan.passed) >= CLAIMANTS or not self.waiting.contended):
                 return
             if sequence.num_pending:  # preempted while a step was under way
@@ -192,11 +175,12 @@ class Scheduler:
             if self._full and self._victims(sequence, plan, missing=0) is None:
                 plan.passed.add(sequence.request.tenant)
                 continue
-            if not self._acquire_pages(sequence, plan, missing):
+            if not self._acquire_pages(sequence, plan):
                 continue
             if not self._take_blocks(sequence, plan):
                 self._release_pages(sequence)
                 if not self._full:
+                    self.starvation.lacks_blocks(sequence)
                     return  # KV is common to all: letting smaller requests overtake would starve this one
                 plan.passed.add(sequence.request.tenant)
                 continue
@@ -245,16 +229,17 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         self.waiting.started(sequence)
         self.running.append(sequence)
+        self.starvation.left(sequence)
         plan.started.add(sequence.request.tenant)
         plan.run(sequence)
 
-    def _acquire_pages(self, sequence: Sequence, plan: Plan, missing: set[str]) -> bool:
-        """`missing`: digests of mixes that could not be had in this step, and still cannot, as admissions only take."""
+    def _acquire_pages(self, sequence: Sequence, plan: Plan) -> bool:
         mix = sequence.request.mix
         if not mix.entries:
             return True
-        if mix.digest not in missing:
-            if len(missing) >= MISSING_MIXES:
+        if mix.digest not in plan.missing:
+            if not self.starvation.leaves_room(sequence):
+                plan.miss(sequence)
                 return False
             try:
                 sequence.lease = self.pages.acquire(sequence.request)
@@ -265,8 +250,9 @@ class Scheduler:
                 return True
             if self.pages.is_loading(mix):
                 return False  # it is nobody's fault, and takes pages from nobody who could have them
-            missing.add(mix.digest)
-        sequence.skipped_steps += 1
+            plan.missing.add(mix.digest)  # and remains so in this step, as admissions only take
+        plan.miss(sequence)
+        self.starvation.missed(sequence)
         return False
 
     def _publish(self, sequence: Sequence) -> None:

@@ -83,11 +83,11 @@ class Shares:
             for name, own in held.items()
             if name != tenant and name not in spared and queue.excess(name, tenant) > cost
         ]
+        last = last_that_may_yield(running) if debtors else {}
         for ratio, other in sorted(debtors, reverse=True):
             if ratio < claimed:
                 break
-            own = (sequence for sequence in reversed(running) if sequence.request.tenant == other)
-            victim = next(filter(may_yield, own), None)
+            victim = last.get(other)
             if victim is None or queue.excess(other, tenant) <= cost + len(victim):
                 continue
             if (held[other] - (1 if row else len(victim.blocks))) / queue.weight(other) >= claimed:
@@ -101,6 +101,11 @@ def held_blocks(running: Rows[Sequence]) -> dict[str, int]:
     for sequence in running:
         held[sequence.request.tenant].update(sequence.blocks)
     return {tenant: len(blocks) for tenant, blocks in held.items()}
+
+
+def last_that_may_yield(running: Rows[Sequence]) -> dict[str, Sequence]:
+    """By tenant. One look at all that run, however many tenants they have."""
+    return {sequence.request.tenant: sequence for sequence in running if may_yield(sequence)}
 
 
 def may_yield(sequence: Sequence) -> bool:

@@ -51,6 +51,7 @@ class Wishes:
         self._loader = loader
         self._asks: set[_Ask] = set()
         self._pins: dict[str, _Pin] = {}
+        self._pinned: set[str] = set()  # all that were accepted, loaded or not
         self._prefetches: list[tuple[Load, Prefetched]] = []
         self._ahead: dict[str, str] = {}
 
@@ -58,6 +59,15 @@ class Wishes:
     def pending(self) -> bool:
         """Whether `poll` may have something to do."""
         return bool(self._pins or self._prefetches or self._ahead)
+
+    @property
+    def digests(self) -> set[str]:
+        """What is pinned or being loaded."""
+        return self._pinned.union(*(load.reservation.mix.digests for load, _ in self._prefetches))
+
+    def has_pin(self, digest: str) -> bool:
+        """Whether an adapter is pinned, or will be if there is room once it has been read."""
+        return digest in self._pinned or any(ask.is_pin and ask.digest == digest for ask in self._asks)
 
     def pin(self, digest: str, path: str, done: Pinned) -> None:
         """Keep an adapter on the device, from the moment at which its pages can be had. Pinning twice changes `path`.
@@ -74,11 +84,11 @@ class Wishes:
         """Undo `pin`, if there was one."""
         self._asks = {ask for ask in self._asks if ask.digest != digest or not ask.is_pin}
         self._pins.pop(digest, None)
+        self._pinned.discard(digest)
         self._pool.unpin(digest)
 
     def forget(self, digest: str) -> None:
-        """Undo all that was wished of an adapter, as far as it has not come yet."""
-        self.unpin(digest)
+        """Undo all that was wished of an adapter that has no pin, as far as it has not come yet."""
         self._asks = {ask for ask in self._asks if ask.digest != digest}
         self._ahead.pop(digest, None)
 
@@ -130,6 +140,7 @@ class Wishes:
         pinned = self._pool.pin(digest, self._reads.ranks[digest])
         if pinned:
             self._pins[digest] = _Pin(path)
+            self._pinned.add(digest)
         done(pinned)
 
     def _ask(self, digest: str, path: str, *, is_pin: bool) -> _Ask:

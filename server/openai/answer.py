@@ -9,7 +9,7 @@ from typing import Any
 from server.choice import Piece, ScoredToken
 from server.engine.sequence import FinishReason
 from server.generation import Generation, Usage
-from server.openai.lora import lora_object
+from server.route_view import explained
 
 Json = dict[str, Any]
 
@@ -86,7 +86,7 @@ class Answer(ABC):
 
     def _lora(self) -> Json:
         assert self._generation.route is not None
-        return lora_object(self._generation.route)
+        return explained(self._generation.route)
 
 
 def usage_object(usage: Usage) -> Json:

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from server.ask import Ask
 from server.body import RequestModel
 from server.choice import Piece, ScoredToken
 from server.errors import BadRequest
-from server.generation import Ask
 from server.openai.answer import Answer, Collected, Json
 from server.openai.protocol import GenerationRequest
 from server.tenants import Tenant

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from server.ask import Ask
 from server.body import limits_of
 from server.choice import Piece, ScoredToken
 from server.errors import BadRequest
-from server.generation import Ask
 from server.openai.answer import Answer, Collected, Json
 from server.openai.protocol import GenerationRequest
 from server.tenants import Tenant

@@ -9,12 +9,14 @@ from pydantic_core import PydanticCustomError
 
 from adapters_store.types import Composition
 from routing.router import NamedWeight, RouteQuery
+from server.ask import Ask
 from server.body import RequestModel, limits_of, validate
 from server.config import LimitSettings
 from server.engine.sequence import SamplingParams
 from server.errors import BadRequest
-from server.generation import Ask
-from server.openai.lora import LoraOptions, Name
+from server.openai.lora import LoraOptions
+from server.query_text import QueryScope
+from server.route_options import Name
 from server.tenants import Tenant
 
 T = TypeVar("T")
@@ -180,6 +182,8 @@ class GenerationRequest(RequestModel):
             adapters=adapters,
             composition=Composition(lora.composition or "mixture"),
             router=lora.router,
+            options=lora.router_options(sticky=bool(lora.sticky), explain=bool(lora.explain)),
+            default_router=tenant.default_router,
         )
 
     def ask(self, tenant: Tenant) -> Ask:
@@ -187,6 +191,7 @@ class GenerationRequest(RequestModel):
             tenant=tenant,
             query=self.query(tenant),
             params=self.sampling(),
+            scope=QueryScope((self.lora and self.lora.query) or "last_turn"),
             n=_or(self.n, 1),
             seed=self.seed,
             max_tokens=self.longest_answer(),

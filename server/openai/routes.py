@@ -11,17 +11,18 @@ from starlette.responses import Response
 from adapters_store.registry import ModelRow
 from adapters_store.registry import NotFound as UnknownName
 from routing.router import AUTO, RouteError, RouteQuery
+from server.ask import Ask
 from server.body import document, json_body
 from server.choice import Piece
-from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller
+from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller, knock
 from server.errors import BadRequest, NotFound
-from server.generation import Ask, Generation, route_error
+from server.generation import Generation, route_error
 from server.openai.answer import Answer, Json, collect
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
-from server.openai.lora import route_header
 from server.openai.stream import EventStream, unless_gone
 from server.openai.tokens import DetokenizeRequest, TokenizeRequest
+from server.route_view import route_header
 from server.tenants import Tenant
 
 router = APIRouter(dependencies=[Depends(get_caller)])
@@ -32,7 +33,7 @@ TokenizeBody = Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
 
 
-@router.post("/v1/chat/completions", openapi_extra=document(ChatRequest))
+@router.post("/v1/chat/completions", dependencies=[Depends(knock)], openapi_extra=document(ChatRequest))
 async def chat_completions(body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     generation = services.generator.start(body.ask(caller.tenant))
     answer = ChatAnswer(
@@ -45,7 +46,7 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
     return await _respond(request, generation, answer, bool(body.stream))
 
 
-@router.post("/v1/completions", openapi_extra=document(CompletionRequest))
+@router.post("/v1/completions", dependencies=[Depends(knock)], openapi_extra=document(CompletionRequest))
 async def completions(body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     ask = body.ask(caller.tenant)
     generation = services.generator.start(ask)

@@ -8,7 +8,7 @@ from server.body import RequestModel, validate
 from server.config import LimitSettings
 from server.errors import BadRequest
 from server.openai.chat import ChatMessage
-from server.openai.lora import Name
+from server.route_options import Name
 
 
 class TokenizeRequest(RequestModel):

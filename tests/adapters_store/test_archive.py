@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapters_store.archive import ArchiveLimits, unpack
+from adapters_store.contents import ROUTER
 from adapters_store.types import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,6 +71,18 @@ def test_an_adapter_is_unpacked(pack: Pack, prefix: str, tmp_path: Path) -> None
     (tmp_path / "archive").write_bytes(pack(files | extras))
     folder = unpack(tmp_path / "archive", tmp_path / "into", LIMITS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == ADAPTER | {"README.md": b"# card"}
+
+
+def test_a_router_is_unpacked(pack: Pack, tmp_path: Path) -> None:
+    files = {"router.json": b"{}", "router.safetensors": b"x"}
+    (tmp_path / "archive").write_bytes(pack(files | ADAPTER | {"README.md": b"# card"}))
+    folder = unpack(tmp_path / "archive", tmp_path / "into", LIMITS, ROUTER)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    for broken, code in ((pack(ADAPTER), "router_incomplete"), (b"GGUF", "router_corrupt")):
+        (tmp_path / "archive").write_bytes(broken)
+        with pytest.raises(AdapterError) as caught:
+            unpack(tmp_path / "archive", tmp_path / "other", LIMITS, ROUTER)
+        assert (caught.value.code, caught.value.status) == (code, 422)
 
 
 def test_archives_of_common_tools(tmp_path: Path) -> None:
@@ -151,6 +164,24 @@ def test_a_zip_that_unpacks_to_more_than_it_declares(tmp_path: Path) -> None:
     lying = honest.replace(struct.pack("<I", 1 << 19), struct.pack("<I", 10))
     assert lying != honest
     assert refused(lying, tmp_path).code == "adapter_corrupt"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("name", [WEIGHTS, "notes.txt"])
+def test_methods_that_unpack_without_bounds(method: int, name: str, tmp_path: Path) -> None:
+    """A bzip2 block of 45 bytes becomes 900 KB at once, whatever size its entry declares."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(CONFIG, b"{}")
+        archive.writestr(name, b"x", method)
+    error = refused(out.getvalue(), tmp_path)
+    assert error.code == "adapter_unsafe"
+    assert "neither stored nor deflated" in error.message
+
+
+def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    assert refused(make_zip(ADAPTER), tmp_path).code == "adapter_corrupt"
 
 
 def test_too_many_entries(pack: Pack, tmp_path: Path) -> None:

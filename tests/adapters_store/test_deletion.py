@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store.leases import StoreLease
 from adapters_store.peft_format import read_adapter
-from adapters_store.registry import NameTaken, NotFound
+from adapters_store.registry import BeingDeleted, NotFound, RegistryUnavailable
 from adapters_store.store import AdapterInUse, AdapterStore, UnknownAdapter
 from tests.adapters_store.stores import Stores, meaning, until
 
@@ -43,7 +44,7 @@ class TestDelete:
         assert (await store.models("default")).items == ()
         with pytest.raises(UnknownAdapter):
             await store.lease("bob", [adapter])
-        with pytest.raises(NameTaken, match="is being deleted"):
+        with pytest.raises(BeingDeleted, match="is being deleted"):
             await stores.add(store, "sql", 2)
         assert read_adapter(Path(lease.paths[adapter.digest]), stores.shape).digest == adapter.digest
         assert await store.delete("default", "sql", wait=True, timeout=0.01) is False
@@ -79,6 +80,46 @@ class TestDelete:
         assert (await meaning(store, "default", "sql")) == adapter
         store.release(lease)
 
+    async def test_a_name_that_could_not_be_shown_again_at_once(
+        self, stores: Stores, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A request is faster, and the registry fails just then: once it answers, everything is as before."""
+        monkeypatch.setattr("adapters_store.deletion._RETRY_SECONDS", 0.01)
+        await stores.add(store, "sql", 1)
+        adapter = await meaning(store, "default", "sql")
+        real, loop, tries = store.registry.removals.mark, asyncio.get_running_loop(), []
+        leases: list[StoreLease] = []
+
+        def mark(tenant: str, name: str, deleting: bool = True) -> tuple[str, ...]:
+            if not deleting:
+                tries.append(name)
+                if len(tries) < 4:
+                    raise RegistryUnavailable("lost")
+            elif not leases:
+                leases.append(asyncio.run_coroutine_threadsafe(store.lease("default", [adapter]), loop).result())
+            return real(tenant, name, deleting)
+
+        monkeypatch.setattr(store.registry.removals, "mark", mark)
+        with pytest.raises(AdapterInUse):
+            await store.delete("default", "sql", wait=False)
+        assert await store.is_marked("default", "sql")
+        await until(lambda: not store._deletions._reopening)
+        assert len(tries) == 4
+        assert store.registry.removals.marked() == ()
+        assert (await meaning(store, "default", "sql")) == adapter
+        store.release(leases[0])
+        assert await store.delete("default", "sql", wait=False) is True
+
+    async def test_a_deletion_of_a_hidden_name_goes_on(self, stores: Stores, store: AdapterStore) -> None:
+        """As if its showing again had never succeeded, or another process had hidden it and been killed."""
+        await stores.add(store, "sql", 1)
+        store.registry.removals.mark("default", "sql")
+        assert await store.is_marked("default", "sql")
+        assert not await store.is_marked("default", "other")
+        assert await store.delete("default", "sql") is True
+        assert not await store.is_marked("default", "sql")
+        assert await stores.add(store, "sql", 2)
+
     async def test_a_caller_that_leaves_does_not_stop_it(self, stores: Stores, store: AdapterStore) -> None:
         await stores.add(store, "sql", 1)
         task = asyncio.create_task(store.delete("default", "sql", wait=True))
@@ -87,7 +128,7 @@ class TestDelete:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await until(lambda: not store._workers._tasks and not store._deletions._draining)
-        assert store.registry.deleting() == ()
+        assert store.registry.removals.marked() == ()
         with pytest.raises(NotFound):
             await store.get("default", "sql")
 
@@ -98,7 +139,7 @@ class TestDelete:
         assert await store.delete("default", "sql") is False
         await store.close()
         store = stores.open()
-        assert store.registry.deleting() == ()
+        assert store.registry.removals.marked() == ()
         assert [row.name for row in (await store.models("default")).items] == ["other"]
         assert await store.count() == 1
 

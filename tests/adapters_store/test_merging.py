@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapters_store.linear_names import module_path
 from adapters_store.merging import MergeMethod, MergeRecipe, merge
-from adapters_store.peft_format import module_path
 from adapters_store.types import TARGETS, AdapterError, AdapterWeights, LoraPair
 
 Module = tuple[int, str]
@@ -296,7 +296,7 @@ def test_recipe_and_digest() -> None:
         ({"method": "arrow"}, "method is 'arrow'"),
         ({"entries": []}, "at least one"),
         ({"entries": [("a", 0.0)]}, "other than 0"),
-        ({"entries": [("a", 1.0), ("b", math.nan)]}, "adapter b is nan"),
+        ({"entries": [("a", 1.0), ("b", math.nan)]}, "adapter 'b' is nan"),
         ({"entries": [("a", math.inf)]}, "finite"),
         ({"rank": 4}, "rank is 4 for cat"),
         ({"method": "svd", "rank": 0}, "positive"),
@@ -313,6 +313,10 @@ def test_refuses_arguments(changed: dict[str, Any], word: str) -> None:
     with pytest.raises(AdapterError, match=word) as caught:
         MergeRecipe.of(**arguments)
     assert (caught.value.code, caught.value.status) == ("invalid_merge", 400)
+    field = "adapters" if "entries" in changed else list(changed)[-1]
+    if changed.get("entries"):
+        field = f"adapters.{len(changed['entries']) - 1}.weight"
+    assert caught.value.param == ("density" if changed == {"method": "ties"} else field)
 
 
 def test_refuses_adapters_that_do_not_fit() -> None:

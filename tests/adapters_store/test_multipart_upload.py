@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from adapters_store.archive import ArchiveLimits
+from adapters_store.contents import ROUTER
 from adapters_store.multipart_upload import MultipartUpload, Upload, take_upload
 from adapters_store.types import AdapterError
 from tests.adapters_store.fetched import ADAPTER, CONFIG, WEIGHTS, contents, zipped
@@ -70,6 +71,41 @@ def test_uploads_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(AdapterError) as caught:
             receive(content_type, content, tmp_path / str(index), 100_000)
         assert (index, caught.value.code, caught.value.status) == (index, code, status)
+
+
+def test_what_has_no_place_is_refused_as_it_begins(tmp_path: Path) -> None:
+    """Not one byte of its content is needed."""
+    kind, data = body({}, {"adapter": b"content" * 1000})
+    upload = MultipartUpload(kind, tmp_path, LIMITS)
+    with pytest.raises(AdapterError) as caught:
+        upload.feed(data[: data.index(b"content" * 2)])
+    assert caught.value.message == "adapter: there is no such field; files are config, weights, archive"
+    assert (caught.value.code, caught.value.status, caught.value.param) == ("bad_upload", 400, "adapter")
+    kind, data = body({"name": "sql", "nmae": "x" * 1000}, {})
+    MultipartUpload(kind, tmp_path, LIMITS).feed(data)
+    with pytest.raises(AdapterError, match="nmae: there is no such field") as caught:
+        MultipartUpload(kind, tmp_path, LIMITS, fields={"name"}).feed(data)
+    assert caught.value.param == "nmae"
+
+
+@pytest.mark.parametrize("header", [b"x: " + b"a" * (1 << 15), b"x: y\r\n" * 5000, b"a" * (1 << 15)])
+def test_headers_of_a_part_are_bounded(header: bytes, tmp_path: Path) -> None:
+    """By the parser: former versions held them all in memory."""
+    upload = MultipartUpload("multipart/form-data; boundary=b", tmp_path, LIMITS)
+    upload.feed(b"--b\r\n")
+    with pytest.raises(AdapterError) as caught:
+        upload.feed(header)
+    assert (caught.value.code, caught.value.status) == ("bad_upload", 400)
+
+
+def test_an_upload_of_a_router(tmp_path: Path) -> None:
+    upload = receive(*body({"name": "r"}, {"config": b"{}", "weights": b"x"}), tmp_path / "upload")
+    folder = take_upload(upload, tmp_path / "into", ArchiveLimits(), ROUTER)
+    assert contents(folder) == {"router.json": b"{}", "router.safetensors": b"x"}
+    upload = receive(*body({"name": "r"}, {"config": b"{}"}), tmp_path / "half")
+    with pytest.raises(AdapterError, match=r"router\.safetensors is missing") as caught:
+        take_upload(upload, tmp_path / "other", ArchiveLimits(), ROUTER)
+    assert caught.value.code == "router_incomplete"
 
 
 def test_uploads_that_are_no_adapter(tmp_path: Path) -> None:

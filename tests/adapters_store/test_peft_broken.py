@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from adapters_store.peft_format import read_adapter
-from adapters_store.types import AdapterError, LinearShape
+from adapters_store.peft_format import read_adapter, read_summary
+from adapters_store.types import AdapterError, AdapterLimits, LinearShape
 from tests.adapters_store.damage import (
     LAYER0,
     Q_A,
@@ -53,11 +53,15 @@ BROKEN = [
     Row("config not text", raw_config(b"\xff\xfe\x00\x80"), "adapter_bad_config", "JSON"),
     Row("config nested", raw_config(b"[" * 100_000), "adapter_bad_config", "JSON"),
     Row("config a list", raw_config(b"[1]"), "adapter_bad_config", "object"),
+    Row("half a character", raw_config(b'{"use_\\ud800": 1}'), "adapter_bad_config", "Unicode"),
+    Row("half a character in a value", raw_config(b'{"description": "\\udfff"}'), "adapter_bad_config", "Unicode"),
     Row("config huge", raw_config(b" " * (1 << 21)), "adapter_bad_config", "large"),
     Row("no peft_type", change(peft_type=None), "adapter_bad_config", "peft_type"),
     Row("other method", change(peft_type="IA3"), "adapter_unsupported", "IA3"),
     Row("no rank", change(r=None), "adapter_bad_config", "r is None"),
     Row("rank 0", change(r=0), "adapter_bad_config", "positive"),
+    Row("rank beyond all", change(r=10**400), "adapter_bad_config", "positive"),
+    Row("rank in a pattern beyond all", change(rank_pattern={"q_proj": 1 << 31}), "adapter_bad_config", "positive"),
     Row("rank a flag", change(r=True), "adapter_bad_config", "positive"),
     Row("rank of text", change(r="4"), "adapter_bad_config", "positive"),
     Row("alpha nan", change(lora_alpha=float("nan")), "adapter_bad_config", "lora_alpha"),
@@ -74,9 +78,11 @@ BROKEN = [
     Row("slow regex", change(target_modules=r"(?:.|..|...)+(?<=#)"), "adapter_bad_config", "target_modules"),
     Row("layers of text", change(layers_to_transform="0"), "adapter_bad_config", "layers_to_transform"),
     Row("dora", change(use_dora=True), "adapter_unsupported", "DoRA"),
+    Row("many regexes", change(rank_pattern={f"x{i}.*": 4 for i in range(300)}), "adapter_bad_config", "at most 256"),
+    Row("many names", change(alpha_pattern={f"x{i}": 4 for i in range(5000)}), "adapter_bad_config", "at most 4096"),
     Row("bias", change(bias="all"), "adapter_unsupported", "bias"),
     Row("bias on B", change(lora_bias=True), "adapter_unsupported", "lora_bias"),
-    Row("modules_to_save", change(modules_to_save=["lm_head"]), "adapter_unsupported", "modules_to_save"),
+    Row("modules_to_save", change(modules_to_save=["lm_head"]), "adapter_unsupported", "no support for fully trained"),
     Row("layer replication", change(layer_replication=[[0, 1]]), "adapter_unsupported", "layer_replication"),
     Row("activated", change(alora_invocation_tokens=[1]), "adapter_unsupported", "alora_invocation_tokens"),
     Row("a later variant", change(use_something=True), "adapter_unsupported", "use_something"),
@@ -153,10 +159,26 @@ def test_refuses_too_large(
 ) -> None:
     folder = write(config, tensors)
     size = os.path.getsize(folder / "adapter_model.safetensors")
-    read_adapter(folder, shape, max_bytes=size)
+    read_adapter(folder, shape, AdapterLimits(max_bytes=size))
     with pytest.raises(AdapterError) as caught:
-        read_adapter(folder, shape, max_bytes=size - 1)
+        read_adapter(folder, shape, AdapterLimits(max_bytes=size - 1))
     assert (caught.value.code, caught.value.status) == ("adapter_too_large", 413)
+
+
+def test_refuses_ranks_beyond_the_limit(
+    write: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor], shape: LinearShape
+) -> None:
+    folder = write(config, tensors)
+    read_adapter(folder, shape, AdapterLimits(max_rank=4))
+    for read in (read_adapter, read_summary):
+        with pytest.raises(
+            AdapterError, match=r"rank 4 of model\.layers\.0\.mlp\.down_proj .*expected at most 3"
+        ) as caught:
+            read(folder, shape, AdapterLimits(max_rank=3))
+        assert (caught.value.code, caught.value.status) == ("adapter_unsupported", 422)
+    large = {name: torch.ones(*(513 if size == 4 else size for size in t.shape)) for name, t in tensors.items()}
+    with pytest.raises(AdapterError, match="expected at most 512"):
+        read_adapter(write(config | {"r": 513}, large, "large"), shape)
 
 
 @settings(max_examples=150, deadline=None)

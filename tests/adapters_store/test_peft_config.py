@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from adapters_store.linear_names import module_path
+from adapters_store.patterns import PatternBudget
 from adapters_store.peft_config import LoraSettings, read_settings
-from adapters_store.peft_format import module_path
-from adapters_store.types import TARGETS
+from adapters_store.types import TARGETS, AdapterError
 
 MODULES = [module_path(layer, target) for layer in (0, 1, 10, 11) for target in TARGETS]
 PARTS = st.sampled_from(
@@ -104,6 +105,38 @@ def test_plain_names_are_expressions_to_peft_too(folder: Path, key: str) -> None
     """A dot stands for any character, as in PEFT."""
     for module in MODULES:
         assert parsed(folder, rank_pattern={key: 9}).of(module).rank == {key: 9}.get(get_pattern_key([key], module), 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    keys=st.lists(
+        st.sampled_from([*MODULES, "q_proj", "mlp.up_proj", "self_attn.q_proj", "1.mlp.up_proj", "self.attn.q_proj"])
+        | PATTERNS,
+        unique=True,
+        max_size=12,
+    )
+)
+def test_the_first_of_names_and_expressions_decides(folder: Path, keys: list[str]) -> None:
+    ranks = {key: number for number, key in enumerate(keys, 10)}
+    ours = parsed(folder, rank_pattern=ranks)
+    for module in MODULES:
+        assert ours.of(module).rank == ranks.get(get_pattern_key(ranks.keys(), module), 4)
+
+
+def test_a_budget_that_is_spent() -> None:
+    """Not even a pattern that matches at once is tried any more, nor compiled."""
+    budget = PatternBudget(0.0)
+    with pytest.raises(AdapterError, match="rank_pattern holds 'a': expected patterns that match quickly"):
+        budget.compile("rank_pattern", "a")
+    budget = PatternBudget()
+    expression = budget.compile("rank_pattern", "a")
+    assert budget.seconds < PatternBudget().seconds, "compilation counts"
+    before = budget.seconds
+    assert expression.fullmatch("a")
+    assert budget.seconds < before
+    budget.seconds = -1e-9
+    with pytest.raises(AdapterError, match="match quickly"):
+        expression.fullmatch("a")
 
 
 @pytest.mark.parametrize("spelling", ["all-linear", "ALL-LINEAR"])

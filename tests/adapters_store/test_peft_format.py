@@ -12,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters_store.peft_format import AdapterFile, module_path, read_adapter
+from adapters_store.linear_names import module_path
+from adapters_store.peft_format import AdapterFile, most_frequent, read_adapter, read_layout, read_summary
 from adapters_store.types import TARGETS, AdapterError, LinearShape
 from tests.adapters_store.damage import Q_A, Q_B, Damage, change, drop, rename, retensor, set_value
 
@@ -86,7 +87,9 @@ def test_reads_what_peft_writes(tmp_path: Path, shape: LinearShape, options: dic
         assert pair.a.dtype == options.get("dtype", torch.float32)
     assert file.modules == len(layers)
     assert file.rank == max(layer.r["default"] for layer in layers.values())
-    assert file.alpha == options.get("lora_alpha", 8)
+    assert file.alpha == most_frequent([layer.lora_alpha["default"] for layer in layers.values()])
+    assert vars(read_summary(tmp_path, shape)) | {"weights": file.weights} == vars(file)
+    assert read_layout(tmp_path, shape).group_ranks == file.weights.group_ranks
     assert file.targets == tuple(sorted({name.rpartition(".")[2] for name in layers}))
     assert file.num_bytes == sum(t.nbytes for t in load_file(tmp_path / "adapter_model.safetensors").values())
 

@@ -13,8 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapters_store.linear_names import module_path
 from adapters_store.merging import MergeMethod, MergeRecipe, merge
-from adapters_store.peft_format import module_path, read_adapter
+from adapters_store.peft_format import read_adapter
 from adapters_store.peft_write import write_peft
 from adapters_store.types import TARGETS, AdapterError, AdapterWeights, LinearShape, LoraPair
 

@@ -161,4 +161,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestPoolMachine.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)

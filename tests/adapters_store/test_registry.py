@@ -7,9 +7,11 @@ import pytest
 
 from adapters_store.registry import (
     DEFAULT_TENANT,
+    BeingDeleted,
     InvalidValue,
     NameTaken,
     NotFound,
+    NotPermitted,
     Outcome,
     QuotaExceeded,
     Quotas,
@@ -90,10 +92,58 @@ class TestRegister:
         with pytest.raises(NotFound, match="adapter 'sql' does not exist"):
             registry.roll_back("umbrella", "sql", "a" * 64)
 
-    def test_the_first_blobs_of_a_digest_stay(self, registry: Registry) -> None:
-        registry.register("acme", "sql", adapter("a"))
-        repacked = replace(adapter("a"), weights_blob="e" * 64)
-        assert registry.register("umbrella", "sql", repacked).adapter.adapter.weights_blob == "d" + "a" * 63
+    def test_the_last_blobs_of_a_digest_count(self, registry: Registry) -> None:
+        """They are the same for everybody, unless a former version stored what came first as it came."""
+        registry.register("acme", "sql", replace(adapter("a"), warnings=("old",)))
+        stored = replace(adapter("a"), weights_blob="e" * 64, config_blob="f" * 64, bytes=7, alpha=3.0, warnings=())
+        found = registry.register("umbrella", "sql", stored).adapter.adapter
+        assert replace(found, created=0.0) == stored
+        assert registry.get("acme", "sql").adapter == found
+        assert registry.referenced_blobs() == {"e" * 64, "f" * 64}
+        assert (registry.count(), registry.count_names()) == (1, 2)
+
+    def test_what_would_be_refused_is_known_before(self, registry: Registry) -> None:
+        registry.register("acme", "sql", adapter("a", size=60))
+        registry.register("umbrella", "shown", adapter("b"), public=True)
+        registry.check_new("acme", "new")
+        registry.check_new("acme", "sql", replace=True)
+        registry.check_new("umbrella", "sql", public=True)
+        with pytest.raises(InvalidValue):
+            registry.check_new("acme", "-x")
+        with pytest.raises(NotFound, match="tenant 'nobody' does not exist"):
+            registry.check_new("nobody", "new")
+        with pytest.raises(NameTaken, match="'sql' exists"):
+            registry.check_new("acme", "sql")
+        with pytest.raises(NameTaken, match="public adapter 'shown' exists"):
+            registry.check_new("acme", "shown", public=True)
+        registry.accounts.update("acme", lambda row: replace(row, quotas=Quotas(adapters=1, bytes=100)))
+        registry.check_new("acme", "sql", replace=True, digest="b" * 64, size=40)
+        registry.check_new("acme", "sql", replace=True, digest="a" * 64, size=60)
+        with pytest.raises(QuotaExceeded, match="quota of 100 bytes"):
+            registry.check_new("acme", "sql", replace=True, digest="b" * 64, size=41)
+        with pytest.raises(QuotaExceeded, match="quota of 1 adapters"):
+            registry.check_new("acme", "new")
+        registry.removals.mark("acme", "sql")
+        with pytest.raises(BeingDeleted):
+            registry.check_new("acme", "sql", replace=True)
+
+    def test_a_name_made_public_meanwhile_is_the_administrators(self, registry: Registry) -> None:
+        registry.register("acme", "sql", adapter("a"), may_be_public=False)
+        registry.register("acme", "sql", adapter("b"), replace=True, may_be_public=False)
+        registry.update("acme", "sql", description="x", may_be_public=False)
+        registry.roll_back("acme", "sql", "a" * 64, may_be_public=False)
+        before = registry.update("acme", "sql", public=True)
+        for change in (
+            lambda: registry.register("acme", "sql", adapter("c"), replace=True, may_be_public=False),
+            lambda: registry.check_new("acme", "sql", replace=True, may_be_public=False),
+            lambda: registry.update("acme", "sql", description="y", may_be_public=False),
+            lambda: registry.roll_back("acme", "sql", "b" * 64, may_be_public=False),
+        ):
+            with pytest.raises(NotPermitted, match="'sql' is public") as caught:
+                change()
+            assert (caught.value.code, caught.value.status) == ("forbidden", 403)
+        assert registry.get("acme", "sql") == before
+        registry.register("acme", "sql", adapter("c"), replace=True)
 
     def test_two_hundred_at_once_have_one_winner(self, registry: Registry) -> None:
         digits = "0123456789abcdef"
@@ -157,7 +207,7 @@ class TestQuotas:
         assert refused.value.code == "quota_bytes"
         with pytest.raises(NotFound):
             registry.get("acme", "two")
-        registry.remove("acme", "one")
+        registry.removals.remove("acme", "one")
         assert registry.register("acme", "two", adapter("c", size=150)).outcome is Outcome.CREATED
 
     def test_a_lowered_quota_does_not_refuse_what_is_there(self, registry: Registry) -> None:

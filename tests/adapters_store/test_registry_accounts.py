@@ -49,7 +49,7 @@ class TestAccounts:
         with pytest.raises(RegistryError, match="has adapters") as refused:
             registry.accounts.remove("acme")
         assert (refused.value.code, refused.value.status) == ("tenant_in_use", 409)
-        registry.remove("acme", "sql")
+        registry.removals.remove("acme", "sql")
         registry.accounts.remove("acme")
         assert registry.accounts.active_keys() == ()
         assert len(registry.ledger.read("acme").items) == 1
@@ -113,9 +113,9 @@ class TestCounters:
     def test_uses_are_those_of_the_asking_tenant(self, registry: Registry) -> None:
         registry.register("acme", "sql", adapter("a"), public=True)
         gone = Use("acme", "acme", "gone", 1, 1.0)
-        registry.touch([Use("acme", "acme", "sql", 2, 50.0), Use("acme", "acme", "sql", 1, 40.0), gone])
-        registry.touch([Use("acme", "acme", "sql", 1, 45.0), Use("umbrella", "acme", "sql", 7, 60.0)])
-        registry.touch([])
+        registry.uses.touch([Use("acme", "acme", "sql", 2, 50.0), Use("acme", "acme", "sql", 1, 40.0), gone])
+        registry.uses.touch([Use("acme", "acme", "sql", 1, 45.0), Use("umbrella", "acme", "sql", 7, 60.0)])
+        registry.uses.touch([])
         counted = [(each.requests, each.last_used) for each in registry.list("acme").items]
         assert counted == [(4, 50.0)]
         assert registry.get("umbrella", "sql").requests == 7

@@ -37,9 +37,9 @@ def run(url, verb, step):
     if verb in ("create", "replace"):
         registry.register("default", name, row, replace=verb == "replace", tags=["t"])
     elif verb == "mark":
-        registry.mark_deleting("default", name)
+        registry.removals.mark("default", name)
     else:
-        registry.remove("default", name)
+        registry.removals.remove("default", name)
 
 codes = []
 for verb, step in json.loads(sys.argv[2]):
@@ -88,7 +88,7 @@ class TestFaults:
             for step in steps:
                 after = step.endswith("committed")
                 assert self._state(registry, f"{verb}.{step}") == self._expected(verb, after), step
-        assert registry.deleting() == ((DEFAULT_TENANT, "mark.mark_deleting.committed"),)
+        assert registry.removals.marked() == ((DEFAULT_TENANT, "mark.mark_deleting.committed"),)
         registry.close()
 
     def _state(self, registry: Registry, name: str) -> tuple[str, int, tuple[str, ...]] | None:

@@ -12,6 +12,7 @@ from sqlalchemy import event
 
 from adapters_store.registry import (
     DEFAULT_TENANT,
+    BeingDeleted,
     Database,
     NameTaken,
     NotFound,
@@ -53,7 +54,11 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(tenant=tenants, name=names, digit=digits, public=st.none() | st.booleans(), replaced=st.booleans())
     def register(self, tenant: str, name: str, digit: str, public: bool | None, replaced: bool) -> None:
         old = self.model.get((tenant, name))
-        taken = old is not None and (old["deleting"] or not replaced)
+        if old is not None and old["deleting"]:
+            with pytest.raises(BeingDeleted):
+                self.registry.register(tenant, name, adapter(digit), public=public, replace=replaced)
+            return
+        taken = old is not None and not replaced
         if taken or (public and self._public_elsewhere(tenant, name)):
             with pytest.raises(NameTaken):
                 self.registry.register(tenant, name, adapter(digit), public=public, replace=replaced)
@@ -98,9 +103,9 @@ class RegistryMachine(RuleBasedStateMachine):
     def mark_deleting(self, tenant: str, name: str) -> None:
         if (tenant, name) not in self.model:
             with pytest.raises(NotFound):
-                self.registry.mark_deleting(tenant, name)
+                self.registry.removals.mark(tenant, name)
             return
-        self.registry.mark_deleting(tenant, name)
+        self.registry.removals.mark(tenant, name)
         self.model[tenant, name]["deleting"] = True
 
     @precondition(lambda self: self.model)
@@ -109,7 +114,7 @@ class RegistryMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.model)))
         before = self._digits()
         del self.model[key]
-        assert self.registry.remove(*key) == tuple(digit * 64 for digit in sorted(before - self._digits()))
+        assert self.registry.removals.remove(*key) == tuple(digit * 64 for digit in sorted(before - self._digits()))
 
     def _digits(self) -> set[str]:
         return {digit for row in self.model.values() for digit in row["revisions"]}  # type: ignore[attr-defined]
@@ -125,7 +130,8 @@ class RegistryMachine(RuleBasedStateMachine):
             for each in items:
                 row = seen[each.name]
                 assert (each.adapter.digest[0], each.public, each.tags) == (row["digit"], row["public"], row["tags"])
-                assert [revision.digest[0] for revision in each.revisions] == row["revisions"]
+                shown = row["revisions"] if each.tenant == tenant else [row["digit"]]  # others see what is public now
+                assert [revision.digest[0] for revision in each.revisions] == shown
             if items:
                 assert self.registry.get(tenant, items[0].name) == items[0]
             resolved = self.registry.resolve(tenant, ["x", "y", "z"])

@@ -23,7 +23,7 @@ class TestVisibility:
 
     def test_nobody_changes_what_belongs_to_another(self, registry: Registry) -> None:
         registry.register("acme", "shared", adapter("b"), public=True)
-        for change in (registry.update, registry.mark_deleting, registry.remove):
+        for change in (registry.update, registry.removals.mark, registry.removals.remove):
             with pytest.raises(NotFound):
                 change("umbrella", "shared")
         assert registry.samples("umbrella", ["shared"]) == {}
@@ -36,7 +36,7 @@ class TestVisibility:
         assert registry.get("umbrella", "sql").adapter.digest == "b" * 64
         assert registry.resolve("umbrella", ["sql"])["sql"].digest == "b" * 64
         assert "sql@aaaa" not in registry.resolve("umbrella", ["sql@aaaa"])
-        registry.mark_deleting("umbrella", "sql")
+        registry.removals.mark("umbrella", "sql")
         assert names_of(registry, "umbrella") == [("acme", "sql")]
         assert registry.get("umbrella", "sql").adapter.digest == "a" * 64
         assert registry.resolve("umbrella", ["sql"])["sql"].tenant == "acme"
@@ -104,13 +104,23 @@ class TestLists:
         found = registry.resolve("umbrella", wanted)
         assert {each: found[each].digest[:5] for each in found} == {
             "sql": "bbbbb",
-            "sql@aaaa": "aaaaa",
             "sql@" + "B" * 64: "bbbbb",
             "near@cccc1": "cccc1",
         }
         assert (found["sql"].tenant, found["sql"].name, found["sql"].public) == ("acme", "sql", True)
-        assert found["sql@aaaa"].weights_blob == adapter("a").weights_blob
         assert registry.resolve("umbrella", ["sql"])["sql"] == found["sql"]
+        assert registry.resolve("acme", ["sql@aaaa"])["sql@aaaa"].weights_blob == adapter("a").weights_blob
+
+    def test_what_a_public_name_was_before_remains_its_owners(self, registry: Registry) -> None:
+        registry.register("acme", "sql", adapter("a"))
+        registry.register("acme", "sql", adapter("b"), replace=True)
+        registry.update("acme", "sql", public=True)
+        assert set(registry.resolve("acme", ["sql@aaaa", "sql@bbbb"])) == {"sql@aaaa", "sql@bbbb"}
+        assert set(registry.resolve("umbrella", ["sql@aaaa", "sql@bbbb"])) == {"sql@bbbb"}
+        assert [each.digest[0] for each in registry.get("acme", "sql").revisions] == ["a", "b"]
+        assert [each.digest[0] for each in registry.get("umbrella", "sql").revisions] == ["b"]
+        (listed,) = registry.list("umbrella").items
+        assert (listed, listed.revisions[0].number) == (registry.get("umbrella", "sql"), 2)
 
     @pytest.mark.parametrize("count", [10_000, pytest.param(70_000, marks=pytest.mark.slow)])
     def test_resolving_more_names_than_one_statement_takes(self, registry: Registry, count: int) -> None:
@@ -123,7 +133,7 @@ class TestLists:
         for index, name in enumerate(("b", "a", "c", "d")):
             registry.register("acme" if index % 2 else "umbrella", name, adapter("abcd"[index]), public=index < 2)
         registry.register("acme", "b", adapter("e"))
-        registry.mark_deleting("acme", "d")
+        registry.removals.mark("acme", "d")
         for tenant in ("acme", "umbrella", "default"):
             listed = registry.list(tenant).items
             models = registry.models(tenant)

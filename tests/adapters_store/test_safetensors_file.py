@@ -2,14 +2,16 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from adapters_store.safetensors_file import MappedTensors
+from adapters_store.safetensors_file import MappedTensors, TensorWriter, header_of, tensor_names
+from adapters_store.types import AdapterError
 
 TENSORS = {
     "b": torch.randn(3, 5),
@@ -57,7 +59,35 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
     assert not load_file(path)["x"][0], "and what is written stays private"
 
 
-@pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0\0{}x", b"\xff" * 16])
+@pytest.mark.parametrize("names", ["cba", "abc", 'é\u2028"\\'])
+def test_the_writer_writes_what_the_library_writes(tmp_path: Path, names: str) -> None:
+    dtypes = (torch.float16, torch.float32, torch.bfloat16, torch.float32)
+    tensors = {name: torch.randn(3, i + 1).to(dtypes[i]) for i, name in enumerate(names)}
+    with TensorWriter(tmp_path / "x", [header_of(*item) for item in tensors.items()]) as file:
+        for name in reversed(names):
+            file.write(name, tensors[name].T.contiguous().T)
+    assert (tmp_path / "x").read_bytes() == save(tensors)
+
+
+@pytest.mark.parametrize("read", [MappedTensors, tensor_names])
+def test_a_header_too_long_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    """Its parsing would hold up all threads for seconds."""
+    path = tmp_path / "x.safetensors"
+    save_file(TENSORS, path, {str(i): "x" * 100 for i in range(50_000)})
+    monkeypatch.setattr("adapters_store.safetensors_file.safe_open", pytest.fail)
+    with pytest.raises(AdapterError, match="expected a complete safetensors file with at most 4194304") as caught:
+        read(path)
+    assert caught.value.code == "adapter_corrupt"
+
+
+def test_names_of_tensors(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x")
+    assert sorted(tensor_names(tmp_path / "x")) == sorted(TENSORS)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0\0{}x", b"\xff\xff\0\0\0\0\0\0xxx"])
 def test_what_is_not_a_whole_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)

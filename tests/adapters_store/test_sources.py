@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from adapters_store.contents import ROUTER
 from adapters_store.source_policy import SourcePolicy
 from adapters_store.sources import fetch
 from adapters_store.types import AdapterError
@@ -44,10 +45,16 @@ def test_a_folder_below_a_root(form: str, root: Path, local: SourcePolicy, tmp_p
     assert (folder / WEIGHTS).stat().st_ino != (root / "sql" / WEIGHTS).stat().st_ino
 
 
+def test_a_local_folder_brings_its_samples(root: Path, local: SourcePolicy, tmp_path: Path) -> None:
+    (root / "sql" / "samples.json").write_text('["x"]')
+    assert contents(fetch(f"file://{root}/sql", tmp_path / "into", local)) == ADAPTER | {"samples.json": b'["x"]'}
+    (root / "sql" / "samples.json").write_bytes(b" " * ((1 << 20) + 1))
+    assert refused(f"file://{root}/sql", tmp_path / "other", local).code == "adapter_too_large"
+
+
 def test_an_archive_below_a_root(root: Path, local: SourcePolicy, tmp_path: Path) -> None:
     (root / "sql.zip").write_bytes(zipped())
     assert contents(fetch(f"file://{root}/sql.zip", tmp_path / "into", local)) == ADAPTER
-    assert refused(f"file://{root}/none.zip", tmp_path / "other", local).code == "adapter_incomplete"
 
 
 def test_links_that_stay_below_the_roots(root: Path, local: SourcePolicy, tmp_path: Path) -> None:
@@ -122,7 +129,47 @@ def test_incomplete_and_oversized_folders(root: Path, local: SourcePolicy, tmp_p
     assert (error.code, error.status) == ("not_safetensors", 415)
     (root / "sql" / "adapter_model.bin").unlink()
     assert refused(f"file://{root}/sql", tmp_path / "into", local).code == "adapter_incomplete"
-    assert refused(f"file://{root}/none", tmp_path / "into", local).code == "adapter_incomplete"
+
+
+@pytest.mark.parametrize("name", ["none", "none/deeper", "none.zip", "sql/adapter_config.json/x"])
+def test_what_does_not_exist(name: str, root: Path, local: SourcePolicy, tmp_path: Path) -> None:
+    error = refused(f"file://{root}/{name}", tmp_path / "into", local)
+    assert (error.code, error.status) == ("bad_source", 400)
+    assert error.message == "source does not exist: expected a folder or an archive there"
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "%C3%BC" * 128, "x/" * 2000, "x" * 256 + ".zip"])
+def test_names_that_no_disk_takes(name: str, root: Path, local: SourcePolicy, tmp_path: Path) -> None:
+    error = refused(f"file://{root}/{name}", tmp_path / "into", local)
+    assert (error.code, error.status) == ("bad_source", 400)
+    assert "too long" in error.message
+
+
+def test_a_router_instead_of_an_adapter(root: Path, local: SourcePolicy, tmp_path: Path) -> None:
+    files = {"router.json": b"{}", "router.safetensors": b"weights"}
+    (root / "router").mkdir()
+    for name, content in (files | {"README.md": b"# card", "samples.json": b"[]"}).items():
+        (root / "router" / name).write_bytes(content)
+    (root / "router.zip").write_bytes(zipped(files | {"README.md": b"# card"}))
+    for source in ("router", "router.zip"):
+        assert contents(fetch(f"file://{root}/{source}", tmp_path / f"into-{source}", local, ROUTER)) == files
+    (root / "sql.zip").write_bytes(zipped(files | {"other/router.json": b"{}"}))
+    for source, code, word in (
+        ("sql", "router_incomplete", r"router\.json is missing"),
+        ("sql.zip", "router_unsupported", "holds 2 routers"),
+        ("../x", "router_unsafe", "contains"),
+    ):
+        with pytest.raises(AdapterError, match=word) as caught:
+            fetch(f"file://{root}/{source}", tmp_path / "into", local, ROUTER)
+        assert caught.value.code == code
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is missing") as caught:
+        fetch(f"file://{root}/router", tmp_path / "into", local)
+    assert caught.value.code == "adapter_incomplete"
+    (root / "router" / "router.json").write_bytes(b" " * ((1 << 20) + 1))
+    with pytest.raises(AdapterError, match=r"router\.json is too large: expected at most 1048576") as caught:
+        fetch(f"file://{root}/router", tmp_path / "into", local, ROUTER)
+    assert (caught.value.code, caught.value.status) == ("router_too_large", 413)
+    assert local.limit_of("router.safetensors") == local.max_bytes
 
 
 def test_a_long_readme_is_cut(root: Path, local: SourcePolicy, tmp_path: Path) -> None:

@@ -3,14 +3,15 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapters_store.peft_format import read_adapter
-from adapters_store.registry import NameTaken, NotFound, Resolved
+from adapters_store.registry import NameTaken, NotFound, Quotas, Resolved
 from adapters_store.store import AdapterStore, NewAdapter, StoreOpenError, UnknownAdapter
-from adapters_store.types import AdapterError, LinearShape
-from tests.adapters_store.stores import Stores, meaning, until
+from adapters_store.types import AdapterError, AdapterLimits, LinearShape
+from tests.adapters_store.stores import Stores, meaning, outcome, until
 
 HOUR = 3600.0
 
@@ -177,6 +178,49 @@ class TestMerge:
         with pytest.raises(NameTaken):
             await store.merge(NewAdapter("a"), [("a", 1.0)], "cat")
         assert store.leases("default", "default", "a") == 0
+
+    async def test_names_of_one_adapter_count_once(self, stores: Stores, store: AdapterStore) -> None:
+        for name in ("a", "copy", "other"):
+            await stores.add(store, name, 16 if name == "other" else 8)
+        done = await store.merge(NewAdapter("m"), [("a", 0.5), ("other", 1.0), ("copy", 0.25), ("a", 1.0)], "cat")
+        assert [(each["name"], each["weight"]) for each in done.adapter.recipe["adapters"]] == [
+            ("a", 1.75),
+            ("other", 1.0),
+        ]
+        assert done.adapter.adapter.rank == 8
+        with pytest.raises(AdapterError, match="weights of adapter 'a' add up to 0") as caught:
+            await store.merge(NewAdapter("none"), [("a", 0.5), ("copy", -0.5), ("other", 1.0)], "cat")
+        assert (caught.value.code, caught.value.status, caught.value.param) == ("invalid_merge", 400, "adapters")
+
+    async def test_what_is_refused_is_refused_before_anything_is_read(
+        self, stores: Stores, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stores.config = replace(stores.config, limits=AdapterLimits(max_bytes=4000, max_rank=8))
+        store = stores.open()
+        for alpha, name in ((8, "a"), (9, "b"), (10, "c")):
+            await stores.add(store, name, alpha)
+        await stores.add(store, "own", 8, tenant="alice", public=True)
+        size = (await store.get("alice", "own")).adapter.bytes
+        monkeypatch.setattr("adapters_store.intake.mapped_weights", lambda *_: pytest.fail("it was read"))
+        three = [("a", 1.0), ("b", 1.0), ("c", 1.0)]
+        store.registry.accounts.update("alice", lambda row: replace(row, quotas=Quotas(bytes=size + 100)))
+        cases: list[tuple[NewAdapter, Any, str, str, str | None]] = [
+            (NewAdapter("a"), three[:1], "linear", "adapter_exists", None),
+            (NewAdapter("own", "alice", replace=True, may_be_public=False), [("own", 1.0)], "cat", "forbidden", None),
+            (NewAdapter("m", "nobody"), three, "cat", "tenant_not_found", None),
+            (NewAdapter("m", "alice"), [("own", 1.0)], "cat", "quota_bytes", None),
+            (NewAdapter("m"), three, "cat", "adapter_unsupported", None),
+            (NewAdapter("m"), three, "svd", "adapter_unsupported", None),
+            (NewAdapter("m"), three[:2], "cat", "adapter_too_large", None),
+            (NewAdapter("m"), [*three[:2], ("c", 0.0)], "cat", "invalid_merge", "adapters.2.weight"),
+        ]
+        for new, entries, method, code, param in cases:
+            error: Any = await outcome(store.merge(new, entries, method))
+            assert (error.code, getattr(error, "param", None)) == (code, param), error
+            assert param is None or "'c'" in error.message
+        store.registry.accounts.update("alice", lambda row: replace(row, quotas=Quotas(adapters=1)))
+        error = await outcome(store.merge(NewAdapter("m", "alice"), [("own", 1.0)], "cat"))
+        assert error.code == "quota_adapters"
 
 
 class TestSweep:

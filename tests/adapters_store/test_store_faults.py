@@ -80,10 +80,10 @@ async def test_a_killed_process_leaves_before_or_after(stores: Stores) -> None:
     jobs, sources, before, after = [], {}, {}, {}
     for index, (verb, step, number) in enumerate(plan(stores.config.blob_url.startswith("s3:"))):
         name = f"{verb}.{step}.{number}"
-        # A config of its own gives every adapter blobs of its own.
+        # Scales and factors of its own give every adapter blobs of its own.
         folder = stores.write(100 + index, f"new/{index}")
+        (folder / "adapter_model.safetensors").write_bytes(_moved(folder, 0.001 * (index + 1)))
         sources[name], after[name] = str(folder), read_adapter(folder, stores.shape).digest
-        (folder / "adapter_model.safetensors").write_bytes(_with_metadata(folder, str(index)))
         before[name] = None
         if verb != "create":
             before[name] = (await stores.add(store, name, 500 + index)).adapter.adapter.digest
@@ -105,7 +105,7 @@ async def test_a_killed_process_leaves_before_or_after(stores: Stores) -> None:
     assert len(list(config.folder.glob("run-*"))) == 1  # each start has removed what the one before had left
     store = stores.open()
     assert len(list(config.folder.glob("run-*"))) == 1
-    assert store.registry.deleting() == ()
+    assert store.registry.removals.marked() == ()
     stores.clock.now += 7200
     await store.sweep(3600)
     for verb, step, _, name in jobs:
@@ -120,10 +120,10 @@ async def test_a_killed_process_leaves_before_or_after(stores: Stores) -> None:
     assert {blob.sha256 for blob in store.blobs.list()} == store.registry.referenced_blobs()
 
 
-def _with_metadata(folder: Path, value: str) -> bytes:
+def _moved(folder: Path, by: float) -> bytes:
     from safetensors.torch import load_file, save
 
-    return save(load_file(folder / "adapter_model.safetensors"), metadata={"format": "pt", "index": value})
+    return save({name: tensor + by for name, tensor in load_file(folder / "adapter_model.safetensors").items()})
 
 
 class Outage:
@@ -196,7 +196,7 @@ async def test_a_deletion_is_finished_when_the_registry_comes_back(
     (task,) = store._deletions._draining.values()
     outage(False)
     await asyncio.wait_for(task, 30)
-    assert store.registry.deleting() == ()
+    assert store.registry.removals.marked() == ()
     with pytest.raises(NotFound):
         await store.get("default", "sql")
 

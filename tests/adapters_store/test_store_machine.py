@@ -148,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
     def all_is_as_it_should_be(self) -> None:
         store = self.store
         store.check_integrity()
-        assert {name for _, name in store.registry.deleting()} == self.draining
+        assert {name for _, name in store.registry.removals.marked()} == self.draining
         assert [row.name for row in store.registry.models("default").items] == sorted(self.revisions)
         for name in ("x", "y", "z"):
             assert store.leases("default", "default", name) == self._users(name)

@@ -17,6 +17,7 @@ from server.engine.adapters import EngineAdapters
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.plan import Chunk
+from server.engine.reads import page_check
 from server.engine.sequence import Output, Request, SamplingParams
 from tests.adapters_store.library import LIBRARY, PACKED, check_content, make_pool
 
@@ -64,17 +65,21 @@ class ManualLoader:
 
 
 class Disk:
-    """Reads adapters of the library, counting; those in `broken` cannot be read."""
+    """Reads adapters of the library, counting; those in `broken` cannot be read. `packed` in this order."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_pages: Mapping[str, int]) -> None:
         self.reads: Counter[str] = Counter()
+        self.packed: list[str] = []
         self.broken: set[str] = set()
+        self.check = page_check(num_pages)
 
     def __call__(self, digest: str, path: str) -> PackedAdapter:
         assert path == PATHS[digest]
         self.reads[digest] += 1
         if digest in self.broken:
             raise AdapterError("adapter_corrupt", f"adapter {digest} is damaged")
+        self.check(PACKED[digest].group_ranks)
+        self.packed.append(digest)
         return PACKED[digest]
 
 
@@ -121,7 +126,8 @@ class Loading:
         lookahead: bool = False,
         max_num_seqs: int = 5,
     ) -> None:
-        self.loader, self.disk, self.pool = ManualLoader(), Disk(), make_pool(num_pages)  # type: ignore[arg-type]
+        self.loader, self.pool = ManualLoader(), make_pool(num_pages)  # type: ignore[arg-type]
+        self.disk = Disk(self.pool.num_pages)
         self.host = HostTier(host_bytes)
         self.adapters = EngineAdapters(self.host, self.pool, self.loader, self.disk, lambda: 0.0)
         runner: Any = FakeRunner(self.pool, num_blocks, lookahead)

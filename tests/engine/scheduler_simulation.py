@@ -6,7 +6,7 @@ shared wrongly, or written while another sequence reads it, is noticed at once.
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 from adapters_store.pool import PageLease
@@ -40,15 +40,25 @@ class FakePages:
         digests = set(request.mix.digests)
         if digests & self.broken:
             raise RequestError(f"adapter {min(digests & self.broken)} cannot be read")
-        if sum(self.sizes[digest] for digest in digests | set(+self.references)) > self.capacity:
+        if not self.can_load(request.mix):
             return None
         self.references.update(digests)
-        lease = PageLease(request.mix, {}, {}, {}, tuple(sorted(digests)))
+        pages = {"qkv": tuple(range(self.pages(digests)))}
+        lease = PageLease(request.mix, pages, {}, {}, tuple(sorted(digests)))
         self.leases.add(lease)
         return lease
 
     def is_loading(self, mix: Mix) -> bool:  # noqa: ARG002
         return False
+
+    def can_load(self, mix: Mix) -> bool:
+        return self.pages((*mix.digests, *+self.references)) <= self.capacity
+
+    def fit_together(self, mixes: Iterable[Mix]) -> bool:
+        return self.pages(digest for mix in mixes for digest in mix.digests) <= self.capacity
+
+    def pages(self, digests: Iterable[str]) -> int:
+        return sum(self.sizes[digest] for digest in set(digests))
 
     def release(self, lease: PageLease) -> None:
         self.leases.remove(lease)  # KeyError the second time

@@ -14,6 +14,7 @@ def silent(_: str) -> None:
     """Progress that nobody reads."""
 
 
+@pytest.mark.slow
 def test_the_document(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = main([*SMALL, "--model", str(tiny_model), "--prompt", "20", "--delay", "4"])
     assert json.loads(capsys.readouterr().out) == document

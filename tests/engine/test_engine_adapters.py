@@ -195,20 +195,43 @@ def test_eviction_frees_host_memory_now_and_pages_when_nothing_uses_them() -> No
     assert loading.pool.pages_by_state() == {"free": 36, "used": 0, "cached": 0}
 
 
-def test_eviction_ends_a_pin_and_what_was_to_be_read() -> None:
+def test_eviction_ends_what_was_to_be_read() -> None:
     loading = Wishing()
-    loading.pin("00")
-    loading.finish()
     loading.adapters.read_ahead({"01": PATHS["01"]})
     loading.prefetch("02")
-    loading.pin("03")
-    for digest in ("00", "01", "02", "03"):
+    for digest in ("01", "02"):
         loading.adapters.evict(digest)
-    loading.adapters.pin("03", PATHS["03"], lambda value: loading.answer("03 again", value))
     loading.finish()
-    assert {digest for digest, tier in loading.residency.items() if tier != "disk"} == {"03"}
-    assert not loading.is_pinned("00")
-    assert loading.answers == {"00": True, "02": "disk", "03": False, "03 again": True}
+    assert loading.residency == {}
+    assert loading.answers == {"02": "disk"}
+
+
+@pytest.mark.parametrize("phase", ["being read", "being loaded", "loaded"])
+def test_an_eviction_that_comes_late_leaves_a_new_pin_alone(phase: str) -> None:
+    """The adapter was deleted and unpinned, and the same weights were registered and pinned again."""
+    loading = Wishing()
+    loading.adapters.pin("00", PATHS["00"], lambda _: None)
+    loading.finish()
+    loading.adapters.unpin("00")
+    loading.adapters.evict("00")
+    loading.check()
+    assert loading.residency["00"] == "disk"
+    loading.adapters._reads.ranks.clear()
+    loading.pin("00")
+    if phase != "being read":
+        loading.work()
+        loading.step()
+    if phase == "loaded":
+        loading.finish()
+    loading.adapters.evict("00")
+    loading.finish()
+    assert loading.answers == {"00": True}
+    assert loading.is_pinned("00")
+    assert loading.residency["00"] == "device"
+    loading.adapters.unpin("00")
+    loading.adapters.evict("00")
+    loading.check()
+    assert loading.residency["00"] == "disk"
 
 
 def test_residency_is_told_once_a_change() -> None:

@@ -1,69 +1,14 @@
 """Virtual token counters: bounded differences between tenants that both wait, and no credit for not asking."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from itertools import count
-from math import inf, nan
 
-import pytest
+from fair_server import Server, Work, bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters_store.types import BASE, Mix
 from server.engine.fairness import EXPECTED, INPUT_PRICE, OUTPUT_PRICE, FairQueue
 from server.engine.sequence import Request, SamplingParams, Sequence
-
-Work = tuple[int, int]
-"""Prompt tokens and output tokens of a request."""
-
-
-class Server:
-    """Serves a FairQueue with a fixed number of rows: a whole prompt on admission, then one token a step and row."""
-
-    def __init__(self, rows: int) -> None:
-        self.queue = FairQueue()
-        self.rows = rows
-        self.running: list[Sequence] = []
-        self.served: dict[str, float] = defaultdict(float)
-        self.ids = count()
-
-    def submit(self, tenant: str, *works: Work, weight: float = 1.0) -> None:
-        for prompt, output in works:
-            params = SamplingParams(max_tokens=output)
-            request = Request(str(next(self.ids)), (0,) * prompt, params, tenant=tenant, weight=weight)
-            self.queue.push(Sequence.of(request))
-
-    def step(self) -> None:
-        for sequence in list(self.running):
-            sequence.tokens.append(0)
-            self.queue.charge(sequence, 1, OUTPUT_PRICE)
-            self.served[sequence.request.tenant] += OUTPUT_PRICE
-            if sequence.num_output == sequence.request.params.max_tokens:
-                self.running.remove(sequence)
-                self.queue.stopped(sequence)
-        for sequence in self.queue.in_turn():
-            if len(self.running) == self.rows:
-                break
-            self.queue.started(sequence)
-            self.running.append(sequence)
-            self.served[sequence.request.tenant] += INPUT_PRICE * sequence.num_prompt
-
-    def steps_while_both_wait(self, *tenants: str) -> Iterator[None]:
-        while {sequence.request.tenant for sequence in self.queue} >= set(tenants):
-            self.step()
-            yield
-
-    def drain(self) -> None:
-        while self.running or len(self.queue):
-            self.step()
-
-
-def bound(rows: int, longest_prompt: int, longest_output: int) -> float:
-    """Largest difference in service between two tenants that both wait: theorem 4.4 of Sheng et al.
-
-    Beside it, what turns look ahead: so much can a tenant be ahead of the other when it is admitted all the same.
-    """
-    return 2 * max(INPUT_PRICE * longest_prompt, OUTPUT_PRICE * rows * longest_output) + OUTPUT_PRICE * EXPECTED * rows
-
 
 works = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=40, max_size=80)
 
@@ -242,82 +187,23 @@ def test_in_turn_follows_the_counters(
     assert len(queue) == len(passed)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 3.0), (0.5, 0.1), (40.0, 60.0)])
-def test_weights_divide_what_is_served(weights: tuple[float, float]) -> None:
-    server = Server(10)
-    for tenant, weight in zip("ab", weights, strict=True):
-        server.submit(tenant, *[(6, 10)] * 400, weight=weight)
-    for _ in server.steps_while_both_wait("a", "b"):
-        spread = server.served["a"] / weights[0] - server.served["b"] / weights[1]
-        assert abs(spread) <= bound(10, 6, 10) / min(weights)
-    assert server.served["b"] / server.served["a"] == pytest.approx(weights[1] / weights[0], rel=0.1)
-
-
-def test_the_weight_is_that_of_the_last_request() -> None:
+def test_sequences_without_adapters_go_on_when_only_these_are_wanted() -> None:
     queue = FairQueue()
-    first, second = (Sequence.of(Request(str(w), (0,) * 6, SamplingParams(), weight=w)) for w in (1.0, 3.0))
-    queue.push(first)
-    assert queue.weight("default") == 1
-    queue.push(second)
-    queue.started(first)
-    assert queue.counters == {"default": 6 * INPUT_PRICE / 3}
-    assert queue.weight("default") == 3
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, inf, nan])
-def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
-    with pytest.raises(ValueError, match=r"the weight of tenant 'team' is .*, expected a number above 0"):
-        Request("r", (0,), SamplingParams(), tenant="team", weight=weight)
-
-
-def two_waiting() -> tuple[FairQueue, Sequence]:
-    """A queue in which tenant t, with one request, was served 100 less than the other one."""
-    queue = FairQueue()
-    for tenant in ("t", "other", "other"):
-        queue.push(Sequence.of(Request(tenant, (0,) * 5, SamplingParams(), tenant=tenant)))
-    queue.counters |= {"t": 0.0, "other": 100.0}
-    return queue, next(iter(queue))
-
-
-def test_what_is_owed_stays_owed_when_the_last_request_starts() -> None:
-    """And no more than that, however long nothing else waits."""
-    queue, first = two_waiting()
-    queue.started(first)
-    queue.counters["other"] = 700.0
-    queue.push(Sequence.of(Request("next", (0,), SamplingParams(), tenant="t")))
-    assert queue.counters["t"] == 700.0 - 100.0
-
-
-def test_what_was_served_meanwhile_pays_it_off() -> None:
-    queue, first = two_waiting()
-    queue.started(first)
-    queue.counters |= {"other": 700.0, "t": 650.0}
-    queue.push(Sequence.of(Request("next", (0,), SamplingParams(), tenant="t")))
-    assert queue.counters["t"] == 650.0
-
-
-@pytest.mark.parametrize("has_run", [False, True])
-def test_what_is_owed_is_forgotten_when_the_last_request_leaves(has_run: bool) -> None:
-    queue, first = two_waiting()
-    if has_run:
-        queue.started(first)
-        queue.stopped(first)
-    else:
-        queue.remove(first)
-    queue.push(Sequence.of(Request("next", (0,), SamplingParams(), tenant="t")))
-    assert queue.counters["t"] == 100.0
-
-
-def test_a_counter_that_stands_still_is_no_measure() -> None:
-    """The last that waited has left; whoever comes is beside those that run."""
-    server = Server(4)
-    server.submit("stays", *[(5, 500)] * 3)
-    server.step()
-    server.submit("left", (1, 1))
-    for _ in range(100):
-        server.step()
-    server.submit("new", (1, 1))
-    assert server.queue.counters["new"] == server.queue.counters["stays"] > 500
+    mix = Mix((("a", 1.0),))
+    mixes = [mix, BASE, mix, BASE, mix, BASE]
+    sequences = [Sequence.of(Request(str(n), (0,), SamplingParams(), own)) for n, own in enumerate(mixes)]
+    for sequence in sequences:
+        queue.push(sequence)
+    given: list[str] = []
+    for sequence in queue.in_turn(only_plain=lambda _: "2" in given):
+        given.append(sequence.request.id)
+        if sequence.request.id in "13":
+            queue.started(sequence)
+    assert given == ["0", "1", "2", "3", "5"]
+    queue.push_front(sequences[1])
+    queue.stopped(sequences[1])
+    queue.remove(sequences[5])
+    assert [sequence.request.id for sequence in queue.in_turn(only_plain=lambda _: True)] == ["1"]
 
 
 def test_rows_that_become_free_together_are_divided() -> None:

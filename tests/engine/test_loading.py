@@ -3,7 +3,7 @@
 import pytest
 
 from adapters_store.types import Composition, Mix
-from server.engine.scheduler import STARVATION_STEPS
+from server.engine.starvation import STARVATION_STEPS
 from tests.adapters_store.library import PACKED, single
 from tests.engine.manual_loading import BYTES, Loading
 

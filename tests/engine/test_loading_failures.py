@@ -126,7 +126,8 @@ def test_a_mix_too_large_is_refused_when_its_size_is_known() -> None:
     loading.finish()
     assert loading.ending("large") == "mix_too_large"
     assert loading.outputs["large"][0].error_param == "lora.adapters"
-    with pytest.raises(RequestError, match="more rank pages") as refused:
+    sentence = r"2 adapters .* more rank pages than the server has: 6 for qkv, of 3 that there are and 0 that pinned"
+    with pytest.raises(RequestError, match=sentence) as refused:
         loading.add("again", large)
     assert refused.value.code == "mix_too_large"
     assert not loading.engine.has_work

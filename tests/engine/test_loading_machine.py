@@ -79,8 +79,9 @@ class LoadingMachine(RuleBasedStateMachine):
         elif wish == "ahead":
             adapters.read_ahead({digest: path})
         else:
+            is_kept = adapters._wishes.has_pin(digest)
             adapters.evict(digest)
-            assert digest not in self.loading.host
+            assert is_kept or digest not in self.loading.host
 
     @invariant()
     def sound(self) -> None:
@@ -116,4 +117,4 @@ class LoadingMachine(RuleBasedStateMachine):
 
 
 TestLoadingMachine = LoadingMachine.TestCase
-TestLoadingMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestLoadingMachine.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)

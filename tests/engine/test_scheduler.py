@@ -9,9 +9,10 @@ from scheduler_simulation import SIZES, alone, finish, request, simulate, stops
 
 from adapters_store.pool import PageLease
 from server.engine.config import RequestError
-from server.engine.scheduler import MISSING_MIXES, STARVATION_STEPS
+from server.engine.plan import MISSING_MIXES
 from server.engine.sequence import Request
 from server.engine.shares import PATIENCE
+from server.engine.starvation import STARVATION_STEPS
 
 
 @dataclass(frozen=True)

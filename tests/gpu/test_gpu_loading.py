@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapters_store.linear_names import module_path
 from adapters_store.pages import PackedAdapter, pack
-from adapters_store.peft_format import module_path
 from adapters_store.pool import PagePool
 from adapters_store.types import GROUPS, TARGETS, AdapterWeights, LinearShape, LoraPair, Mix
 from adapters_store.upload import Upload, Uploader, write_pages

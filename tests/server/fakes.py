@@ -242,11 +242,13 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 class Harness:
     """The application around a fake engine."""
 
-    def __init__(self, store: AdapterStore, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
+    def __init__(
+        self, store: AdapterStore, tokenizer: PreTrainedTokenizerFast, settings: Settings, process: Any = None
+    ) -> None:
         self.engine = FakeEngine(tokenizer)
         self.store = store
         self.settings = settings
-        self.services: Services = assemble(settings, MODEL, self.engine, store, ChatTokenizer(tokenizer))
+        self.services: Services = assemble(settings, MODEL, self.engine, store, ChatTokenizer(tokenizer), process)
         self.app = create_app(settings, self.services)
 
     @property
@@ -261,7 +263,7 @@ class Harness:
     @contextlib.asynccontextmanager
     async def client(self, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
         transport = httpx.ASGITransport(app=self.asgi)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", **options) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", **options) as client:
             yield client
 
     def check_all_given_back(self) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 MESSAGES = [{"role": "user", "content": "Hello world, how is the quick brown fox?"}]
 OPTIONS = ["--kv-memory", "64MiB", "--page-memory", "8MiB", "--num-threads", "1", "--device", "cpu", "--port", "0"]
+OPTIONS += ["--encoder", "none"]
 
 
 class Served:

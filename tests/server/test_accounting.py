@@ -12,12 +12,13 @@ from fakes import BLOCK, REPLY, Harness
 
 from adapters_store.registry import Quotas, TenantRow
 from routing.router import NamedWeight, RouteQuery
+from server.ask import Ask
 from server.choice import Piece
 from server.engine.blocks import BlockPool
 from server.engine.config import RequestError
-from server.engine.sequence import Output, Request, SamplingParams
+from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, SamplingParams
 from server.errors import BadRequest, NotFound, TooManyRequests, Unavailable
-from server.generation import Ask, Generation
+from server.generation import Generation
 from server.openai.answer import collect
 from server.tenants import Tenant
 
@@ -119,7 +120,7 @@ async def test_a_client_that_leaves_in_the_middle(harness: Harness, tenant: Tena
     harness.engine.hold_at = 2
     generation = harness.services.generator.start(ask(tenant, n=n))
     pieces, _ = await start(generation, 2 * n)
-    assert harness.services.quotas.running(tenant.id) == 1
+    assert harness.services.quotas.running(tenant.id) == n
     assert used(harness, tenant) == 10 + 2 * n  # while it runs
     await pieces.aclose()
     assert harness.services.quotas.running(tenant.id) == 0
@@ -164,9 +165,24 @@ async def test_what_the_engine_refuses_costs_nothing(harness: Harness, tenant: T
     harness.engine.refusal = RequestError("too many pages", code="mix_too_large")
     with pytest.raises(BadRequest):
         await finish(harness.services.generator.start(ask(tenant, n=2)))
-    assert await lines(harness, tenant) == [("sql", 1, 0, 0)]
+    assert await lines(harness, tenant) == []
+    assert harness.store.registry.get(tenant.id, "sql").requests == 0
     assert used(harness, tenant) == 0
     assert harness.services.quotas.running(tenant.id) == 0
+
+
+async def test_an_answer_that_is_not_finite_was_computed(
+    harness: Harness, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(request: Request) -> AsyncIterator[Output]:
+        yield Output(request.id, finish_reason=FinishReason.ERROR, error=NOT_FINITE)
+
+    monkeypatch.setattr(harness.engine, "_outputs", fails)
+    with pytest.raises(BadRequest) as refused:
+        await finish(harness.services.generator.start(ask(tenant)))
+    assert refused.value.code == "output_not_finite"
+    assert await lines(harness, tenant) == [("sql", 1, 10, 0)]
+    assert used(harness, tenant) == 10
 
 
 async def test_what_never_reaches_the_engine_is_not_counted(harness: Harness, tenant: Tenant) -> None:

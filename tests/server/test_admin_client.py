@@ -12,7 +12,15 @@ import httpx
 import pytest
 
 from adapters_store.multipart_upload import MultipartUpload
-from server.admin_client import AdminClient, AdminError, UsageError, files_to_upload, is_source, name_in_path
+from server.admin_client import (
+    AdminClient,
+    AdminError,
+    UsageError,
+    files_to_upload,
+    is_source,
+    name_in_path,
+    router_to_upload,
+)
 
 URL = "http://127.0.0.1:8000"
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -253,6 +261,21 @@ def test_what_is_uploaded(tmp_path: Path) -> None:
         files_to_upload(other)
     with pytest.raises(UsageError, match="does not exist"):
         files_to_upload(tmp_path / "nothing")
+
+
+def test_what_is_uploaded_of_a_router(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", card=b"card")
+    with pytest.raises(AdminError, match=r"no router\.json and no router\.safetensors: expected .* trained"):
+        router_to_upload(folder)
+    for name in ("router.json", "router.safetensors"):
+        (folder / name).write_bytes(b"x")
+    wanted = {"config": folder / "router.json", "weights": folder / "router.safetensors"}
+    assert router_to_upload(folder) == wanted
+    archive = tmp_path / "a.zip"
+    archive.write_bytes(b"x")
+    assert router_to_upload(archive) == {"archive": archive}
+    with pytest.raises(UsageError, match="does not exist"):
+        router_to_upload(tmp_path / "nothing")
 
 
 def test_what_is_a_source() -> None:

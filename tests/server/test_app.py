@@ -104,7 +104,7 @@ async def test_a_bug_is_a_500_without_its_traceback(harness: Harness, monkeypatc
 
     monkeypatch.setattr(harness.services.store, "models", fail)
     transport = httpx.ASGITransport(app=harness.asgi, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         response = await client.get("/v1/models")
     monkeypatch.undo()
     assert response.status_code == 500
@@ -165,7 +165,7 @@ async def test_metrics_after_a_request(client: httpx.AsyncClient, harness: Harne
     assert f'loramux_time_to_first_token_seconds_count{{adapter="sql",{both}}} 2.0' in lines
     assert f'loramux_queue_time_seconds_sum{{adapter="sql",{both}}} 0.002' in lines
     assert 'loramux_adapters{tier="disk"} 3.0' in lines
-    assert 'loramux_route_total{outcome="adapters",router="explicit"} 1.0' in lines
+    assert 'loramux_route_total{outcome="routed",router="explicit"} 1.0' in lines
 
 
 async def test_metrics_name_everything_that_is_there(client: httpx.AsyncClient) -> None:
@@ -185,5 +185,26 @@ async def test_the_documentation_has_the_bodies(client: httpx.AsyncClient) -> No
 
 
 async def test_body_limit_is_a_setting(client: httpx.AsyncClient) -> None:
-    too_large = await client.post("/tokenize", content=b'{"prompt": "' + b"x" * (16 << 20) + b'"}')
+    body, headers = b'{"prompt": "' + b"x" * (16 << 20) + b'"}', {"Content-Type": "application/json"}
+    too_large = await client.post("/tokenize", content=body, headers=headers)
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_wrong_method_is_told_all_that_are_right(client: httpx.AsyncClient) -> None:
+    for path, methods in (
+        ("/admin/v1/adapters", "GET, POST"),
+        ("/admin/v1/adapters/sql", "DELETE, GET, PATCH"),
+        ("/admin/v1/tenants/x", "DELETE, GET, PATCH"),
+        ("/v1/completions", "POST"),
+    ):
+        refused = await client.put(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, methods)
+        assert refused.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version"])
+async def test_head_is_get_without_a_body(live: str, path: str) -> None:
+    async with httpx.AsyncClient(base_url=live) as client:
+        whole, head = await client.get(path), await client.head(path)
+    assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]

@@ -97,9 +97,9 @@ def test_a_taken_port(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_an_option() -> None:
-    """Of `serve`, by the same name and with no default of its own."""
+    """Of `serve`, by the same name and with no default of its own; beside them the encoder, which is of `routing`."""
     parameters = inspect.signature(cli.serve).parameters
-    assert set(parameters) - {"data_dir", "config"} == set(ServeSettings.model_fields)
+    assert set(parameters) - {"data_dir", "config", "encoder"} == set(ServeSettings.model_fields)
     assert all(parameter.default is None for parameter in parameters.values())
 
 

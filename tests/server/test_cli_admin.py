@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from commands import Loramux, commands
 from fakes import MODEL, Harness, make_store, wait_for, write_adapter
 from typer.testing import CliRunner, Result
 
@@ -22,7 +23,6 @@ from adapters_store.store import AdapterStore
 from server import cli
 
 ADMIN = "admin-key"
-Loramux = Callable[..., Awaitable[Result]]
 runner = CliRunner()
 
 
@@ -46,16 +46,7 @@ async def harness(make_harness: Callable[..., Harness]) -> AsyncIterator[Harness
 
 @pytest.fixture
 def loramux(live: str) -> Loramux:
-    """`await loramux("adapters", "list")` as the administrator, or with another key; it has to exit with `code`."""
-
-    async def run(*arguments: str, key: str | None = ADMIN, code: int = 0) -> Result:
-        environment = {"LORAMUX_URL": live, "LORAMUX_ADMIN_KEY": key}
-        done = await asyncio.to_thread(runner.invoke, cli.app, list(arguments), env=environment)
-        assert done.exit_code == code, done.output
-        assert done.exception is None or isinstance(done.exception, SystemExit)
-        return done
-
-    return run
+    return commands(live, ADMIN)
 
 
 @pytest.fixture
@@ -142,9 +133,27 @@ async def test_an_archive_and_samples(loramux: Loramux, folder: Path, tmp_path: 
     assert "From an archive." in (await loramux("adapters", "show", "a")).stdout
 
 
+async def test_samples_beside_an_adapter_go_with_it(
+    loramux: Loramux, folder: Path, tmp_path: Path, harness: Harness
+) -> None:
+    (folder / "samples.json").write_text(json.dumps(["from the folder"]))
+    other = tmp_path / "other.txt"
+    other.write_text("from elsewhere\n")
+    await loramux("adapters", "add", "a", str(folder))
+    await loramux("adapters", "add", "b", str(folder), "--samples", str(other))
+    samples = harness.store.registry.samples("default", ["a", "b"])
+    assert samples == {"a": ("from the folder",), "b": ("from elsewhere",)}
+    for text, part in (("{", "JSON if it is called .json"), ('{"a": 1}', "expected a JSON list of strings")):
+        (folder / "samples.json").write_text(text)
+        line = line_of(await loramux("adapters", "add", "c", str(folder), code=2))
+        assert line.startswith(f"loramux: {folder}/samples.json: expected")
+        assert part in line
+
+
 async def test_a_merge(loramux: Loramux, folder: Path) -> None:
+    write_adapter(folder.parent / "other", 99)
     await loramux("adapters", "add", "one", str(folder))
-    await loramux("adapters", "add", "two", str(folder))
+    await loramux("adapters", "add", "two", str(folder.parent / "other"))
     done = await loramux("adapters", "merge", "both", "one=0.5", "two=-0.25")
     assert done.stdout.startswith("registered both\n")
     assert "rank     4" in done.stdout
@@ -239,6 +248,9 @@ async def test_json_is_the_servers(loramux: Loramux, live: str) -> None:
         (["adapters", "add", "x", "/nowhere/at/all"], 2, "does not exist"),
         (["adapters", "add", "x", "hf://a/b", "--samples", "/nowhere"], 2, "--samples /nowhere: No such file"),
         (["adapters", "merge", "x", "sql"], 2, "expected an adapter and its weight, such as sql=0.5"),
+        (["tenants", "add", "x", "--weight", "nan"], 2, "expected a number from 0.001 to 1000"),
+        (["tenants", "set", "x", "--weight", "0"], 2, "expected a number from 0.001 to 1000"),
+        (["tenants", "set", "x", "--weight", "1e4"], 2, "expected a number from 0.001 to 1000"),
         (["adapters", "merge", "x", "sql=nan"], 2, "expected an adapter and its weight"),
         (["adapters", "merge", "x", "sql=1", "--method", "glue"], 1, "method"),
         (["adapters", "merge", "x", "nobody=1"], 1, "nobody"),
@@ -302,6 +314,12 @@ def test_wrong_usage(arguments: list[str]) -> None:
         "keys revoke",
         "usage",
         "state",
+        "routers add",
+        "routers list",
+        "routers show",
+        "routers rm",
+        "routers default",
+        "explain",
     ],
 )
 def test_help_has_examples(command: str) -> None:

@@ -142,8 +142,9 @@ def test_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_what_clients_read_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = load_settings().model_dump()
     monkeypatch.setenv("LORAMUX_URL", "http://127.0.0.1:8000")
-    load_settings()
+    assert load_settings().model_dump() == without
 
 
 def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from adapters_store.registry import RegistryUnavailable
 from adapters_store.store import UnknownAdapter
 from adapters_store.types import Composition, Mix
 from routing.router import RouteQuery
+from server.ask import Ask
 from server.cache_key import cache_key
 from server.engine.sequence import SamplingParams
 from server.errors import NotFound, Unavailable
-from server.generation import Ask
 from server.openai.answer import collect
 from server.tenants import DEFAULT_TENANT
 

@@ -46,7 +46,7 @@ def test_requests_by_adapter() -> None:
     assert value(metrics, f"{first}_bucket", tenant="default", adapter="base", le="0.08") == 0
     assert value(metrics, f"{first}_bucket", tenant="default", adapter="base", le="0.1") == 1
     assert value(metrics, "loramux_queue_time_seconds_count", tenant="default", adapter="sql") is None
-    assert value(metrics, "loramux_route_total", router="explicit", outcome="adapters") == 4
+    assert value(metrics, "loramux_route_total", router="explicit", outcome="routed") == 4
     assert value(metrics, "loramux_route_total", router="base", outcome="base") == 1
 
 

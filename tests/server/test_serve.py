@@ -97,6 +97,79 @@ async def test_the_second_signal_stops_at_once(harness: Harness) -> None:
         await until(lambda: harness.engine.ended)
 
 
+async def test_the_signal_after_a_drain_is_the_first_one(harness: Harness) -> None:
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 2
+    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
+        await until(lambda: harness.engine.num_waiting)
+        assert (await client.post("/admin/v1/drain")).status_code == 202
+        server.server.handle_exit(signal.SIGTERM, None)
+        await asyncio.sleep(0.2)
+        harness.engine.gate.set()
+        assert (await asking).text.endswith("data: [DONE]\n\n")
+        await asyncio.wait_for(server.serving, 30)
+
+
+class Prefetch:
+    """Takes the engine's place in a prefetch, which waits until `gate` is set."""
+
+    def __init__(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate = asyncio.Event()
+        self.is_waiting = False
+        monkeypatch.setattr(harness.engine, "prefetch_now", self)
+
+    async def __call__(self, *_: str) -> str:
+        self.is_waiting = True
+        await self.gate.wait()
+        return "device"
+
+
+NEW_WORK = (
+    ("/admin/v1/adapters", {"json": {"name": "new", "source": "hf://a/b"}}),
+    ("/admin/v1/adapters", {"files": {"config": b"{}", "weights": b""}, "data": {"name": "new"}}),
+    ("/admin/v1/merges", {"json": {"name": "new", "adapters": [{"name": "sql"}], "method": "cat"}}),
+    ("/admin/v1/adapters/sql/prefetch", {}),
+    ("/v1/load_lora_adapter", {"json": {"lora_name": "new", "lora_path": "a/b"}}),
+)
+
+
+async def test_work_on_adapters_finishes_and_new_work_is_refused(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefetch = Prefetch(harness, monkeypatch)
+    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url) as client:
+        asking = asyncio.create_task(client.post("/admin/v1/adapters/sql/prefetch"))
+        await until(lambda: prefetch.is_waiting)
+        server.server.handle_exit(signal.SIGTERM, None)
+        for path, body in NEW_WORK:
+            refused = await client.post(path, **body)
+            assert (path, refused.status_code, refused.json()["error"]["code"]) == (path, 503, "draining")
+            assert refused.headers["retry-after"].isdigit()
+        await asyncio.sleep(0.2)
+        prefetch.gate.set()
+        assert (await asking).status_code == 200
+        await asyncio.wait_for(server.serving, 30)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_work_that_is_cut_is_answered(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, signals: int
+) -> None:
+    prefetch = Prefetch(harness, monkeypatch)
+    timeout = 0.05 if signals == 1 else 1000
+    async with running(harness, timeout) as server, httpx.AsyncClient(base_url=server.url) as client:
+        asking = asyncio.create_task(client.post("/admin/v1/adapters/sql/prefetch"))
+        await until(lambda: prefetch.is_waiting)
+        for _ in range(signals):
+            server.server.handle_exit(signal.SIGTERM, None)
+        answer = await asking
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert answer.headers["x-request-id"]
+        await asyncio.wait_for(server.serving, 30)
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
 async def test_an_idle_server_stops_when_asked(harness: Harness) -> None:
     async with running(harness, 1000) as server:
         async with httpx.AsyncClient(base_url=server.url) as client:

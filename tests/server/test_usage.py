@@ -17,7 +17,7 @@ from adapters_store.registry import Registry, RegistryUnavailable, TenantRow, Us
 from adapters_store.types import Mix
 from routing.router import Route, RoutedAdapter
 from server.periodic import repeating
-from server.usage import UsageLedger
+from server.usage import READ_SECONDS, UsageLedger
 
 DAY = 86_400.0
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
@@ -36,9 +36,9 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.fails: set[str] = set()
         self.lines: Counter[tuple[str, str, date, str]] = Counter()
-        self.uses: Counter[tuple[str, str, str]] = Counter()
+        self.counted: Counter[tuple[str, str, str]] = Counter()
         self.last_used: dict[tuple[str, str, str], float] = {}
-        self.ledger = self
+        self.ledger = self.uses = self
 
     def add(self, batch: Iterable[UsageRow]) -> None:
         if "ledger" in self.fails:
@@ -52,7 +52,7 @@ class FakeRegistry:
             raise ValueError("not even an error of the registry")
         for use in batch:
             key = use.tenant, use.owner, use.name
-            self.uses[key] += use.requests
+            self.counted[key] += use.requests
             self.last_used[key] = max(self.last_used.get(key, 0.0), use.last_used)
 
 
@@ -93,7 +93,7 @@ def test_every_request_is_written_once(events: list[object]) -> None:
                 last_used[tenant, "acme", name] = now
         registry.fails = set()
         await ledger.close()
-        assert (registry.lines, registry.uses, registry.last_used) == (lines, uses, last_used)
+        assert (registry.lines, registry.counted, registry.last_used) == (lines, uses, last_used)
 
     asyncio.run(play())
 
@@ -142,7 +142,7 @@ async def test_counting_during_a_flush_is_not_lost() -> None:
             await flushing
     await ledger.close()
     assert registry.lines["acme", "sql", date(2026, 3, 1), "requests"] == 220
-    assert registry.uses["acme", "acme", "sql"] == 220
+    assert registry.counted["acme", "acme", "sql"] == 220
 
 
 async def test_a_stop_without_the_database_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
@@ -172,3 +172,42 @@ async def test_uses_are_told() -> None:
     ledger.count("acme", route("sql", "german", owner="umbrella"), 1, 1)
     ledger.count("acme", route(), 1, 1)
     assert sorted(heard) == [("acme", "umbrella", "german"), ("acme", "umbrella", "sql")]
+
+
+async def test_readers_see_everything_and_write_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = FakeRegistry()
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def sleeps(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("server.usage.asyncio.sleep", sleeps)
+
+    def written() -> int:
+        return sum(count for (*_, field), count in registry.lines.items() if field == "requests")
+
+    for round_ in range(1, 4):
+        ledger.count("acme", route("sql"), 1, 1)
+        await asyncio.gather(*(ledger.catch_up() for _ in range(50)))
+        assert written() == round_
+    assert len(slept) == 3  # one write a round
+    assert slept[0] == 0
+    assert min(slept[1:]) > READ_SECONDS / 2
+    await ledger.catch_up()
+    assert len(slept) == 3  # nothing to write, nothing to wait for
+    await ledger.close()
+
+
+async def test_a_reader_waits_for_the_write_under_way() -> None:
+    registry = FakeRegistry()
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    ledger.count("acme", route("sql"), 1, 1)
+    flushing = asyncio.create_task(ledger.flush())
+    await asyncio.sleep(0)
+    await ledger.catch_up()
+    assert registry.counted["acme", "acme", "sql"] == 1
+    await flushing
+    await ledger.close()

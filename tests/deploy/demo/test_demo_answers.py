@@ -45,9 +45,10 @@ def answers(smollm2: Path) -> list[str]:
     return answer(smollm2, demo_requests())
 
 
+@pytest.mark.slow
 def test_known_targets_are_hit(answers: list[str]) -> None:
     expected = {index: request.target for index, request in enumerate(demo_requests()) if request.target is not None}
-    assert len(expected) == 5
+    assert len(expected) == 8
     assert {index: answers[index] for index in expected} == expected
 
 

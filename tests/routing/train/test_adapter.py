@@ -49,7 +49,7 @@ def test_adapter_learns_and_peft_reproduces_the_card(
 
 def test_files_are_plain_bf16_peft(trained: training.AdapterResult) -> None:
     names = {path.name for path in trained.folder.iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "card.json", "README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "card.json", "README.md", "samples.json"}
     config = json.loads((trained.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "smollm2-135m"
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, sorted(ALL_LINEARS))
@@ -91,7 +91,7 @@ def test_checkpoint_of_another_recipe_or_damaged_is_not_continued(
     chat_model: Path, task_folder: Path, tmp_path: Path
 ) -> None:
     recipe = replace(RECIPE, steps=5)
-    model, tokenizer = training._load(chat_model, recipe, RUN)
+    model, tokenizer = training.load_model(chat_model, recipe, RUN.device)
     task, path = read_task(task_folder), tmp_path / training.CHECKPOINT
     assert len(training._fit(model, tokenizer, task, recipe, RUN, path, lambda *_: None)) == 5
     assert path.is_file()
@@ -103,7 +103,7 @@ def test_checkpoint_of_another_recipe_or_damaged_is_not_continued(
 
 
 def test_loss_equals_the_models_own(chat_model: Path, task_folder: Path) -> None:
-    model, tokenizer = training._load(chat_model, RECIPE, RUN)
+    model, tokenizer = training.load_model(chat_model, RECIPE, RUN.device)
     batch = collate(encode(tokenizer, read_task(task_folder).train[8:12], 64), 258, torch.device("cpu"))
     expected = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
     torch.testing.assert_close(answer_loss(model, batch), expected)
@@ -116,7 +116,7 @@ def test_rate_warms_up_and_decays() -> None:
 
 def test_same_seed_same_start(chat_model: Path) -> None:
     def start(seed: int) -> torch.Tensor:
-        model, _ = training._load(chat_model, replace(RECIPE, seed=seed), RUN)
+        model, _ = training.load_model(chat_model, replace(RECIPE, seed=seed), RUN.device)
         return next(weight.detach() for name, weight in model.named_parameters() if "lora_A" in name)
 
     before = torch.get_rng_state()
@@ -126,7 +126,7 @@ def test_same_seed_same_start(chat_model: Path) -> None:
 
 
 def test_left_padded_batch_answers_like_single_rows(chat_model: Path) -> None:
-    model, tokenizer = training._load(chat_model, RECIPE, RUN)
+    model, tokenizer = training.load_model(chat_model, RECIPE, RUN.device)
     rows = [TaskRow("t", "c", "Say.", "x" * length, "y", 0) for length in (1, 9, 4)]
     single = [greedy_answers(model, tokenizer, [row], 6, 1)[0] for row in rows]
     assert greedy_answers(model, tokenizer, rows, 6, 3) == single

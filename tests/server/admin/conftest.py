@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fakes import Harness, make_store
 from transformers import PreTrainedTokenizerFast
+from word_encoder import WordEncoder
 from world import ADMIN_KEY, MEMBER_KEY, World, open_world
 
 from server.config import LimitSettings, ServeSettings, Settings, SourceSettings
@@ -27,13 +28,14 @@ async def make_world(
     """`make_world(**limits)`: the harness of a server of its own, closed after the test."""
     made: list[Harness] = []
 
-    def make(sources: dict[str, Any] | None = None, **limits: Any) -> Harness:
+    def make(sources: dict[str, Any] | None = None, process: Any = None, **limits: Any) -> Harness:
         settings = Settings(
             serve=ServeSettings(admin_key=ADMIN_KEY, api_key=(MEMBER_KEY,), adapter_root=(roots,)),
             limits=LimitSettings(**limits),
             sources=SourceSettings(**(sources or {})),
+            data_dir=tmp_path / "data",
         )
-        made.append(Harness(make_store(tmp_path, []), tokenizer, settings))
+        made.append(Harness(make_store(tmp_path, []), tokenizer, settings, process))
         return made[-1]
 
     yield make
@@ -49,6 +51,16 @@ async def make_world(
 async def world(make_world: Callable[..., Harness], tmp_path: Path) -> AsyncIterator[World]:
     async with open_world(make_world(), tmp_path) as world:
         yield world
+
+
+@pytest.fixture
+async def routed(make_world: Callable[..., Harness], tmp_path: Path) -> AsyncIterator[World]:
+    """The same with a router."""
+    harness = make_world(process=WordEncoder(tmp_path))
+    await harness.services.routers.start()
+    async with open_world(harness, tmp_path) as world:
+        yield world
+    await harness.services.routers.close()
 
 
 @pytest.fixture

@@ -43,9 +43,14 @@ async def test_defaults_and_lists(world: World) -> None:
 async def test_refusals(world: World) -> None:
     for body, status, code, param in (
         ({}, 400, "missing_required_parameter", "id"),
-        ({"id": "a"}, 409, "tenant_exists", None),
-        ({"id": "a/b"}, 400, "invalid_name", None),
+        ({"id": "a"}, 409, "tenant_exists", "id"),
+        ({"id": "a/b"}, 400, "invalid_name", "id"),
         ({"id": "c", "weight": 0}, 400, "invalid_value", "weight"),
+        ({"id": "c", "weight": 0.0009}, 400, "invalid_value", "weight"),
+        ({"id": "c", "weight": 1001}, 400, "invalid_value", "weight"),
+        ({"id": "c", "default_router": "none"}, 404, "router_not_found", "default_router"),
+        ({"id": "c", "default_router": "a b"}, 400, "invalid_value", "default_router"),
+        ({"id": "c", "default_router": ""}, 400, "invalid_value", "default_router"),
         ({"id": "c", "weight": "1"}, 400, "invalid_type", "weight"),
         ({"id": "c", "quotas": {"concurrency": -1}}, 400, "invalid_value", "quotas.concurrency"),
         ({"id": "c", "quotas": {"requests_per_second": 0}}, 400, "invalid_value", "quotas.requests_per_second"),
@@ -54,6 +59,12 @@ async def test_refusals(world: World) -> None:
         response = await world.admin.post(URL, json=body)
         assert (response.status_code, error_of(response)["code"]) == (status, code), response.text
         assert param is None or error_of(response)["param"] == param
+    patched = await world.admin.patch(f"{URL}/a", json={"default_router": "none"})
+    assert (patched.status_code, error_of(patched)["param"]) == (404, "default_router")
+    patched = await world.admin.patch(f"{URL}/a", json={"default_router": "retriever"})
+    assert (patched.status_code, patched.json()["default_router"]) == (200, "retriever")
+    label = await world.admin.post(f"{URL}/a/keys", json={"label": "x\0y"})
+    assert (label.status_code, error_of(label)["param"]) == (400, "label")
     built_in = await world.admin.delete(f"{URL}/default")
     assert built_in.status_code == 400
     assert (await world.admin.patch(f"{URL}/default", json={"quotas": {"concurrency": 1}})).status_code == 400

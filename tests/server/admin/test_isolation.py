@@ -18,6 +18,11 @@ Ask = tuple[str, str, dict[str, Any] | None]
 
 
 @pytest.fixture
+def world(routed: World) -> World:
+    return routed
+
+
+@pytest.fixture
 async def told(world: World) -> dict[str, Any]:
     """`a` has a private adapter, which it has used and which is on the device, and used up some of everything."""
     fields = {"tags": ["hush"], "samples": ["psst"], "description": "d"}
@@ -66,6 +71,7 @@ def asks(name: str, digest: str) -> list[Ask]:
                 text | {"model": "tiny", "lora": {"adapters": [{"name": "public"}, {"name": model, "weight": 0.0}]}},
             ),
             ("POST", "/v1/completions", text | {"model": "auto", "lora": {"candidates": [model]}}),
+            ("POST", f"{V1}/route", {"prompt": "Hi", "candidates": [model]}),
             ("POST", "/tokenize", {"model": model, "prompt": "Hi"}),
             ("POST", "/detokenize", {"model": model, "tokens": [5]}),
             ("POST", f"{V1}/merges", {"name": "new", "method": "cat", "adapters": [{"name": model}]}),
@@ -219,7 +225,8 @@ def test_every_endpoint_is_covered(world_paths: Sequence[tuple[str, str]]) -> No
         ("GET", f"{V1}/usage"),
         ("GET", "/v1/models"),
     }
-    admins = {path for _, path in world_paths if path.startswith((f"{V1}/tenants", f"{V1}/state", f"{V1}/drain"))}
+    reserved = tuple(f"{V1}/{what}" for what in ("tenants", "state", "drain", "routers"))
+    admins = {path for _, path in world_paths if path.startswith(reserved)}
     operators = {"/health", "/ready", "/version", "/metrics"}
     left = {
         (method, path)

@@ -1,6 +1,7 @@
 """/admin/v1/usage, /state, /drain, and what the documentation says."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from world import World, error_of
@@ -52,6 +53,15 @@ async def test_state(world: World) -> None:
     assert (await world.admin.get(f"{V1}/state")).json()["engines"][0]["alive"] is False
 
 
+@pytest.mark.parametrize("body", [{"json": {"resume": True}}, {"content": b"x", "headers": {"Content-Type": "a/b"}}])
+async def test_a_drain_that_asks_for_what_there_is_not(world: World, body: dict[str, Any]) -> None:
+    refused = await world.admin.post(f"{V1}/drain", **body)
+    assert refused.status_code in (400, 415)
+    assert not world.harness.services.generator.is_draining
+    for empty in ({"json": {}}, {"content": b"", "headers": {"Content-Type": "a/b"}}):
+        assert (await world.admin.post(f"{V1}/drain", **empty)).status_code == 202
+
+
 async def test_drain(world: World) -> None:
     engine = world.harness.engine
     engine.gate.clear()
@@ -80,8 +90,10 @@ async def test_the_registry_is_away(world: World, monkeypatch: pytest.MonkeyPatc
         raise RegistryUnavailable("its database does not answer")
 
     registry = world.harness.store.registry
-    for name in ("get", "list", "register", "resolve", "update", "touch", "mark_deleting"):
+    for name in ("get", "list", "register", "resolve", "update"):
         monkeypatch.setattr(registry, name, away)
+    monkeypatch.setattr(registry.uses, "touch", away)
+    monkeypatch.setattr(registry.removals, "mark", away)
     monkeypatch.setattr(registry.ledger, "add", away)
     assert (await world.use(world.a, "sql")).status_code == 200
     for method, path in (

@@ -170,8 +170,9 @@ async def test_a_change_that_fails_changes_no_pin(world: World, monkeypatch: pyt
     def away(*_: object, **__: object) -> None:
         raise RegistryUnavailable("its database does not answer")
 
-    for name in ("update", "roll_back", "mark_deleting"):
+    for name in ("update", "roll_back"):
         monkeypatch.setattr(store.registry, name, away)
+    monkeypatch.setattr(store.registry.removals, "mark", away)
     for change in ({"pinned": False}, {"digest": first["digest"]}):
         assert (await world.admin.patch(f"{URL}/sql", json=change)).status_code == 503
         assert set(engine.pinned) == {second["digest"]}

@@ -98,8 +98,9 @@ async def test_a_tenant_that_is_none(small: World) -> None:
 
 
 async def test_quotas_of_adapters_and_bytes(small: World) -> None:
-    await small.admin.patch("/admin/v1/tenants/a", json={"quotas": {"adapters": 2, "bytes": 300}})
-    await small.added(small.a, "one", 0)
+    size = (await small.added(small.a, "one", 0))["bytes"]
+    quotas = {"adapters": 2, "bytes": 2 * size + size // 2}
+    await small.admin.patch("/admin/v1/tenants/a", json={"quotas": quotas})
     await small.added(small.a, "two", 1)
     over = await small.upload(small.a, "three", 0)
     assert (over.status_code, error_of(over)["code"]) == (429, "quota_adapters")
@@ -108,6 +109,13 @@ async def test_quotas_of_adapters_and_bytes(small: World) -> None:
     large = await small.upload(small.a, "two", 2, replace=True)
     assert (large.status_code, error_of(large)["code"]) == (429, "quota_bytes")
     assert [each["name"] for each in (await small.a.get(URL)).json()["data"]] == ["one", "two"]
+    counted = {
+        sample.labels["kind"]: sample.value
+        for family in small.harness.services.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "loramux_quota_rejections_total" and sample.labels["tenant"] == "a"
+    }
+    assert counted == {"adapters": 1.0, "bytes": 1.0}
 
 
 class Sender:
@@ -172,13 +180,16 @@ async def test_a_client_that_says_nothing_more(small: World) -> None:
 
 
 async def test_only_so_many_uploads_at_once(small: World) -> None:
-    slow = [Sender(small, half(small), leaves=False) for _ in range(2)]
+    keys = [client.headers["authorization"].encode() for client in (small.a, small.b)]
+    slow = [Sender(small, half(small), leaves=False, key=key) for key in keys]
     slots = small.harness.services.catalog.slots
     while slots.taken < 2:
         await asyncio.sleep(0.001)
-    waits = asyncio.create_task(small.upload(small.admin, "sql", 0))
+    waits = asyncio.create_task(small.upload(small.b, "sql", 0))
     await asyncio.sleep(0.05)
     assert (slots.taken, waits.done()) == (2, False)
+    await small.added(small.admin, "mine", 0)  # the administrator's place is free
+    assert not waits.done()
     await asyncio.gather(*[each.task for each in slow])
     assert (await waits).status_code == 201
 
@@ -216,4 +227,5 @@ async def test_what_costs_work_counts_as_a_request(small: World) -> None:
     ):
         assert (response.status_code, error_of(response)["code"]) == (429, "quota_requests")
         assert int(response.headers["retry-after"]) > 1
-    assert (await small.a.get(f"{URL}/sql")).status_code == 200
+    assert (await small.a.get(f"{URL}/sql")).status_code == 429
+    assert (await small.admin.get(f"{URL}/sql?tenant=a")).status_code == 200

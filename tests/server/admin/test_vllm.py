@@ -1,7 +1,9 @@
 """vLLM's endpoints for adapters."""
 
+import asyncio
 from pathlib import Path
 
+import pytest
 from world import World, error_of
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -37,7 +39,7 @@ async def test_refusals(world: World, roots: Path) -> None:
         (LOAD, {"lora_name": "sql", "lora_path": "sub/folder/x"}, 400, "lora_path"),
         (LOAD, {"lora_name": "sql", "lora_path": "/etc"}, 403, "lora_path"),
         (LOAD, {"lora_name": "auto", "lora_path": f"{roots}/one"}, 400, "lora_name"),
-        (LOAD, {"lora_name": "sql", "lora_path": f"{roots}/none"}, 422, None),
+        (LOAD, {"lora_name": "sql", "lora_path": f"{roots}/none"}, 400, "lora_path"),
         (LOAD, {"lora_name": "sql", "lora_path": f"{roots}/../x"}, 422, None),
         (UNLOAD, {}, 400, "lora_name"),
         (UNLOAD, {"lora_name": 5}, 400, "lora_name"),
@@ -46,3 +48,28 @@ async def test_refusals(world: World, roots: Path) -> None:
     for path, body, status, param in cases:
         response = await world.admin.post(path, json=body)
         assert (response.status_code, error_of(response)["param"]) == (status, param), response.text
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+async def test_loading_again_what_requests_still_use(world: World, roots: Path, inplace: bool) -> None:
+    engine = world.harness.engine
+    world.make(0).rename(roots / "one")
+    body = {"lora_name": "sql", "lora_path": f"{roots}/one"}
+    assert (await world.admin.post(LOAD, json=body)).status_code == 200
+    engine.gate.clear()
+    using = asyncio.create_task(world.use(world.b, "sql"))
+    while not engine.num_waiting:
+        await asyncio.sleep(0.001)
+    assert (await world.admin.post(UNLOAD, json={"lora_name": "sql"})).status_code == 200
+    refused = await world.admin.post(LOAD, json=body | {"load_inplace": inplace})
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "adapter_deleting")
+    assert error_of(refused)["param"] == "lora_name"
+    assert "is being deleted" in error_of(refused)["message"]
+    assert refused.headers["retry-after"].isdigit()
+    waiting = asyncio.create_task(world.admin.delete("/admin/v1/adapters/sql?wait=true"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    engine.gate.set()
+    assert (await using).status_code == 200
+    assert ((await waiting).status_code, (await waiting).json()["status"]) == (200, "gone")
+    assert (await world.admin.post(LOAD, json=body | {"load_inplace": inplace})).status_code == 200

@@ -32,7 +32,7 @@ async def settle() -> None:
 
 
 async def test_the_others_wait_in_order() -> None:
-    slots = Slots(2)
+    slots = Slots(1)
     works = [Work(slots, ADMIN) for _ in range(4)]
     await settle()
     assert [work.has_place for work in works] == [True, True, False, False]
@@ -59,10 +59,29 @@ async def test_a_tenant_is_overtaken_when_it_has_its_half() -> None:
     assert slots.taken == 0
 
 
+@pytest.mark.parametrize("most", [1, 4])
+async def test_the_administrator_never_waits_for_tenants(most: int) -> None:
+    slots = Slots(most)
+    works = [Work(slots, Caller(Tenant(f"tenant{index}"))) for index in range(MOST_WAITING + most)]
+    await settle()
+    assert [work.has_place for work in works].count(True) == most
+    with pytest.raises(Unavailable):
+        async with slots.take(A):
+            pass
+    admin = Work(slots, ADMIN)
+    await settle()
+    assert admin.has_place
+    assert [work.has_place for work in works].count(True) == most
+    for work in [*works, admin]:
+        work.go.set()
+    await asyncio.gather(*[work.task for work in [*works, admin]])
+    assert slots.taken == 0
+
+
 async def test_who_leaves_gives_the_place_on() -> None:
     """Also who leaves in the moment in which it gets one."""
     slots = Slots(1)
-    first, second, third = Work(slots, ADMIN), Work(slots, ADMIN), Work(slots, ADMIN)
+    first, second, third = Work(slots, A), Work(slots, A), Work(slots, A)
     await settle()
     first.go.set()
     await asyncio.sleep(0)
@@ -72,9 +91,9 @@ async def test_who_leaves_gives_the_place_on() -> None:
     assert third.has_place
     third.go.set()
     await asyncio.gather(first.task, third.task)
-    waiting = Work(slots, ADMIN)
+    waiting = Work(slots, A)
     await settle()
-    left = Work(slots, ADMIN)
+    left = Work(slots, A)
     await settle()
     left.task.cancel()
     await settle()
@@ -90,7 +109,7 @@ async def test_not_everybody_can_wait() -> None:
     with pytest.raises(Unavailable):
         async with slots.take(A):
             pass
-    works += [Work(slots, ADMIN) for _ in range(MOST_WAITING // 2)]
+    works += [Work(slots, ADMIN) for _ in range(1 + MOST_WAITING)]
     await settle()
     with pytest.raises(Unavailable):
         async with slots.take(ADMIN):

@@ -118,30 +118,60 @@ async def test_requests_a_second(client: httpx.AsyncClient, harness: Harness, ac
 
 
 async def test_other_answers_show_the_limits_too(client: httpx.AsyncClient, account: Account) -> None:
-    await account.open(requests_per_second=4, tokens_per_minute=600)
+    await account.open(requests_per_second=5, tokens_per_minute=600)
     for method, url, body, status, remaining in (
-        ("GET", "/v1/models", None, 200, "4"),
-        ("POST", "/tokenize", {"prompt": "Hi"}, 200, "3"),
+        ("GET", "/v1/models", None, 200, "5"),
+        ("POST", "/tokenize", {"prompt": "Hi"}, 200, "4"),
         ("POST", "/v1/completions", {"prompt": "Hi", "temperature": 9}, 400, "3"),
         ("POST", "/v1/completions", GOOD | {"model": "nobody"}, 404, "2"),
-        ("POST", "/v1/chat/completions", b"{", 400, "2"),
+        ("POST", "/v1/chat/completions", b"{", 400, "1"),
     ):
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
-        response = await client.request(method, url, headers=account.headers, **content)  # type: ignore[arg-type]
+        headers = account.headers | {"Content-Type": "application/json"}
+        response = await client.request(method, url, headers=headers, **content)  # type: ignore[arg-type]
         assert response.status_code == status
         assert limits(response) == {
-            "x-ratelimit-limit-requests": "4",
+            "x-ratelimit-limit-requests": "5",
             "x-ratelimit-remaining-requests": remaining,
-            "x-ratelimit-reset-requests": {"4": "0ms", "3": "250ms", "2": "500ms"}[remaining],
+            "x-ratelimit-reset-requests": f"{(5 - int(remaining)) * 200}ms",
             "x-ratelimit-limit-tokens": "600",
             "x-ratelimit-remaining-tokens": "600",
             "x-ratelimit-reset-tokens": "0ms",
         }
-    for _ in range(2):
-        await client.post("/detokenize", json={"tokens": [5]}, headers=account.headers)
+    await client.post("/detokenize", json={"tokens": [5]}, headers=account.headers)
     refused = await client.post("/tokenize", json={"prompt": "Hi"}, headers=account.headers)
     assert refused.json()["error"]["code"] == "quota_requests"
     assert limits(await client.get("/v1/models")) == {}  # the admin has none
+
+
+async def test_a_request_beyond_the_quota_is_refused_before_its_body_is_parsed(
+    client: httpx.AsyncClient, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await account.open(requests_per_second=2)
+    headers = account.headers | {"Content-Type": "application/json"}
+    for _ in range(2):
+        assert (await client.post("/v1/completions", content=b"{", headers=headers)).status_code == 400
+    monkeypatch.setattr("server.body.parse_object", None)
+    for url in ("/v1/completions", "/v1/chat/completions"):
+        assert (await client.post(url, json=GOOD, headers=account.headers)).status_code == 429
+
+
+@pytest.mark.parametrize("url", ["/admin/v1/adapters", "/admin/v1/adapters/sql", "/admin/v1/usage"])
+async def test_looking_counts(client: httpx.AsyncClient, account: Account, url: str) -> None:
+    await account.open(requests_per_second=1)
+    answers = [await client.get(url, headers=account.headers) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+
+
+async def test_every_sequence_needs_a_place(client: httpx.AsyncClient, harness: Harness, account: Account) -> None:
+    await account.open(concurrency=4)
+    for body in ({"n": 5}, {"prompt": ["Hi"] * 5}, {"prompt": ["Hi"] * 3, "n": 2}):
+        refused = await client.post("/v1/completions", json=GOOD | body, headers=account.headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_concurrency")
+        assert refused.headers["x-should-retry"] == "false"
+    assert not harness.engine.requests
+    body = GOOD | {"prompt": ["Hi"] * 2, "n": 2}
+    assert (await client.post("/v1/completions", json=body, headers=account.headers)).status_code == 200
 
 
 async def test_tokens_a_minute(client: httpx.AsyncClient, account: Account) -> None:

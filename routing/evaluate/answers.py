@@ -1,0 +1,117 @@
+"""Greedy answers of many questions, each under its own mix of adapters, by the engine in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from adapters_store.types import Mix
+from routing.train.batches import prompt_text
+from routing.train.data import TaskRow, read_rows
+from server.engine.sequence import Output, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WAITING = 4
+"""Requests handed to the engine for each row of its batch: some read adapters while others decode."""
+
+MARGIN = 8
+"""Tokens that an answer may be longer than the longest target of its task's training rows."""
+
+
+class AnswerError(Exception):
+    """The engine did not answer a question; the message says which and why."""
+
+
+class Steps(Protocol):
+    """The part of the engine that is used."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add_request(self, request: Request) -> None: ...
+
+    def step(self) -> list[Output]: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt in tokens, the most tokens of its answer, and the adapters that answer it."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    mix: Mix
+
+
+@dataclass(frozen=True)
+class AdapterFolders:
+    """Adapters under one folder by name: their digests, and their paths by digest."""
+
+    digests: dict[str, str]
+    paths: dict[str, str]
+
+    @classmethod
+    def find(cls, root: Path, names: Iterable[str]) -> AdapterFolders:
+        """The PEFT folders `<root>/<name>`. Raises AnswerError where one is missing."""
+        digests: dict[str, str] = {}
+        for name in sorted(set(names)):
+            files = [root / name / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+            if missing := [file for file in files if not file.is_file()]:
+                raise AnswerError(f"{missing[0]}: no such file, expected a trained adapter for {name}")
+            content = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+            digests[name] = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
+        return cls(digests, {digest: str(root / name) for name, digest in digests.items()})
+
+
+def answer_limits(tokenizer: PreTrainedTokenizerBase, tasks: Path, names: Iterable[str]) -> dict[str, int]:
+    """The most tokens of an answer, by task."""
+    limits = {}
+    for name in names:
+        targets = [row.target for row in read_rows(tasks / name / "train.jsonl")]
+        limits[name] = MARGIN + max(len(ids) for ids in tokenizer(targets, add_special_tokens=False)["input_ids"])
+    return limits
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[int, ...]:
+    """The row's prompt as a server hands it to the engine."""
+    return tuple(tokenizer(prompt_text(tokenizer, row), add_special_tokens=False)["input_ids"])
+
+
+def answers(
+    engine: Steps,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    paths: dict[str, str],
+    at_once: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """The greedy answer to each question, stripped; `at_once` requests are with the engine at a time.
+
+    `progress` is told the number of finished ones. Raises AnswerError where a request ends with an error.
+    """
+    tokens: list[list[int]] = [[] for _ in questions]
+    begun = done = 0
+    while done < len(questions):
+        while begun < len(questions) and begun - done < at_once:
+            engine.add_request(_request(begun, questions[begun], paths))
+            begun += 1
+        for output in engine.step():
+            number = int(output.request_id)
+            if output.error is not None:
+                raise AnswerError(f"question {number}: {output.error}")
+            tokens[number] += output.tokens
+            if output.finish_reason is not None:
+                done += 1
+                progress(done)
+    decoded: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in decoded]
+
+
+def _request(number: int, question: Question, paths: dict[str, str]) -> Request:
+    params = SamplingParams(temperature=0.0, max_tokens=question.max_tokens)
+    own = {digest: paths[digest] for digest in question.mix.digests}
+    return Request(str(number), question.prompt, params, question.mix, own)

@@ -1,0 +1,117 @@
+"""Scores of every query under every setting, as means with confidence intervals, by task and cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Json = dict[str, Any]
+
+RESAMPLES = 2000
+COVERED = (2.5, 97.5)
+"""Percentiles of the interval."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """`scores` (settings, queries) in [0, 1] of queries whose `tasks` and `clusters` are given, one each."""
+
+    settings: tuple[str, ...]
+    tasks: tuple[str, ...]
+    clusters: tuple[str, ...]
+    scores: np.ndarray
+
+    def result(self, groups: Mapping[str, Sequence[str]], seed: int = 0) -> Json:
+        """Every setting's mean over tasks, of all and of each group; by cluster; by task; and what it is better by
+        than the selection of the same candidates. Intervals are those of a bootstrap that draws rows within each task,
+        the same ones for all settings.
+        """
+        names = sorted(set(self.tasks))
+        places = np.array([names.index(task) for task in self.tasks])
+        by_task = self._by_task(self.scores, places, len(names))
+        drawn = self._bootstrap(places, len(names), seed)
+        cluster_of = dict(zip(self.tasks, self.clusters, strict=True))
+        clusters = {name: [t for t in names if cluster_of[t] == name] for name in dict.fromkeys(self.clusters)}
+        found: Json = {}
+        for place, setting in enumerate(self.settings):
+            found[setting] = {
+                "mean": float(by_task[place].mean()),
+                "interval": _interval(drawn[place].mean(0)),
+                "groups": {name: _mean(by_task[place], names, own) for name, own in groups.items()},
+                "clusters": {name: _mean(by_task[place], names, own) for name, own in clusters.items()},
+                "tasks": dict(zip(names, by_task[place].tolist(), strict=True)),
+                "above_selection": self._above_selection(place, by_task, drawn),
+            }
+        return found
+
+    def _above_selection(self, place: int, by_task: np.ndarray, drawn: np.ndarray) -> Json | None:
+        """Paired: the same rows under both settings."""
+        method, _, candidates = self.settings[place].partition("/")
+        other = f"selection/{candidates}"
+        if method == "selection" or other not in self.settings:
+            return None
+        base = self.settings.index(other)
+        difference = by_task[place].mean() - by_task[base].mean()
+        return {"mean": float(difference), "interval": _interval(drawn[place].mean(0) - drawn[base].mean(0))}
+
+    def _by_task(self, scores: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+        """(settings, tasks): the mean over each task's rows."""
+        return np.stack([scores[:, places == task].mean(1) for task in range(count)], axis=1)
+
+    def _bootstrap(self, places: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """(settings, tasks, resamples): means over rows drawn with replacement within each task."""
+        rng = np.random.default_rng(seed)
+        means = []
+        for task in range(count):
+            own = self.scores[:, places == task]
+            weights = rng.multinomial(own.shape[1], np.full(own.shape[1], 1 / own.shape[1]), RESAMPLES)
+            means.append(own @ weights.T / own.shape[1])
+        return np.stack(means, axis=1)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    low, high = np.percentile(values, COVERED).tolist()
+    return [low, high]
+
+
+def _mean(by_task: np.ndarray, names: Sequence[str], own: Sequence[str]) -> float:
+    return float(np.mean([by_task[names.index(name)] for name in own]))
+
+
+def markdown(result: Mapping[str, Json], metrics: Mapping[str, str], rows: Mapping[str, int]) -> str:
+    """Three tables: all settings with intervals, by cluster, and by task. Figures are percent."""
+    settings = list(result)
+    groups, clusters = (list(result[settings[0]][kind]) for kind in ("groups", "clusters"))
+    lines = _head(["setting", "mean", "95 % interval", "above selection", *groups])
+    for name in settings:
+        own, above = result[name], result[name]["above_selection"]
+        better = "" if above is None else f"{100 * above['mean']:+.1f} ({_range(above['interval'], '+')})"
+        shown = [_percent(own["mean"]), _range(own["interval"]), better, *(_percent(own["groups"][g]) for g in groups)]
+        lines.append(_row([name, *shown]))
+    lines += ["", *_head(["cluster", *settings])]
+    lines += [_row([c, *(_percent(result[name]["clusters"][c]) for name in settings)]) for c in clusters]
+    lines += ["", *_head(["task", "metric", "rows", *settings])]
+    for task in result[settings[0]]["tasks"]:
+        shown = [_percent(result[name]["tasks"][task]) for name in settings]
+        lines.append(_row([task, metrics[task], str(rows[task]), *shown]))
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _range(interval: Sequence[float], sign: str = "") -> str:
+    low, high = (f"{100 * value:{sign}.1f}" for value in interval)
+    return f"{low} to {high}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), "|" + "---|" * len(cells)]

@@ -1,0 +1,44 @@
+"""What a client asks for, out of HTTP."""
+
+from dataclasses import dataclass
+
+from routing.router import RouteQuery
+from server.chat import ChatTokenizer, Message
+from server.engine.sequence import SamplingParams
+from server.query_text import QueryScope, of_messages, of_prompts
+from server.tenants import Tenant
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to generate. Either `messages` or `prompts` (text or token ids) is given.
+
+    `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
+    seed + i; `max_tokens` None is the rest of the context.
+    """
+
+    tenant: Tenant
+    query: RouteQuery
+    params: SamplingParams
+    scope: QueryScope = QueryScope.LAST_TURN
+    messages: tuple[Message, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def sequences(self) -> int:
+        """How many the engine gets."""
+        return self.n * (1 if self.messages is not None else len(self.prompts))
+
+    @property
+    def prompt_param(self) -> str:
+        return "prompt" if self.messages is None else "messages"
+
+    async def query_text(self, tokenizer: ChatTokenizer) -> str:
+        """What a router chooses from. Raises BadRequest for several prompts."""
+        if self.messages is not None:
+            return of_messages(self.messages, self.scope, sticky=self.query.options.sticky)
+        return await of_prompts(self.prompts, tokenizer)

@@ -1,0 +1,50 @@
+"""What a server without keys does not do for pages of the web: everything here is allowed to whoever may connect."""
+
+import re
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.body import has_body
+from server.config import is_loopback
+from server.errors import Forbidden, ServerError, UnsupportedMediaType, error_response
+
+_HOST = re.compile(r"(?:https?://)?(\[[0-9a-f:.]+\]|[^/:@\[\]]+)(?::\d{1,5})?", re.IGNORECASE)
+
+
+class LocalOnly:
+    """ASGI middleware: refuses requests that a browser of this machine sends for somebody else.
+
+    A page's name that was made to mean this machine shows in `Host`, another page's script in `Origin`. Browsers send
+    bodies of some content types, and of none, without asking first.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = _refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        app = self._app if refusal is None else error_response(refusal)
+        await app(scope, receive, send)
+
+
+def _refusal(headers: Headers) -> ServerError | None:
+    for name in ("host", "origin"):
+        values = headers.getlist(name)
+        if not all(_is_local(value) for value in values):
+            return Forbidden(
+                f"without keys this server answers to its own machine only, and the header {name.title()} names"
+                " another one: expected http://localhost, or a server with --api-key or --admin-key"
+            )
+    if has_body(headers) and "content-type" not in headers:
+        return UnsupportedMediaType("the body has no content type, expected `Content-Type: application/json`")
+    return None
+
+
+def _is_local(value: str) -> bool:
+    """Whether a host, with or without a port, or the origin of a page is this machine."""
+    match = _HOST.fullmatch(value)
+    if match is None:
+        return False
+    host = match[1].strip("[]").lower().rstrip(".")
+    return is_loopback(host) or host.endswith(".localhost")

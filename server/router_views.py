@@ -1,0 +1,97 @@
+"""How routers, and what they choose, look on a terminal. `now` is seconds since the epoch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.admin_tables import Column, Printer, ago, moment, number
+
+Json = Mapping[str, Any]
+
+ROUTERS = (
+    Column("router", style="cyan"),
+    Column("kind", spare=3),
+    Column("adapters", right=True),
+    Column("min score", spare=1, right=True),
+    Column("state"),
+    Column("encoder", spare=2),
+    Column("created", spare=4),
+)
+CANDIDATES = (
+    Column("rank", right=True),
+    Column("adapter", style="cyan"),
+    Column("score", right=True),
+    Column("weight", right=True),
+)
+REASONS = {
+    "below_min_score": "no adapter is similar enough to the prompt",
+    "no_candidates": "there is no adapter to choose from",
+    "empty_text": "the prompt is empty",
+}
+
+
+def print_routers(out: Printer, rows: Sequence[Json], now: float) -> None:
+    out.table(ROUTERS, [_router_cells(row, now) for row in rows], empty="no routers")
+
+
+def _router_cells(row: Json, now: float) -> tuple[object, ...]:
+    return (
+        row["name"],
+        _kind(row),
+        number(row["adapters"]),
+        _score(row["min_score"]),
+        "STALE" if row["stale"] else "serving",
+        row["encoder"] or "-",
+        _created(row, ago(row["created"], now)),
+    )
+
+
+def print_router(out: Printer, row: Json, now: float) -> None:
+    """One router, and of a trained one how that was."""
+    out.details(
+        [
+            ("router", row["name"]),
+            ("kind", _kind(row)),
+            ("state", f"STALE: {row['problem']}" if row["stale"] else "serving"),
+            ("adapters", f"{number(row['adapters'])} can be chosen"),
+            ("min score", _score(row["min_score"])),
+            ("encoder", row["encoder"]),
+            ("created", _created(row, moment(row["created"], now))),
+            *((f"training {name}", _plain(value)) for name, value in sorted((row["training"] or {}).items())),
+        ]
+    )
+
+
+def print_route(out: Printer, answer: Json, most: int) -> None:
+    """The decision and, best first, its `most` best candidates; the chosen ones have weights."""
+    weights = {entry["name"]: entry["weight"] for entry in answer["adapters"]}
+    if not weights:
+        reason = REASONS.get(answer.get("outcome", ""), "nothing was chosen")
+        out.line(f"the base model answers: {reason}", style="yellow")
+    scores = answer.get("scores", [])
+    cells = []
+    for rank, entry in enumerate(scores[:most], 1):
+        weight = weights.get(entry["name"])
+        cells.append((rank, entry["name"], _score(entry["score"]), "" if weight is None else f"{weight:.3g}"))
+    if cells:
+        out.table(CANDIDATES, cells)
+    if len(scores) > most:
+        out.line(f"and {number(len(scores) - most)} more, shown by --limit {len(scores)}")
+    cached = ", remembered" if answer["cached"] else ""
+    out.line(f"{answer['router']}, {answer['composition']}, {answer['route_ms']:.1f} ms{cached}", style="dim")
+
+
+def _kind(row: Json) -> str:
+    return row["kind"] if row["mode"] is None else f"{row['kind']}, trained {row['mode']}"
+
+
+def _created(row: Json, when: str) -> str:
+    return "built in" if row["created"] is None and not row["stale"] else when
+
+
+def _score(score: object) -> str:
+    return f"{score:.3f}" if isinstance(score, int | float) else "-"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,246 @@
+"""The routers that choose from the prompt: the encoder's own, and trained ones, as the registry has them."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters_store.blobs import BlobError
+from adapters_store.registry import NameTaken, NotFound, RegistryUnavailable, RouterRow
+from adapters_store.store import AdapterStore
+from routing.encoder import EncoderProcess, EncoderUnavailable, ServedEncoder
+from routing.encoder_model import EncoderError, encoder_id
+from routing.prototype_index import PrototypeIndex
+from routing.prototype_sync import PrototypeSync
+from routing.retriever import Retriever, RetrieverDefaults
+from routing.router import AUTO, Routers
+from routing.router_folder import CARD_FILE, CHANGE_FILE, RouterFolderError, read_router
+from server.errors import BadRequest, Unavailable, Unprocessable
+
+logger = logging.getLogger(__name__)
+
+RETRIEVER = "retriever"
+"""The router that needs no training. Trained ones have names of their own."""
+ENSURE_SECONDS = 10.0
+"""So long a registration waits for its adapter to be routable; an encoder that is still loading does it later."""
+
+
+@dataclass(frozen=True)
+class ServedRouter:
+    """One router in use. `row` is the registry's, None for the one that needs no training."""
+
+    name: str
+    row: RouterRow | None
+    encoder: ServedEncoder
+    index: PrototypeIndex
+    sync: PrototypeSync
+    min_score: float
+    following: "asyncio.Task[None]"
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """A router as the administrator sees it. `problem` says why it is not served; `adapters` can be chosen now."""
+
+    name: str
+    row: RouterRow | None
+    encoder: str | None
+    min_score: float | None
+    adapters: int
+    problem: str | None = None
+
+
+class RouterService:
+    """Keeps `routers`, by which requests are decided, equal to what the registry and the encoder have.
+
+    Without an encoder process nothing is served, and `routers` says why. Methods raise ServerError, BlobError and
+    RegistryError. `folder` is for trained routers' files; `defaults` gives the options of the encoder with this id,
+    whose trained router was calibrated to a `min_score` or not. For one event loop; `clock` counts seconds.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        routers: Routers,
+        process: EncoderProcess | None,
+        folder: Path,
+        defaults: Callable[[str, float | None], RetrieverDefaults],
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._routers = routers
+        self._process = process
+        self._folder = folder
+        self._defaults = defaults
+        self._clock = clock
+        self._served: dict[str, ServedRouter] = {}
+        self._problems: dict[str, tuple[RouterRow, str]] = {}
+        self._changing = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the encoder, which loads meanwhile, and serve what is there."""
+        if self._process is None:
+            return
+        try:
+            await self._process.start()
+            await self._serve(RETRIEVER, None, None, None)
+        except EncoderUnavailable as error:
+            self._routers.absent = str(error)
+            logger.warning("no router chooses adapters: %s", error)
+            return
+        await self.refresh()
+
+    async def ready(self, seconds: float) -> None:
+        """Wait, for so long at most, until all adapters that are there can be chosen."""
+        work = [asyncio.ensure_future(_complete(served)) for served in self._served.values()]
+        if work:
+            _, late = await asyncio.wait(work, timeout=seconds)
+            for task in late:
+                task.cancel()
+                logger.warning("some adapters can be chosen only later: the encoder is still reading their samples")
+
+    async def close(self) -> None:
+        """No decisions after this."""
+        for name in tuple(self._served):
+            await self._drop(name)
+        if self._process is not None:
+            await self._process.close()
+
+    def exists(self, name: str) -> bool:
+        """Whether requests can name this router."""
+        return name in self._served
+
+    async def refresh(self) -> None:
+        """Follow the registry: other processes add and remove routers too."""
+        if RETRIEVER not in self._served:
+            return
+        async with self._changing:
+            try:
+                rows = {row.name: row for row in await asyncio.to_thread(self._store.registry.routers.list)}
+            except RegistryUnavailable as error:
+                logger.warning("routers stay as they are: %s", error)
+                return
+            for name, served in tuple(self._served.items()):
+                if served.row is not None and rows.get(name) != served.row:
+                    await self._drop(name)
+            self._problems = {name: kept for name, kept in self._problems.items() if rows.get(name) == kept[0]}
+            for name, row in rows.items():
+                if name not in self._served and name not in self._problems:
+                    await self._try(row)
+
+    async def add(self, name: str, folder: Path, *, replace: bool = False) -> RouterState:
+        """Store and serve the trained router in `folder`, which nobody else changes meanwhile."""
+        process = self._needed()
+        if name in (RETRIEVER, AUTO):
+            raise BadRequest(f"name: {name!r} is reserved, expected another name", param="name", code="invalid_name")
+        try:
+            card = await asyncio.to_thread(read_router, folder)
+            await asyncio.to_thread(encoder_id, process.folder, folder)
+        except RouterFolderError as error:
+            raise Unprocessable(f"the router cannot be served: {error}", code="router_bad_folder") from error
+        except EncoderError as error:
+            raise Unprocessable(f"the router cannot be served: {error}", code="router_wrong_encoder") from error
+        meta = json.loads(await asyncio.to_thread((folder / CARD_FILE).read_text, "utf-8"))
+        taken = await asyncio.to_thread(self._store.registry.routers.list)
+        if not replace and any(row.name == name for row in taken):
+            raise NameTaken("router", f"router {name!r} exists: expected a new name, or replace")
+        blob = await asyncio.to_thread(self._store.blobs.put_file, folder / CHANGE_FILE)
+        row = RouterRow(name, "retriever", blob.sha256, meta)
+        row = await asyncio.to_thread(self._store.registry.routers.add, row, replace_existing=replace)
+        logger.info("router %r is registered: %s, trained on %s", name, card.mode, card.base_name)
+        await self.refresh()
+        return self.state(name)
+
+    async def remove(self, name: str) -> None:
+        """Forget a trained router, and what was made for it."""
+        if name == RETRIEVER:
+            raise BadRequest(f"name: {name!r} is built in and stays", param="name", code="invalid_name")
+        served = self._served.get(name)
+        await asyncio.to_thread(self._store.registry.routers.remove, name)
+        await self.refresh()
+        others = {each.encoder.id for each in self._served.values()}
+        if served is not None and served.encoder.id not in others:
+            await asyncio.to_thread(self._store.registry.prototypes.forget, served.encoder.id)
+
+    def state(self, name: str) -> RouterState:
+        """One router. Raises NotFound."""
+        served = self._served.get(name)
+        if served is not None:
+            return RouterState(name, served.row, served.encoder.id, served.min_score, len(served.index))
+        if name not in self._problems:
+            raise NotFound("router", name)
+        row, problem = self._problems[name]
+        return RouterState(name, row, None, None, 0, problem)
+
+    def states(self) -> tuple[RouterState, ...]:
+        """All routers by name, also those that are registered and cannot be served."""
+        return tuple(self.state(name) for name in sorted({*self._served, *self._problems}))
+
+    async def follow(self, tenant: str, name: str) -> None:
+        """An adapter was registered, or changed, or deleted: what it means counts in the next request."""
+        served = tuple(self._served.values())
+        if not served:
+            return
+        work = asyncio.gather(*(each.sync.ensure(tenant, name) for each in served))
+        done, _ = await asyncio.wait({asyncio.ensure_future(work)}, timeout=ENSURE_SECONDS)
+        if not done:
+            logger.warning("adapter %r of tenant %r can be chosen once the encoder is ready", name, tenant)
+
+    def _needed(self) -> EncoderProcess:
+        if self._process is None or RETRIEVER not in self._served:
+            raise Unavailable(f"no router can be served: {self._routers.absent}", code="no_router")
+        return self._process
+
+    async def _try(self, row: RouterRow) -> None:
+        try:
+            folder = await asyncio.to_thread(self._materialise, row)
+            score = row.meta.get("min_score")
+            await self._serve(row.name, row, folder, float(score) if isinstance(score, int | float) else None)
+        except (EncoderUnavailable, BlobError, OSError) as error:
+            self._problems[row.name] = (row, str(error))
+            logger.warning("router %r cannot be served: %s", row.name, error)
+
+    async def _serve(self, name: str, row: RouterRow | None, change: Path | None, min_score: float | None) -> None:
+        assert self._process is not None
+        encoder = await asyncio.to_thread(self._process.encoder, change)
+        defaults = self._defaults(encoder.id, min_score)
+        index = PrototypeIndex(encoder.width)
+        sync = PrototypeSync(self._store, encoder, index)
+        following = asyncio.create_task(sync.run())
+        self._served[name] = ServedRouter(name, row, encoder, index, sync, defaults.min_score, following)
+        self._routers.put(Retriever(name, encoder, index, self._store, defaults, self._clock))
+
+    async def _drop(self, name: str) -> None:
+        self._routers.drop(name)
+        served = self._served.pop(name)
+        served.following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await served.following
+
+    def _materialise(self, row: RouterRow) -> Path:
+        """The router's folder on this machine, made of its blob if it is not there. Raises BlobError, OSError."""
+        text = json.dumps(row.meta, sort_keys=True)
+        folder = self._folder / hashlib.sha256(f"{row.blob} {text}".encode()).hexdigest()
+        if (folder / CARD_FILE).is_file():
+            return folder
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self._store.blobs.fetch(row.blob, partial, CHANGE_FILE)
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        return folder
+
+
+async def _complete(served: ServedRouter) -> None:
+    try:
+        await served.sync.refresh()
+        await served.sync.embed_missing()
+    except RegistryUnavailable as error:
+        logger.warning("prototypes cannot be read: %s", error)
