@@ -17,7 +17,7 @@ URL = "/admin/v1/adapters"
 @pytest.fixture
 async def small(make_world: Callable[..., Harness], tmp_path: Path) -> AsyncIterator[World]:
     """A server that takes adapters of up to 4000 bytes."""
-    async with open_world(make_world({"max_adapter_bytes": 4000, "timeout": 0.5}, uploads=2), tmp_path) as world:
+    async with open_world(make_world({"max_adapter_bytes": 4000}, uploads=2), tmp_path) as world:
         yield world
 
 
@@ -119,12 +119,12 @@ async def test_quotas_of_adapters_and_bytes(small: World) -> None:
 
 
 class Sender:
-    """A client on the ASGI interface itself, which sends what it is given, and then leaves or says nothing."""
+    """A client on the ASGI interface itself, which sends what it is given, then says nothing until `leaving` is set."""
 
-    def __init__(self, world: World, chunks: list[bytes], *, leaves: bool, key: bytes = b"Bearer boss") -> None:
+    def __init__(self, world: World, chunks: list[bytes], *, key: bytes = b"Bearer boss") -> None:
         self.sent: list[dict[str, Any]] = []
+        self.leaving = asyncio.Event()
         self._chunks = chunks
-        self._leaves = leaves
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -148,10 +148,8 @@ class Sender:
     async def _receive(self) -> dict[str, Any]:
         if self._chunks:
             return {"type": "http.request", "body": self._chunks.pop(0), "more_body": True}
-        if self._leaves:
-            return {"type": "http.disconnect"}
-        await asyncio.sleep(3600)
-        raise AssertionError
+        await self.leaving.wait()
+        return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
@@ -165,23 +163,25 @@ def half(world: World) -> list[bytes]:
 
 
 async def test_a_client_that_leaves_in_the_middle(small: World) -> None:
-    sender = Sender(small, half(small), leaves=True)
+    sender = Sender(small, half(small))
+    sender.leaving.set()
     await sender.task
     assert sender.status == 499
     assert left_behind(small) == []
     assert small.harness.services.catalog.slots.taken == 0
 
 
-async def test_a_client_that_says_nothing_more(small: World) -> None:
-    sender = Sender(small, half(small), leaves=False)
-    await sender.task
-    assert sender.status == 400
-    assert left_behind(small) == []
+async def test_a_client_that_says_nothing_more(make_world: Callable[..., Harness], tmp_path: Path) -> None:
+    async with open_world(make_world({"timeout": 0.5}), tmp_path) as world:
+        sender = Sender(world, half(world))
+        await sender.task
+        assert sender.status == 400
+        assert left_behind(world) == []
 
 
 async def test_only_so_many_uploads_at_once(small: World) -> None:
     keys = [client.headers["authorization"].encode() for client in (small.a, small.b)]
-    slow = [Sender(small, half(small), leaves=False, key=key) for key in keys]
+    slow = [Sender(small, half(small), key=key) for key in keys]
     slots = small.harness.services.catalog.slots
     while slots.taken < 2:
         await asyncio.sleep(0.001)
@@ -190,22 +190,23 @@ async def test_only_so_many_uploads_at_once(small: World) -> None:
     assert (slots.taken, waits.done()) == (2, False)
     await small.added(small.admin, "mine", 0)  # the administrator's place is free
     assert not waits.done()
+    for each in slow:
+        each.leaving.set()
     await asyncio.gather(*[each.task for each in slow])
     assert (await waits).status_code == 201
 
 
-async def test_one_tenant_does_not_take_all_places(make_world: Callable[..., Harness], tmp_path: Path) -> None:
-    async with open_world(make_world({"timeout": 0.5}, uploads=2), tmp_path) as world:
-        key = world.a.headers["authorization"].encode()
-        slow = Sender(world, half(world), leaves=False, key=key)
-        while world.harness.services.catalog.slots.taken < 1:
-            await asyncio.sleep(0.001)
-        waits = asyncio.create_task(world.upload(world.a, "sql", 0))
-        assert (await world.upload(world.b, "sql", 0)).status_code == 201
-        assert not waits.done()
-        await slow.task
-        assert slow.status == 400
-        assert (await waits).status_code == 201
+async def test_one_tenant_does_not_take_all_places(small: World) -> None:
+    slow = Sender(small, half(small), key=small.a.headers["authorization"].encode())
+    while small.harness.services.catalog.slots.taken < 1:
+        await asyncio.sleep(0.001)
+    waits = asyncio.create_task(small.upload(small.a, "sql", 0))
+    assert (await small.upload(small.b, "sql", 0)).status_code == 201
+    assert not waits.done()
+    slow.leaving.set()
+    await slow.task
+    assert slow.status == 499
+    assert (await waits).status_code == 201
 
 
 @pytest.mark.slow
