@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from safetensors.torch import save_file
 
-from adapters_store.registry import NameTaken, NotFound, Resolved
+from adapters_store.registry import BeingDeleted, NameTaken, NotFound, Resolved
 from adapters_store.store import AdapterInUse, AdapterStore, NewAdapter, StoreConfig, StoreLease, UnknownAdapter
 from adapters_store.types import TARGETS, LinearShape
 from tests.adapters_store.stores import until
@@ -76,7 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
         new = NewAdapter(name, replace=replaced)
         work = self.store.register(self.folder / str(alpha), new)
         if name in self.draining or (name in self.revisions and not replaced):
-            with pytest.raises(NameTaken):
+            with pytest.raises(BeingDeleted if name in self.draining else NameTaken):
                 self._run(work)
             return
         digest = self._run(work).adapter.adapter.digest
