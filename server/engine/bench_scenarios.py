@@ -1,5 +1,6 @@
 """What the engine's benchmark measures with all requests at once. Every scenario gives a dict that JSON can hold."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from adapters_store.types import GROUPS
 from server.engine import peers
 from server.engine.bench_measure import Served, decode, percentile, serve
 from server.engine.bench_session import Session, Setup
+from server.engine.engine import Engine
+from server.engine.sequence import Request
 from server.engine.workload import Lengths, Traffic, Workload
 
 Json = dict[str, Any]
@@ -73,9 +76,11 @@ def _decode(session: Session, traffic: Traffic, count: int) -> Json:
     engine = session.engine(Setup(max(count, options.concurrency), session.most_adapters))
     prompt = _prompt_length(session, count, engine.config.max_batch_tokens)
     lengths = Lengths.constant(count, prompt, session.longest - prompt)
+    workload = session.workload(f"decode-{count}", traffic, lengths)
+    make_resident(engine, workload.requests)
     done = decode(
         engine,
-        session.workload(f"decode-{count}", traffic, lengths),
+        workload,
         warm=options.warm,
         steps=options.steps,
         profiled=options.profiled,
@@ -98,6 +103,15 @@ def _decode(session: Session, traffic: Traffic, count: int) -> Json:
         "gpu_busy": done.busy,
         "profiled_ms": None if done.profiled is None else done.profiled * 1e3,
     }
+
+
+def make_resident(engine: Engine, requests: Iterable[Request]) -> None:
+    """Bring all adapters of the requests to the device: prompts whose adapters come late would be decoded later too."""
+    paths = {digest: request.paths[digest] for request in requests for digest in request.mix.digests}
+    for digest, path in paths.items():
+        engine.adapters.prefetch(digest, path, lambda _: None)
+    while engine.adapters.busy:
+        engine.step()
 
 
 def _prompt_length(session: Session, rows: int, budget: int) -> int:
