@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,26 +11,48 @@ from safetensors import SafetensorError, safe_open
 
 from adapters_store.safetensors_file import check_header
 from adapters_store.types import AdapterError
+from routing.card_file import (
+    CARD_FILE,
+    CHANGE_FILE,
+    MAX_CARD_BYTES,
+    RouterFolderError,
+    check_digest,
+    check_names,
+    expect,
+    file_sha256,
+    is_hex,
+    is_number,
+    is_text,
+    is_whole,
+    read_fields,
+    read_kind,
+    write_fields,
+)
 
 if TYPE_CHECKING:
     import torch
 
-CARD_FILE = "router.json"
-CHANGE_FILE = "router.safetensors"
+__all__ = [
+    "CARD_FILE",
+    "CHANGE_FILE",
+    "MAX_CARD_BYTES",
+    "RouterCard",
+    "RouterFolderError",
+    "file_sha256",
+    "read_kind",
+    "read_router",
+    "rewrite_card",
+    "write_router",
+]
+
 KIND = "retriever"
 VERSION = 1
 MODES = ("head", "lora", "full")
-MAX_CARD_BYTES = 1 << 20
-MAX_CHANGE_BYTES = 8 << 30
 MAX_TENSORS = 10_000
 MAX_WIDTH = 16_384
 MAX_PREFIX = 1_000
 _REQUIRED = {"kind", "version", "base", "mode", "prefix", "width", "sha256"}
 _OPTIONAL = {"name", "min_score", "training"}
-
-
-class RouterFolderError(Exception):
-    """A folder is not a trained router; one sentence names the file, the field and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +83,12 @@ def read_router(folder: Path) -> RouterCard:
     Raises:
         RouterFolderError: a file is missing, too large, malformed, or not the one that the card names.
     """
-    card = _card(folder / CARD_FILE)
+    fields = read_fields(folder / CARD_FILE)
+    expect(fields.get("kind", KIND) == KIND, "kind", repr(KIND))  # first: another kind has other fields
+    check_names(fields, _REQUIRED, _OPTIONAL)
+    card = _parse(fields)
     path = folder / CHANGE_FILE
-    try:
-        size = path.stat().st_size
-        if size > MAX_CHANGE_BYTES:
-            raise RouterFolderError(f"{CHANGE_FILE}: {size} bytes, expected at most {MAX_CHANGE_BYTES}")
-        digest = file_sha256(path)
-    except OSError as error:
-        raise RouterFolderError(f"{CHANGE_FILE}: expected a readable file ({error.strerror})") from error
-    if digest != card.sha256:
-        raise RouterFolderError(f"{CARD_FILE}: field sha256: expected {digest}, that of {CHANGE_FILE}")
+    check_digest(path, card.sha256)
     _check_tensors(path, card)
     return card
 
@@ -109,58 +123,27 @@ def rewrite_card(folder: Path, card: RouterCard) -> RouterCard:
     }
     if card.name is not None:
         fields["name"] = card.name
-    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    partial = folder / f"{CARD_FILE}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / CARD_FILE)
+    write_fields(folder, fields)
     return read_router(folder)
 
 
-def file_sha256(path: Path) -> str:
-    """The digest of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _card(path: Path) -> RouterCard:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CARD_BYTES + 1)
-        if len(raw) > MAX_CARD_BYTES:
-            raise RouterFolderError(f"{CARD_FILE}: expected at most {MAX_CARD_BYTES} bytes")
-        fields = json.loads(raw, parse_constant=_no_constant)
-    except OSError as error:
-        raise RouterFolderError(f"{CARD_FILE}: expected a readable file ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise RouterFolderError(f"{CARD_FILE}: expected a JSON object ({error})") from error
-    if not isinstance(fields, dict):
-        raise RouterFolderError(f"{CARD_FILE}: expected a JSON object, got {type(fields).__name__}")
-    if missing := sorted(_REQUIRED - fields.keys()):
-        raise RouterFolderError(f"{CARD_FILE}: field {missing[0]}: expected a value, got nothing")
-    if unknown := sorted(fields.keys() - _REQUIRED - _OPTIONAL):
-        raise RouterFolderError(f"{CARD_FILE}: field {unknown[0][:80]}: no such field")
-    return _parse(fields)
-
-
 def _parse(fields: Mapping[str, Any]) -> RouterCard:
-    _expect(fields["kind"] == KIND, "kind", repr(KIND))
-    _expect(fields["version"] == VERSION and not isinstance(fields["version"], bool), "version", str(VERSION))
-    _expect(fields["mode"] in MODES, "mode", "one of " + ", ".join(MODES))
+    expect(fields["version"] == VERSION and not isinstance(fields["version"], bool), "version", str(VERSION))
+    expect(fields["mode"] in MODES, "mode", "one of " + ", ".join(MODES))
     width = fields["width"]
-    _expect(type(width) is int and 0 < width <= MAX_WIDTH, "width", f"a whole number from 1 to {MAX_WIDTH}")
-    _expect(_is_text(fields["prefix"], 0, MAX_PREFIX), "prefix", f"a text of at most {MAX_PREFIX} characters")
-    _expect(_is_hex(fields["sha256"], 64), "sha256", "64 lower-case hex digits")
+    expect(is_whole(width, 1, MAX_WIDTH), "width", f"a whole number from 1 to {MAX_WIDTH}")
+    expect(is_text(fields["prefix"], 0, MAX_PREFIX), "prefix", f"a text of at most {MAX_PREFIX} characters")
+    expect(is_hex(fields["sha256"], 64), "sha256", "64 lower-case hex digits")
     base = fields["base"]
-    _expect(isinstance(base, dict) and base.keys() == {"id", "name"}, "base", "an object of id and name")
-    _expect(_is_hex(base["id"], 16), "base.id", "16 lower-case hex digits")
-    _expect(_is_text(base["name"], 1, 200), "base.name", "a text of 1 to 200 characters")
+    expect(isinstance(base, dict) and base.keys() == {"id", "name"}, "base", "an object of id and name")
+    expect(is_hex(base["id"], 16), "base.id", "16 lower-case hex digits")
+    expect(is_text(base["name"], 1, 200), "base.name", "a text of 1 to 200 characters")
     name = fields.get("name")
-    _expect(name is None or _is_text(name, 1, 200), "name", "a text of 1 to 200 characters")
+    expect(name is None or is_text(name, 1, 200), "name", "a text of 1 to 200 characters")
     score = fields.get("min_score")
-    number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-    _expect(score is None or (number and -1 <= score <= 1), "min_score", "a number from -1 to 1, or null")
+    expect(score is None or (is_number(score) and -1 <= score <= 1), "min_score", "a number from -1 to 1, or null")
     training = fields.get("training", {})
-    _expect(isinstance(training, dict), "training", "an object")
+    expect(isinstance(training, dict), "training", "an object")
     return RouterCard(
         base_id=base["id"],
         base_name=base["name"],
@@ -201,20 +184,3 @@ def _check_lora(shapes: Mapping[str, tuple[int, ...]]) -> None:
         a, b = (shape, other) if factor == "lora_A" else (other, shape)
         if a[0] != b[1]:
             raise RouterFolderError(f"{CHANGE_FILE}: tensor {name[:200]}: rank {a[0]} in A but {b[1]} in B")
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _expect(holds: bool, name: str, expected: str) -> None:
-    if not holds:
-        raise RouterFolderError(f"{CARD_FILE}: field {name}: expected {expected}")
-
-
-def _is_text(value: object, shortest: int, longest: int) -> bool:
-    return isinstance(value, str) and shortest <= len(value) <= longest
-
-
-def _is_hex(value: object, length: int) -> bool:
-    return isinstance(value, str) and len(value) == length and set(value) <= set("0123456789abcdef")

@@ -3,11 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.cli_session import fail
+
+if TYPE_CHECKING:
+    from routing.train.data import Task
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
@@ -80,9 +83,8 @@ def train_retriever(
 ) -> None:
     """Train a router that chooses adapters by the prompt. The last line printed is its folder."""
     from routing.encoder_model import PREFIX, EncoderError
-    from routing.evaluate.groups import chosen_groups
     from routing.router_folder import RouterFolderError
-    from routing.train.data import TaskDataError, read_tasks
+    from routing.train.data import TaskDataError
     from routing.train.retriever import RetrieverError, RetrieverRecipe, RetrieverRun
     from routing.train.retriever import train_retriever as run
 
@@ -102,13 +104,14 @@ def train_retriever(
         seed=seed,
     )
     with _failing(EncoderError, RetrieverError, RouterFolderError, TaskDataError):
-        found = read_tasks(tasks)
+        found = _chosen_tasks(tasks, group)
         folder = _encoder_folder(encoder, data_dir)
-        if group is not None:
-            chosen = chosen_groups(tasks, {task.name for task in found}, [group])
-            found = [task for task in found if task.name in next(iter(chosen.values()))]
         result = run(
-            folder, found, out, recipe, RetrieverRun(device=device, base_name=folder.name, name=name or out.name)
+            folder,
+            found,
+            out,
+            recipe,
+            RetrieverRun(device=device, base_name=folder.name, name=name or out.resolve().name),
         )
     metrics = result.card.training.get("metrics", {})
     for form, parts in metrics.items():
@@ -116,6 +119,66 @@ def train_retriever(
             shown = ", ".join(f"{part} {shares['top1']:.1%} / {shares['top3']:.1%}" for part, shares in parts.items())
             typer.echo(f"validation rows, {form}, top 1 / 3: {shown}")
     typer.echo(f"{len(result.card.training['tasks'])} tasks, min_score {result.card.min_score}, {result.seconds:.0f} s")
+    typer.echo(result.folder)
+
+
+@train.command("meteora")
+def train_meteora(
+    tasks: Tasks,
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT folders named like the tasks.")],
+    out: Annotated[Path, typer.Option(help="Folder that the router is written to.")],
+    model: Annotated[str, typer.Option(help="Model folder, pulled model or hub id.")] = DEFAULT_MODEL,
+    name: Annotated[str | None, typer.Option(help="What the router calls itself [the folder's name].")] = None,
+    group: Annotated[str | None, typer.Option(help="Only tasks of this group, as eval routing --group.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Adapters of a token, in every linear.")] = 2,
+    temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen adapters.")] = 1.0,
+    null: Annotated[bool, typer.Option("--null", help="Tasks without an adapter teach the gates to use none.")] = False,
+    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the gates' loss.")] = 5.0,
+    packed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of samples of several tasks.")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1)] = 600,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-3,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row, and of a sample of several.")] = 512,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+) -> None:
+    """Train a router that chooses adapters for every token. The last line printed is its folder."""
+    from routing.gate_folder import RouterFolderError
+    from routing.train.adapter import TrainError
+    from routing.train.adapter_folders import adapter_folders
+    from routing.train.data import TaskDataError
+    from routing.train.meteora import train_meteora as run
+    from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+    from server.checkpoint import CheckpointError, locate
+
+    recipe = MeteoraRecipe(
+        top_k=top_k,
+        temperature=temperature,
+        null=null,
+        beta=beta,
+        packed=packed,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        seed=seed,
+    )
+    with _failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
+        found = _chosen_tasks(tasks, group)
+        folder = locate(model, _data_dir(data_dir))
+        own = adapter_folders(adapters, [task.name for task in found], narrowed=group is not None, null=null)
+        without = [task.name for task in found if task.name not in own]
+        typer.echo(f"{len(own)} adapters" + (f"; without one: {', '.join(without)}" if without else ""))
+        settings = MeteoraRun(device=device, base_name=folder.resolve().name, name=name or out.resolve().name)
+        result = run(folder, found, own, out, recipe, settings)
+    metrics = result.card.training["metrics"]
+    typer.echo(
+        "validation rows, the gates' highest logit is the task's: "
+        f"{metrics['gate_accuracy_apart']:.1%} from the first token on that differs between tasks, "
+        f"where the answer is predicted {metrics['gate_accuracy_answer']:.1%}"
+    )
+    typer.echo(f"{len(result.card.adapters)} adapters, top {top_k}, loss {metrics['loss']:.3f}, {result.seconds:.0f} s")
     typer.echo(result.folder)
 
 
@@ -155,6 +218,18 @@ def eval_routing(
             measured = evaluate_routing(subjects, found, groups, plan, report)
         write_report(out, measured, plan, groups)
     typer.echo(out / "routing.md")
+
+
+def _chosen_tasks(root: Path, group: str | None) -> "list[Task]":
+    """All tasks, or those of a group. Raises TaskDataError."""
+    from routing.evaluate.groups import chosen_groups
+    from routing.train.data import read_tasks
+
+    found = read_tasks(root)
+    if group is None:
+        return found
+    chosen = next(iter(chosen_groups(root, {task.name for task in found}, [group]).values()))
+    return [task for task in found if task.name in chosen]
 
 
 def _data_dir(given: Path | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from routing.train.batches import IGNORED, Batch, batch_rows, collate, encode
 from routing.train.card import AdapterCard, shown_examples, write_card, write_samples
@@ -86,11 +88,12 @@ def train_adapter(
     from its last checkpoint in `out`, if recipe and rows are the same.
 
     Raises:
-        TrainError: `peft`, the device or the model is missing, or the loss is no longer finite.
+        TrainError: `peft`, the device or the model is missing, `out` is no folder, or the loss is no longer finite.
         TaskDataError: the rows are malformed or too long.
     """
     recipe, run = recipe or AdapterRecipe(), run or AdapterRun()
     started = time.perf_counter()
+    check_out(out)
     task = read_task(task_folder)
     test = task.test[: run.evaluation_rows]
     model, tokenizer = load_model(model_folder, recipe, run.device)
@@ -133,18 +136,8 @@ def load_model(model_folder: Path, recipe: AdapterRecipe, device: str) -> tuple[
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise TrainError("training adapters needs peft: pip install 'loramux[train]'") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (model_folder / "config.json").is_file():
-        raise TrainError(f"{model_folder}: expected a model folder with a config.json; loramux pull makes one")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainError(f"device {device}: this PyTorch sees no CUDA device; expected cpu")
-    tokenizer = AutoTokenizer.from_pretrained(str(model_folder), local_files_only=True)
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise TrainError(f"{model_folder}: expected a tokenizer with a chat template and an end-of-turn token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    base = AutoModelForCausalLM.from_pretrained(str(model_folder), dtype=torch.float32, local_files_only=True)
+    check_device(device)
+    base, tokenizer = load_causal(model_folder)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=recipe.rank, lora_alpha=recipe.alpha, target_modules=sorted(recipe.targets)
     )
@@ -152,6 +145,48 @@ def load_model(model_folder: Path, recipe: AdapterRecipe, device: str) -> tuple[
         torch.manual_seed(recipe.seed)
         model = get_peft_model(base, config)
     return model.to(device).eval(), tokenizer
+
+
+def load_causal(model_folder: Path) -> tuple[Any, Any]:
+    """The model in fp32 on the CPU, and its tokenizer.
+
+    Raises:
+        TrainError: the model, its safetensors weights, its tokenizer or its chat template is missing or damaged.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (model_folder / "config.json").is_file():
+        raise TrainError(f"{model_folder}: expected a model folder with a config.json; loramux pull makes one")
+    wanted = "a tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_folder), local_files_only=True)
+        wanted = "weights in safetensors files"
+        causal = AutoModelForCausalLM.from_pretrained(
+            str(model_folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainError(f"{model_folder}: expected {wanted} that can be read ({reason})") from error
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise TrainError(f"{model_folder}: expected a tokenizer with a chat template and an end-of-turn token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return causal, tokenizer
+
+
+def check_device(device: str) -> None:
+    """Raise TrainError for a device that nothing is trained on, or that is not here."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise TrainError(f"device {device}: expected cpu or cuda")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise TrainError(f"device {device}: this PyTorch sees no CUDA device of this number; expected cpu")
+
+
+def check_out(folder: Path) -> None:
+    """Raise TrainError unless it is a folder or can become one."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise TrainError(f"{nearest}: it is a file, expected a folder to write to")
 
 
 def _fit(

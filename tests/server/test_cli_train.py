@@ -1,12 +1,19 @@
-"""`loramux train retriever` and `loramux eval routing`: what they write, and one clear line for what cannot be."""
+"""`loramux train` and `loramux eval routing`: what they write, and one clear line for what cannot be."""
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from fakes import byte_level_tokenizer
 from typer.testing import CliRunner
 
+from routing.gate_folder import read_gates
+from routing.train.adapter import TrainError
 from routing.train.data import Task, TaskRow, write_task
+from routing.train.meteora_recipe import MeteoraRecipe
 from server import cli
 
 runner = CliRunner()
@@ -21,7 +28,9 @@ def tasks(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("command", [("train", "retriever"), ("train", "adapter"), ("eval", "routing")])
+@pytest.mark.parametrize(
+    "command", [("train", "retriever"), ("train", "adapter"), ("train", "meteora"), ("eval", "routing")]
+)
 def test_help_is_there(command: tuple[str, str]) -> None:
     done = runner.invoke(cli.app, [*command, "--help"])
     assert done.exit_code == 0
@@ -64,3 +73,110 @@ def test_a_router_is_trained_and_evaluated(
     assert found.exit_code == 0, found.output
     results = json.loads((tmp_path / "eval" / "routing.json").read_text())["results"]
     assert [result["label"] for result in results] == ["untrained"] * 2 + ["router"] * 2
+
+
+@pytest.fixture
+def chat_folder(tiny_model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny-chat"
+    shutil.copytree(tiny_model, folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapters(make_adapter: Callable[..., Path]) -> Path:
+    make_adapter("plus", seed=0, r=2)
+    return make_adapter("spell", seed=1, r=3).parent
+
+
+@pytest.fixture
+def arguments(tasks: Path, adapters: Path, chat_folder: Path, tmp_path: Path) -> list[str]:
+    """A token-level router of two adapters and one task without."""
+    splits = [tuple(TaskRow("other", "c", f"Do nothing {n}.", f"{n} {i}", "x", 0) for i in range(3)) for n in range(3)]
+    write_task(tasks, Task("other", *splits))
+    given = ["train", "meteora", "--tasks", str(tasks), "--adapters", str(adapters), "--model", str(chat_folder)]
+    return [*given, "--out", str(tmp_path / "gates"), "--steps", "2", "--batch", "3"]
+
+
+OPTIONS = {
+    "--top-k": 3,
+    "--temperature": 1.5,
+    "--beta": 2.0,
+    "--packed": 0.5,
+    "--learning-rate": 3e-3,
+    "--max-length": 300,
+    "--seed": 4,
+}
+
+
+def test_a_token_level_router_is_trained(arguments: list[str], tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gates"
+    more = [str(part) for option in OPTIONS.items() for part in option]
+    done = runner.invoke(cli.app, [*arguments, *more, "--null", "--name", "mine"])
+    assert done.exit_code == 0, done.output
+    said = done.stdout.splitlines()
+    assert said[0] == "2 adapters; without one: other"
+    assert said[-1] == str(out)
+    card = read_gates(out)
+    assert ([adapter.name for adapter in card.adapters], card.has_null) == (["plus", "spell"], True)
+    assert (card.base_name, card.name, card.top_k, card.temperature) == ("tiny-chat", "mine", 3, 1.5)
+    share = card.training["metrics"]["gate_accuracy_apart"]
+    assert f"the task's: {share:.1%} from the first token on that differs between tasks" in done.stdout
+    fields = {option[2:].replace("-", "_"): value for option, value in OPTIONS.items()}
+    assert card.training["recipe"] == {
+        **asdict(MeteoraRecipe()),
+        **fields,
+        "null": True,
+        "steps": 2,
+        "batch_size": 3,
+    }
+    assert card.training["null_tasks"] == ["other"]
+    (tasks / "manifest.json").write_text(json.dumps({"groups": {"both": ["plus", "spell"]}}))
+    grouped = runner.invoke(cli.app, [*arguments, "--group", "both"])
+    assert grouped.exit_code == 0, grouped.output
+    assert grouped.stdout.splitlines()[0] == "2 adapters"
+    card = read_gates(out)
+    assert (card.rows, card.name, card.training["tasks"]) == (2, "gates", ["plus", "spell"])
+
+
+def test_options_that_are_left_out_are_those_of_the_recipe(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def noted(*given: object) -> None:
+        found.append(given[4])
+        raise TrainError("far enough")
+
+    monkeypatch.setattr("routing.train.meteora.train_meteora", noted)
+    done = runner.invoke(cli.app, [*arguments[: arguments.index("--steps")], "--null"])
+    assert (done.exit_code, done.stderr) == (1, "loramux: far enough\n")
+    assert found == [MeteoraRecipe(null=True)]
+
+
+def test_adapters_that_do_not_fit_the_tasks_are_one_line(
+    arguments: list[str], adapters: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    def fails(line: str, *more: str) -> None:
+        done = runner.invoke(cli.app, [*arguments, *more])
+        assert (done.exit_code, done.stderr) == (1, f"loramux: {line}\n")
+
+    place = f"expected the folder {adapters}/other, or --null for a row of the gates that stands for no adapter"
+    fails(f"task other: it has no adapter, {place}")
+    nowhere = tmp_path / "nowhere"
+    wanted = "expected a folder of adapter folders that are named like the tasks"
+    fails(f"{nowhere}: {wanted}", "--adapters", str(nowhere))
+    itself = adapters / "plus"
+    fails(f"{itself}: it is an adapter itself, expected the folder of all adapters", "--adapters", str(itself))
+    (tmp_path / "file").write_text("")
+    fails(f"{tmp_path}/file: it is a file, expected a folder to write to", "--null", "--out", str(tmp_path / "file"))
+    fails("device tpu: expected cpu or cuda", "--null", "--device", "tpu")
+    make_adapter("othr", seed=3)
+    fails(f"{adapters}/othr: there is no task of this name, expected one of other, plus, spell", "--null")
+
+
+def test_a_missing_model_is_one_line(tasks: Path, tmp_path: Path) -> None:
+    arguments = ["--tasks", str(tasks), "--adapters", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = runner.invoke(cli.app, ["train", "meteora", *arguments, "--data-dir", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr == "loramux: model 'smollm2-135m' is not here yet, run `loramux pull smollm2-135m` first\n"

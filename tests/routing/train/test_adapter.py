@@ -151,6 +151,11 @@ def test_missing_peft_names_the_extra(
 def test_missing_model_device_and_template(chat_model: Path, task_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="expected a model folder with a config"):
         train_adapter(tmp_path, task_folder, tmp_path / "out", RECIPE, RUN)
+    with pytest.raises(TrainError, match=r"^device tpu: expected cpu or cuda"):
+        train_adapter(chat_model, task_folder, tmp_path / "out", RECIPE, replace(RUN, device="tpu"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainError, match="file: it is a file, expected a folder to write to"):
+        train_adapter(chat_model, task_folder, tmp_path / "file", RECIPE, RUN)
     if not torch.cuda.is_available():
         with pytest.raises(TrainError, match="device cuda: this PyTorch sees no CUDA device"):
             train_adapter(chat_model, task_folder, tmp_path / "out", RECIPE, replace(RUN, device="cuda"))

@@ -1,0 +1,109 @@
+"""Linears with several frozen adapters and a trained gate that weighs them anew for every token (MeteoRA, section 3.2).
+
+Put into a model in place of its linears for training; the engine has its own form of the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters_store.linear_names import Module, module_path
+from adapters_store.types import TARGETS, AdapterWeights, LoraPair
+from routing.train.gate_tally import GateTally
+
+
+@dataclass(frozen=True, slots=True)
+class GateChoice:
+    """How logits become weights: the `top_k` highest, by the softmax of these over `temperature`."""
+
+    top_k: int
+    temperature: float
+
+
+def gate_weights(logits: Tensor, choice: GateChoice) -> Tensor:
+    """Weights (..., rows) of logits (..., rows): they sum to 1, and all but `top_k` of them are 0.
+
+    At temperature 1 this equals a softmax over all rows whose highest weights are kept and divided by their sum, as
+    MeteoRA trains; so do the gradients. With one row chosen the weight is 1, and has no gradient.
+    """
+    chosen, index = logits.topk(choice.top_k, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, index, (chosen / choice.temperature).softmax(-1))
+
+
+class GatedLinear(torch.nn.Module):
+    """base(x) + sum_i w_i s_i B_i A_i x, with w from x by the gate.
+
+    `gate` (rows, in). The factors of all adapters that act here lie side by side in `a` (columns, in) and
+    `b` (out, columns), so that ranks may differ; `owners` (rows, columns) holds an adapter's scale s_i at its columns.
+    Rows without columns, adapters that do not act here and "no adapter", take their weight and add nothing.
+    """
+
+    a: Tensor
+    b: Tensor
+    owners: Tensor
+
+    def __init__(
+        self, base: torch.nn.Linear, pairs: Mapping[int, LoraPair], rows: int, choice: GateChoice, tally: GateTally
+    ) -> None:
+        """pairs: by row of the gate, which starts at zero.
+
+        For a fixed input the cross-entropy of a gate is convex: from zero, where all rows are alike, its gradient
+        already tells them apart, and needs no random start. L_LM's first gradients do depend on how `topk` breaks the
+        ties at zero: they reach only the rows that it takes.
+        """
+        super().__init__()
+        self.base = base
+        weight = base.weight
+        self.gate = torch.nn.Parameter(torch.zeros(rows, base.in_features, device=weight.device))
+        self.register_buffer("a", _joined([pair.a for pair in pairs.values()], 0, weight), persistent=False)
+        self.register_buffer("b", _joined([pair.b for pair in pairs.values()], 1, weight), persistent=False)
+        owners = torch.zeros(rows, self.a.shape[0])
+        column = 0
+        for row, pair in pairs.items():
+            owners[row, column : column + pair.rank] = pair.scale
+            column += pair.rank
+        self.register_buffer("owners", owners.to(weight.device), persistent=False)
+        self.choice = choice
+        self.tally = tally
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        y: Tensor = self.base(x)
+        logits = torch.nn.functional.linear(x, self.gate).float()
+        self.tally.add(logits)
+        if not self.a.shape[0]:
+            return y
+        inner = torch.nn.functional.linear(x, self.a) * (gate_weights(logits, self.choice) @ self.owners)
+        return y + torch.nn.functional.linear(inner, self.b)
+
+
+def embed_adapters(
+    causal: torch.nn.Module, adapters: Sequence[AdapterWeights], null: bool, choice: GateChoice, tally: GateTally
+) -> dict[Module, GatedLinear]:
+    """Freezes the model and replaces, in every layer, the targets that any adapter touches; by (layer, target).
+
+    Row i of the gates is adapter i; with `null` one more row stands for no adapter. A layer in which no adapter touches
+    such a target has a gate there all the same: a router's folder has the same gates in all layers.
+    """
+    causal.requires_grad_(False)
+    touched = {target for weights in adapters for _, target in weights.pairs}
+    linears: dict[Module, GatedLinear] = {}
+    for layer in range(causal.config.num_hidden_layers):  # type: ignore[union-attr, arg-type]
+        for target in (target for target in TARGETS if target in touched):
+            base = causal.get_submodule(module_path(layer, target))
+            assert isinstance(base, torch.nn.Linear)
+            pairs = {row: w.pairs[layer, target] for row, w in enumerate(adapters) if (layer, target) in w.pairs}
+            linears[layer, target] = GatedLinear(base, pairs, len(adapters) + null, choice, tally)
+            causal.set_submodule(module_path(layer, target), linears[layer, target])
+    return linears
+
+
+def _joined(factors: Sequence[Tensor], dim: int, weight: Tensor) -> Tensor:
+    """fp32, on the device of the base's `weight` (out, in)."""
+    if not factors:
+        return torch.zeros((0, weight.shape[1]) if dim == 0 else (weight.shape[0], 0), device=weight.device)
+    return torch.cat([factor.float() for factor in factors], dim=dim).to(weight.device)

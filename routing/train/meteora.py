@@ -1,0 +1,177 @@
+"""Trains a token-level router: gates in every adapted linear of a model whose adapters stay as they are.
+
+The loss is L_LM + beta L_gate, the language model's own and the gates' mean cross-entropy against the task of the
+sample (MeteoRA, section 3.3), on batches of all tasks, in a plain loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from routing.gate_folder import GateCard, check_card, write_gates
+from routing.train.adapter import TrainError, check_out
+from routing.train.batches import Example, encode
+from routing.train.checkpoint import load_checkpoint, save_checkpoint
+from routing.train.data import Task, TaskDataError, TaskRow
+from routing.train.meteora_loss import both_losses, judge
+from routing.train.meteora_model import GatedModel, load_gated_model
+from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.mixed_batches import Mixture, collate_mixed
+from routing.train.progress import Report, progress_bar
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class MeteoraResult:
+    """What training made: the folder, its card, L_LM and L_gate of each step of this run, seconds."""
+
+    folder: Path
+    card: GateCard
+    losses: tuple[tuple[float, float], ...] = field(repr=False)
+    seconds: float
+
+
+def train_meteora(
+    model_folder: Path,
+    tasks: Sequence[Task],
+    adapters: Mapping[str, Path],
+    out: Path,
+    recipe: MeteoraRecipe | None = None,
+    run: MeteoraRun | None = None,
+) -> MeteoraResult:
+    """Trains gates over the adapters of `tasks` and writes the router into the folder `out`.
+
+    Only training rows are learned from; validation rows give the metrics; test rows are not read. Gates are fp32, the
+    forward pass is under bf16 autocast on CUDA. A run that was interrupted goes on from its last checkpoint in `out`,
+    if model, adapters, recipe and rows are the same; on the CPU it ends in the same bits.
+
+    Args:
+        adapters: PEFT folders by the names of their tasks. Tasks without one train the row for no adapter.
+
+    Raises:
+        TrainError: the recipe is impossible, the model, the device or an adapter is missing or does not fit, `out` is
+            no folder, or the loss or the gates are no longer finite; a router in `out` stays as it was.
+        TaskDataError: a row is longer than the recipe allows.
+        RouterFolderError: a name is empty or too long for a router's card.
+    """
+    recipe, run = recipe or MeteoraRecipe(), run or MeteoraRun()
+    started = time.perf_counter()
+    check_out(out)
+    model = load_gated_model(model_folder, tasks, adapters, recipe, run.device)
+    check_card(_card(model, recipe, run, {}))  # rather than after hours
+    device = torch.device(run.device)
+    train = [_encode(model, "train", task.train, recipe) for task in tasks]
+    held_out = [_encode(model, "valid", task.valid[: run.evaluation_rows], recipe) for task in tasks]
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(run.progress) as report:
+        losses = _fit(model, tasks, train, recipe, run, out / CHECKPOINT, report)
+        training = _record(tasks, adapters, recipe, losses)
+        if run.evaluation_rows:
+            report("held-out rows", None)
+            names = [task.name for task in tasks]
+            training["metrics"] = judge(model, names, held_out, run.evaluation_batch, device)
+    gates = {module: linear.gate for module, linear in model.linears.items()}
+    card = write_gates(out, _card(model, recipe, run, training), gates)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return MeteoraResult(out, card, tuple(losses), time.perf_counter() - started)
+
+
+def _encode(model: GatedModel, split: str, rows: Sequence[TaskRow], recipe: MeteoraRecipe) -> list[Example]:
+    try:
+        return encode(model.tokenizer, rows, recipe.max_length)
+    except TaskDataError as error:
+        raise TaskDataError(f"split {split}, {error}") from error
+
+
+def _fit(
+    model: GatedModel,
+    tasks: Sequence[Task],
+    examples: Sequence[Sequence[Example]],
+    recipe: MeteoraRecipe,
+    run: MeteoraRun,
+    checkpoint: Path,
+    report: Report,
+) -> list[tuple[float, float]]:
+    gates, device = model.gates, torch.device(run.device)
+    optimizer = torch.optim.AdamW(gates.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    identity = _identity(model, recipe, tasks)
+    mixture = Mixture(examples, recipe.batch_size, recipe.seed, recipe.packed, recipe.max_length)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    losses: list[torch.Tensor] = []
+    for step in range(load_checkpoint(checkpoint, gates, optimizer, identity), recipe.steps):
+        samples = mixture.samples(step)
+        batch = collate_mixed(samples, model.tokenizer.pad_token_id, device, prompts_count=recipe.prompts_count)
+        with autocast:
+            language, gate = both_losses(model, batch, recipe.gate_positions, smoothing=recipe.smoothing)
+        torch.autograd.backward(language + recipe.beta * gate)
+        torch.nn.utils.clip_grad_norm_(gates.values(), recipe.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(torch.stack((language, gate)).detach())
+        if (step + 1) % 10 == 0 or step + 1 == recipe.steps:  # reading the loss waits for the device
+            _report_loss(losses[-1], step, recipe, report)
+        if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.steps:
+            _check_finite(gates, step)
+            if step + 1 < recipe.steps:
+                save_checkpoint(checkpoint, gates, optimizer, step + 1, identity)
+    return [(language, gate) for language, gate in torch.stack(losses).tolist()]
+
+
+def _report_loss(losses: torch.Tensor, step: int, recipe: MeteoraRecipe, report: Report) -> None:
+    language, gate = losses.tolist()
+    if not math.isfinite(language + gate):
+        raise TrainError(f"the loss is {language + recipe.beta * gate} at step {step + 1}; lower the learning rate")
+    report(f"loss {language:.3f}, of the gates {gate:.3f}", (step + 1, recipe.steps))
+
+
+def _check_finite(gates: Mapping[str, torch.nn.Parameter], step: int) -> None:
+    if not all(bool(torch.isfinite(gate).all()) for gate in gates.values()):
+        raise TrainError(f"the gates are not finite after step {step + 1}; lower the learning rate")
+
+
+def _identity(model: GatedModel, recipe: MeteoraRecipe, tasks: Sequence[Task]) -> str:
+    """A checkpoint is continued only under the same one."""
+    adapters = [asdict(adapter) for adapter in model.adapters]
+    rows = {task.name: [asdict(row) for row in task.train] for task in tasks}
+    content = json.dumps([model.fingerprint, adapters, asdict(recipe), list(rows), rows], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _record(
+    tasks: Sequence[Task], adapters: Mapping[str, Path], recipe: MeteoraRecipe, losses: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
+    return {
+        "recipe": asdict(recipe),
+        "tasks": [task.name for task in tasks],
+        "null_tasks": [task.name for task in tasks if task.name not in adapters],
+        "rows": sum(len(task.train) for task in tasks),
+        "final_loss": round(losses[-1][0], 4),  # a mean over steps would differ in a run that was resumed
+        "final_gate_loss": round(losses[-1][1], 4),
+    }
+
+
+def _card(model: GatedModel, recipe: MeteoraRecipe, run: MeteoraRun, training: Mapping[str, Any]) -> GateCard:
+    return GateCard(
+        base_fingerprint=model.fingerprint,
+        base_name=run.base_name,
+        adapters=model.adapters,
+        targets=model.targets,
+        top_k=recipe.top_k,
+        temperature=recipe.temperature,
+        has_null=recipe.null,
+        sha256="",
+        name=run.name,
+        training=training,
+    )
