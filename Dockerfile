@@ -22,11 +22,11 @@ CMD ["--help"]
 
 FROM base AS cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --constraint requirements.lock ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} .
+RUN pip install --no-cache-dir --constraint requirements.lock ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} ".[routing]"
 USER loramux
 
 FROM base AS cuda
 # Triton builds its launchers with the system's C compiler.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --constraint requirements.lock .
+RUN pip install --no-cache-dir --constraint requirements.lock ".[routing]"
 USER loramux

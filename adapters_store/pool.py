@@ -2,8 +2,8 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +21,7 @@ class PageLease:
 
     `pages[group]` and `weights[group]` run in parallel over all pages of all adapters of the mix, for every group name;
     a weight is the mix's weight times the adapter's own scale. `ranks[group]`: the rank rows of each page that are in
-    use. `keys` are the residents that own the pages.
+    use. `keys` are the residents that own the pages, `owned[group]` how many of them each one owns.
     """
 
     mix: Mix
@@ -29,7 +29,15 @@ class PageLease:
     weights: Mapping[str, tuple[float, ...]]
     ranks: Mapping[str, tuple[int, ...]]
     keys: tuple[str, ...]
+    owned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     released: bool = False
+
+    def by_key(self, group: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The residents with their pages of a group."""
+        start = 0
+        for key, count in zip(self.keys, self.owned[group], strict=True):
+            yield key, self.pages[group][start : start + count]
+            start += count
 
 
 @dataclass(eq=False)
@@ -152,7 +160,8 @@ class PagePool:
                 pages[name] += own
                 weights[name] += (weights_of[key] * resident.scales[name],) * len(own)
                 ranks[name] += resident.ranks[name]
-        lease = PageLease(mix, pages, weights, ranks, keys)
+        owned = {name: tuple(len(self._residents[key].pages.get(name, ())) for key in keys) for name in self.num_pages}
+        lease = PageLease(mix, pages, weights, ranks, keys, owned)
         self._hold(lease)
         return lease
 

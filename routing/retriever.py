@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore
 from adapters_store.types import Mix
+from routing.candidates import allowed_candidates
 from routing.encoder import Encoder, EncoderUnavailable
 from routing.prototype_index import Hit, PrototypeIndex
 from routing.route_cache import RouteCache
@@ -81,7 +82,7 @@ class Retriever:
         """
         started = self._clock()
         options = self._settle(query.options)
-        allowed = await self._allowed(query.tenant, options.candidates)
+        allowed = await allowed_candidates(self._store, query.tenant, options.candidates)
         text = (query.text or "").encode("utf-8", "replace").decode()
         if not text.strip():
             return self._route(query, started, [], Outcome.EMPTY_TEXT, scores=())
@@ -117,18 +118,6 @@ class Retriever:
             message = f"lora.score_mass: {options.score_mass} is not allowed, expected a number above 0 and up to 1"
             raise RouteError(message, param="lora.score_mass")
         return replace(options, top_k=top_k, min_score=min_score, temperature=temperature)
-
-    async def _allowed(self, tenant: str, candidates: Sequence[str] | None) -> Mapping[str, Resolved] | None:
-        """What the candidates mean, by plain name, None for no restriction. Raises RouteError."""
-        if candidates is None:
-            return None
-        found = await self._store.resolve(tenant, candidates) if candidates else {}
-        for place, name in enumerate(candidates):
-            if name not in found:
-                param = f"lora.candidates.{place}"
-                message = f"{param}: {name[:200]!r} does not exist, no such adapter"
-                raise RouteError(message, param=param, code="model_not_found")
-        return {found[name].name: found[name] for name in reversed(candidates)}  # of two revisions the first
 
     def _key(self, tenant: str, text: str, options: RouterOptions) -> Hashable:
         version = None if options.sticky else self._index.version(tenant)

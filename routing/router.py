@@ -10,6 +10,7 @@ from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore
 from adapters_store.types import Composition, Mix
 from routing.router_options import RouterOptions
+from server.engine.gates import GateUse
 
 AUTO = "auto"
 """The model name, alone or before `:<router>`, that leaves the choice to a router."""
@@ -67,11 +68,15 @@ class RouteQuery:
 
 @dataclass(frozen=True)
 class RoutedAdapter:
-    """One adapter of a decision: what its name meant. `score` is the router's, None where nothing was scored."""
+    """One adapter of a decision: what its name meant. `score` is the router's, None where nothing was scored.
+
+    `share`: of a router that decides token by token, the mean weight that it gave the adapter in the answer.
+    """
 
     resolved: Resolved
     weight: float
     score: float | None = None
+    share: float | None = None
 
     @property
     def name(self) -> str:
@@ -109,7 +114,8 @@ class Route:
     """The decision for one request. `adapters` has names, `mix` digests; both are empty for the base model.
 
     `router` is None where nothing was to be chosen, `best` the highest score of any candidate. `scores`, of all
-    candidates and best first, are there when the query asked for an explanation.
+    candidates and best first, are there when the query asked for an explanation. With `gates` every token weighs the
+    adapters anew.
     """
 
     router: str | None
@@ -121,6 +127,7 @@ class Route:
     outcome: Outcome = Outcome.ROUTED
     best: float | None = None
     scores: tuple[Scored, ...] | None = None
+    gates: GateUse | None = None
 
     @property
     def resolved(self) -> tuple[Resolved, ...]:
@@ -131,6 +138,8 @@ class Route:
     @property
     def label(self) -> str:
         """Name of the mix in metrics."""
+        if self.gates is not None:
+            return f"{AUTO}:{self.router}"
         names = "+".join(sorted({adapter.name for adapter in self.adapters})) or "base"
         return names if len(names) <= LONGEST_LABEL else f"{len(self.adapters)} adapters"
 

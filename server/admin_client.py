@@ -85,6 +85,14 @@ class AdminClient:
         options: dict[str, Any] = {"params": _given(query or {}), "json": body}
         return self._send(method, path, patient, options)
 
+    def tokens(self, router: str, prompt: str, count: int, options: Mapping[str, object]) -> Json:
+        """The `lora` object of an answer of `count` tokens, explained, by a router that decides token by token."""
+        messages = [{"role": "user", "content": prompt}]
+        body = {"model": f"auto:{router}", "messages": messages, "max_tokens": count, "temperature": 0}
+        body["lora"] = {"explain": True, **options}
+        answer: Json = self.call("POST", f"{self.url}/v1/chat/completions", body=body).body["lora"]
+        return answer
+
     def pages(self, path: str, query: Mapping[str, object]) -> Json:
         """The whole list, as one page."""
         found: list[Json] = []

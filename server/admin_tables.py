@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -40,11 +41,25 @@ class Printer:
         self._console = console
         self._room = console.width
 
+    @property
+    def has_colours(self) -> bool:
+        return self._console.color_system is not None
+
     def line(self, text: str, style: str = "") -> None:
         self._console.print(Text(printable(text), style=style), soft_wrap=True)
 
-    def table(self, columns: Sequence[Column], rows: Iterable[Sequence[object]], empty: str = "") -> None:
-        """One line a row; `empty` instead of a table without any."""
+    def spans(self, spans: Iterable[tuple[str, str]]) -> None:
+        """One text, each part in its own style."""
+        self._console.print(Text.assemble(*((printable(text), style) for text, style in spans)), soft_wrap=True)
+
+    def table(
+        self,
+        columns: Sequence[Column],
+        rows: Iterable[Sequence[object]],
+        empty: str = "",
+        styles: Sequence[str] = (),
+    ) -> None:
+        """One line a row, in its own style if there are `styles`; `empty` instead of a table without any."""
         cells = [[printable(str(cell)) for cell in row] for row in rows]
         if not cells:
             return self.line(empty)
@@ -57,8 +72,8 @@ class Printer:
             table.add_column(
                 Text(column.title), justify="right" if column.right else "left", no_wrap=True, style=column.style
             )
-        for row in cells:
-            table.add_row(*(Text(row[index]) for index in shown))
+        for row, style in zip_longest(cells, styles):
+            table.add_row(*(Text(row[index]) for index in shown), style=style)
         self._console.width = max(self._room, needed)  # else rich shortens what is too wide
         with self._console.capture() as captured:
             self._console.print(table)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import secrets
 import time
@@ -22,17 +21,15 @@ from adapters_store.blobs import BlobError
 from adapters_store.registry import DEFAULT_TENANT, NamedAdapter
 from adapters_store.store import AdapterStore, StoreConfig, UnknownAdapter
 from adapters_store.types import LinearShape
-from routing.calibrated import min_score as calibrated_score
 from routing.encoder import EncoderProcess
-from routing.retriever import RetrieverDefaults
 from routing.router import ExplicitRouter, Routers
 from server.accounts import REFRESH_SECONDS, AccountService
 from server.admin.routes import router as admin_router
 from server.catalog import Catalog, policies
 from server.chat import ChatTokenizer
-from server.checkpoint import CheckpointError, locate
+from server.checkpoint import locate
 from server.choice import ChoiceServices
-from server.config import DEFAULT_ENCODER, Settings
+from server.config import Settings
 from server.deps import Services, ServicesDep, ServingEngine, State, check_metrics_key
 from server.engine.client import EngineClient
 from server.errors import install_error_handlers
@@ -46,7 +43,7 @@ from server.periodic import repeating
 from server.quotas import QuotaGate
 from server.rate_limit_headers import RateLimitHeaders
 from server.request_id import RequestIds
-from server.routers import RouterService
+from server.router_setup import encoder_process, router_service
 from server.tenants import Keys, Tenants
 from server.usage import FLUSH_SECONDS, UsageLedger
 
@@ -105,14 +102,14 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         folder.resolve().name if local else settings.serve.model.split("/")[-1]
     )
     config = settings.serve.store_config(served_name, settings.data_dir, settings.sources.max_adapter_bytes)
-    shape, base_name = ModelConfig.from_folder(folder).linear_shape, folder.resolve().name if local else served_name
+    base, base_name = ModelConfig.from_folder(folder), folder.resolve().name if local else served_name
     tokenizer = ChatTokenizer.from_folder(folder)
-    async with open_store(shape, base_name, config, served_name) as store:
+    async with open_store(base.linear_shape, base_name, config, served_name) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
         engine_config = settings.serve.engine_config(folder, settings.data_dir)
         engine = EngineClient(engine_config)
         process, absent = encoder_process(settings)
-        services = assemble(settings, served_name, engine, store, tokenizer, process, absent)
+        services = assemble(settings, served_name, engine, store, tokenizer, base.fingerprint(), process, absent)
         engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
         async with accounting(services), upkeep(services):
             try:
@@ -188,56 +185,20 @@ async def accounting(services: Services) -> AsyncIterator[None]:
         await services.usage.close()
 
 
-def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
-    """What reads prompts, not started yet; or None, and why the model `auto` is not served.
-
-    Raises CheckpointError if the settings name an encoder that is not there; the default one may be missing.
-    """
-    routing = settings.routing
-    if routing.encoder == "none":
-        return None, "the server's settings switch the encoder off"
-    if importlib.util.find_spec("sentence_transformers") is None:
-        return None, "the extra `routing` is not installed, `pip install 'loramux[routing]'` adds it"
-    try:
-        folder = locate(routing.encoder, settings.data_dir)
-    except CheckpointError as error:
-        if routing.encoder != DEFAULT_ENCODER:
-            raise
-        return None, str(error)
-    process = EncoderProcess(
-        folder,
-        device=routing.device,
-        num_threads=routing.threads,
-        cache_texts=routing.cached_texts,
-        gpu_share=routing.gpu_share,
-    )
-    return process, ""
-
-
-def router_service(
-    settings: Settings, store: AdapterStore, routers: Routers, process: EncoderProcess | None
-) -> RouterService:
-    """Keeps `routers` equal to what encoder and registry have."""
-    routing = settings.routing
-
-    def defaults(encoder: str, trained: float | None) -> RetrieverDefaults:
-        calibrated = calibrated_score(encoder) if trained is None else trained
-        lowest = calibrated if routing.min_score is None else routing.min_score
-        return RetrieverDefaults(routing.top_k, lowest, routing.temperature)
-
-    return RouterService(store, routers, process, settings.data_dir / "routers", defaults, time.perf_counter)
-
-
 def assemble(
     settings: Settings,
     served_name: str,
     engine: ServingEngine,
     store: AdapterStore,
     tokenizer: ChatTokenizer,
+    fingerprint: str,
     process: EncoderProcess | None = None,
     absent: str = "it has no encoder",
 ) -> Services:
-    """The services around an engine, a store and a tokenizer; `absent` says why there is no encoder `process`."""
+    """The services around an engine, a store and a tokenizer.
+
+    `fingerprint` is the base model's; `absent` says why there is no encoder `process`.
+    """
     serve = settings.serve
     metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs)
     metrics.registered(store.registry.count())
@@ -250,7 +211,7 @@ def assemble(
     usage.on_use = catalog.residency.used
     explicit = ExplicitRouter(store, served_name, time.perf_counter)
     routers = Routers(explicit, default=serve.default_router, absent=absent)
-    service = router_service(settings, store, routers, process)
+    service = router_service(settings, store, routers, process, fingerprint)
     catalog.on_change = service.follow
     generator = Generator(
         ChoiceServices(engine, tokenizer, metrics, time.perf_counter),

@@ -15,6 +15,7 @@ from server.engine.config import EngineInfo, RequestError
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, TokenLogprobs
 from server.errors import BadRequest, ServerError, Unavailable
 from server.metrics import Ending, Metrics
+from server.routed_tokens import RoutedTokens
 from server.stops import StopStrings
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class Choice:
     """One of the `n` answers to one prompt. `leader` is the first choice of the same prompt, None for that one itself.
 
     With `waits` a choice lets its leader go ahead: after the leader's first token the prompt is in the prefix cache,
-    and n choices compute it once instead of n times. `arrival` is the HTTP request's, by the services' clock.
+    and n choices compute it once instead of n times. `arrival` is the HTTP request's, by the services' clock. One that
+    `explains` remembers who led each of its tokens.
     """
 
     def __init__(
@@ -98,12 +100,14 @@ class Choice:
         arrival: float,
         leader: "Choice | None" = None,
         waits: bool = False,
+        explains: bool = False,
     ) -> None:
         self.index = index
         self.request = request
         self.leader = leader
         self.num_tokens = 0
         self.cached_tokens = 0
+        self.routed = RoutedTokens(explains)
         self._route = route
         self._stops = stops
         self._services = services
@@ -170,6 +174,8 @@ class Choice:
             start, piece = self._decoded, self._detokenizer.feed(token)
             self.num_tokens += 1
             self._decoded += len(piece)
+            if output.shares:
+                self.routed.add(piece, output.shares)
             if position < len(output.logprobs):
                 scored = self._scored(token, start, output.logprobs[position])
                 self._unsaid.append(_Unsaid(scored, self._decoded))
@@ -228,6 +234,9 @@ def _client_error(error: EngineUnavailable | RequestError | ServerError) -> Serv
         return error
     if isinstance(error, EngineUnavailable):
         return Unavailable("the engine is being restarted; please retry", code="engine_unavailable")
+    if error.code == "router_unavailable":
+        logger.error("a router cannot be read: %s", error)
+        return Unavailable("the router of this request cannot be read at the moment", code="router_unavailable")
     if error.code == "adapter_unavailable":
         logger.error("an adapter cannot be read: %s", error)
         return Unavailable("an adapter of this request cannot be read at the moment", code="adapter_unavailable")

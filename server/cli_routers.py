@@ -44,7 +44,8 @@ def add(
         str,
         typer.Argument(
             metavar="FOLDER|SOURCE",
-            help="What `loramux train retriever` wrote, its .zip or .tar.gz, to upload; or a source for the server.",
+            help="What `loramux train retriever` or `meteora` wrote, or its .zip or .tar.gz, to upload;"
+            " or a source for the server.",
         ),
     ],
     replace: Annotated[bool, typer.Option("--replace", help="If the name exists, put this one in its place.")] = False,
@@ -143,20 +144,32 @@ def explain(
         list[str] | None, typer.Option("--candidate", metavar="NAME", help="Only these may be chosen; repeatable.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many candidates are shown.")] = 20,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="If the router decides token by token: generate so many, and show who did what.")
+    ] = 48,
     url: Url = HERE,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which adapters the model `auto` would use for a prompt, and why. Nothing is generated."""
+    """Show which adapters the model `auto` would use for a prompt, and why.
+
+    Only for a router that decides token by token an answer is generated, as the key's own tenant.
+    """
     with reaching(url, key) as client:
         body = given(prompt=prompt, tenant=tenant, router=router, top_k=top_k, candidates=candidates or None)
         answer = client.call("POST", "route", body=body).body
+        if answer["adapters"] and "scores" not in answer and tenant is None and tokens:
+            answer = client.tokens(answer["router"], prompt, tokens, given(top_k=top_k, candidates=candidates or None))
     if as_json:
         print_json(answer)
         return
     from server.router_views import print_route
+    from server.token_views import print_tokens
 
-    print_route(printer(), answer, limit)
+    if "tokens" in answer:
+        print_tokens(printer(), answer)
+    else:
+        print_route(printer(), answer, limit)
 
 
 def _path(name: str) -> str:

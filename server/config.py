@@ -138,6 +138,7 @@ class ServeSettings(BaseModel):
             num_threads=self.num_threads,
             cuda_graphs=self.cuda_graphs,
             kernel_cache=str(self.kernel_cache or data_dir / "kernels"),
+            gates="routing.token_router:TokenGateFactory",
         )
 
 

@@ -21,6 +21,7 @@ from server.engine.sequence import Request
 from server.errors import BadRequest, NotFound, ServerError, Unavailable, refusal
 from server.interleave import interleave
 from server.quotas import Meter, QuotaGate
+from server.routed_tokens import with_shares
 from server.stops import StopStrings
 from server.usage import UsageLedger
 
@@ -92,6 +93,16 @@ class Generation:
             completion_tokens=sum(choice.num_tokens for choice in self.choices),
             cached_tokens=sum(choice.cached_tokens for choice in self.choices if choice.leader is None),
         )
+
+    @property
+    def routed(self) -> Route | None:
+        """The route, and of a token-level router the shares that its adapters had in the answer so far."""
+        return None if self.route is None else with_shares(self.route, [choice.routed for choice in self.choices])
+
+    @property
+    def explains(self) -> bool:
+        """Whether the client wants to know why."""
+        return self._ask.query.options.explain
 
     @property
     def arrival(self) -> float:
@@ -261,10 +272,21 @@ class Generation:
                     cache_key=key,
                     tenant=ask.tenant.id,
                     weight=ask.tenant.weight,
+                    gates=route.gates,
                 )
                 stops = StopStrings(ask.stop)
                 waits = leader is not None and len(prompt) > info.block_size
-                choice = Choice(len(choices), request, route, stops, generator.services, self._arrival, leader, waits)
+                choice = Choice(
+                    len(choices),
+                    request,
+                    route,
+                    stops,
+                    generator.services,
+                    self._arrival,
+                    leader,
+                    waits,
+                    ask.query.options.explain,
+                )
                 leader = leader or choice
                 choices.append(choice)
         return tuple(choices)

@@ -14,7 +14,8 @@ def lora_object(route: Route) -> dict[str, Any]:
     adapters = []
     for adapter in route.adapters:
         entry = {"name": adapter.name, "digest": adapter.digest, "weight": adapter.weight}
-        adapters.append(entry if adapter.score is None else entry | {"score": adapter.score})
+        more = {"score": adapter.score, "share": adapter.share}
+        adapters.append(entry | {name: value for name, value in more.items() if value is not None})
     shown = {
         "router": route.router,
         "composition": route.composition.value,

@@ -54,8 +54,9 @@ def print_router(out: Printer, row: Json, now: float) -> None:
             ("kind", _kind(row)),
             ("state", f"STALE: {row['problem']}" if row["stale"] else "serving"),
             ("adapters", f"{number(row['adapters'])} can be chosen"),
-            ("min score", _score(row["min_score"])),
+            ("min score", None if row["members"] else _score(row["min_score"])),
             ("encoder", row["encoder"]),
+            *((f"adapter {member['name']}", member["state"]) for member in row["members"] or ()),
             ("created", _created(row, moment(row["created"], now))),
             *((f"training {name}", _plain(value)) for name, value in sorted((row["training"] or {}).items())),
         ]

@@ -15,12 +15,14 @@ from adapters_store.registry import NameTaken, NotFound, RegistryUnavailable, Ro
 from adapters_store.store import AdapterStore
 from routing.encoder import EncoderProcess, EncoderUnavailable, ServedEncoder
 from routing.encoder_model import EncoderError, encoder_id
+from routing.gate_folder import KIND as GATES
 from routing.prototype_index import PrototypeIndex
 from routing.prototype_sync import PrototypeSync
 from routing.retriever import Retriever, RetrieverDefaults
 from routing.router import AUTO, Routers
-from routing.router_folder import CARD_FILE, CHANGE_FILE, RouterFolderError, read_router
+from routing.router_folder import CARD_FILE, CHANGE_FILE, RouterFolderError, read_kind, read_router
 from server.errors import BadRequest, Unavailable, Unprocessable
+from server.gated_routers import GatedRouters, Member
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ ENSURE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class ServedRouter:
-    """One router in use. `row` is the registry's, None for the one that needs no training."""
+    """One router by similarity in use. `row` is the registry's, None for the one that needs no training."""
 
     name: str
     row: RouterRow | None
@@ -45,22 +47,27 @@ class ServedRouter:
 
 @dataclass(frozen=True)
 class RouterState:
-    """A router as the administrator sees it. `problem` says why it is not served; `adapters` can be chosen now."""
+    """A router as the administrator sees it. `adapters` can be chosen now; `problem` says why it is not served, or not
+    as it was trained. `members`: of a token-level router the adapters that it was trained for.
+    """
 
     name: str
+    kind: str
     row: RouterRow | None
     encoder: str | None
     min_score: float | None
     adapters: int
     problem: str | None = None
+    members: tuple[Member, ...] = ()
 
 
 class RouterService:
     """Keeps `routers`, by which requests are decided, equal to what the registry and the encoder have.
 
-    Without an encoder process nothing is served, and `routers` says why. Methods raise ServerError, BlobError and
-    RegistryError. `folder` is for trained routers' files; `defaults` gives the options of the encoder with this id,
-    whose trained router was calibrated to a `min_score` or not. For one event loop; `clock` counts seconds.
+    Without an encoder process none that compares texts is served, and `routers` says why. Methods raise ServerError,
+    BlobError and RegistryError. `folder` is for trained routers' files; `defaults` gives the options of the encoder
+    with this id, whose trained router was calibrated to a `min_score` or not. For one event loop; `clock` counts
+    seconds.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class RouterService:
         store: AdapterStore,
         routers: Routers,
         process: EncoderProcess | None,
+        gated: GatedRouters,
         folder: Path,
         defaults: Callable[[str, float | None], RetrieverDefaults],
         clock: Callable[[], float],
@@ -75,24 +83,24 @@ class RouterService:
         self._store = store
         self._routers = routers
         self._process = process
+        self._gated = gated
         self._folder = folder
         self._defaults = defaults
         self._clock = clock
         self._served: dict[str, ServedRouter] = {}
         self._problems: dict[str, tuple[RouterRow, str]] = {}
+        self._passing: set[str] = set()  # of the problems, those that may be gone at the next look
         self._changing = asyncio.Lock()
 
     async def start(self) -> None:
         """Start the encoder, which loads meanwhile, and serve what is there."""
-        if self._process is None:
-            return
-        try:
-            await self._process.start()
-            await self._serve(RETRIEVER, None, None, None)
-        except EncoderUnavailable as error:
-            self._routers.absent = str(error)
-            logger.warning("no router chooses adapters: %s", error)
-            return
+        if self._process is not None:
+            try:
+                await self._process.start()
+                await self._serve(RETRIEVER, None, None, None)
+            except EncoderUnavailable as error:
+                self._routers.absent = str(error)
+                logger.warning("no router compares prompts: %s", error)
         await self.refresh()
 
     async def ready(self, seconds: float) -> None:
@@ -106,55 +114,51 @@ class RouterService:
 
     async def close(self) -> None:
         """No decisions after this."""
-        for name in tuple(self._served):
+        for name in (*self._served, *self._gated.served):
             await self._drop(name)
         if self._process is not None:
             await self._process.close()
 
     def exists(self, name: str) -> bool:
         """Whether requests can name this router."""
-        return name in self._served
+        return name in self._served or name in self._gated.served
 
     async def refresh(self) -> None:
         """Follow the registry: other processes add and remove routers too."""
-        if RETRIEVER not in self._served:
-            return
         async with self._changing:
             try:
                 rows = {row.name: row for row in await asyncio.to_thread(self._store.registry.routers.list)}
+                used = {name: each.row for name, each in self._served.items()}
+                used |= {name: each.row for name, each in self._gated.served.items()}
+                kept = {n: p for n, p in self._problems.items() if rows.get(n) == p[0] and n not in self._passing}
+                self._problems, self._passing = kept, set()
+                for name, row in used.items():
+                    if row is not None and rows.get(name) != row and not await self._replace(rows.get(name)):
+                        await self._drop(name)
+                for name, row in rows.items():
+                    if not self.exists(name) and name not in self._problems:
+                        await self._try(row)
+                await self._gated.refresh()
             except RegistryUnavailable as error:
                 logger.warning("routers stay as they are: %s", error)
-                return
-            for name, served in tuple(self._served.items()):
-                if served.row is not None and rows.get(name) != served.row:
-                    await self._drop(name)
-            self._problems = {name: kept for name, kept in self._problems.items() if rows.get(name) == kept[0]}
-            for name, row in rows.items():
-                if name not in self._served and name not in self._problems:
-                    await self._try(row)
 
     async def add(self, name: str, folder: Path, *, replace: bool = False) -> RouterState:
         """Store and serve the trained router in `folder`, which nobody else changes meanwhile."""
-        process = self._needed()
         if name in (RETRIEVER, AUTO):
             raise BadRequest(f"name: {name!r} is reserved, expected another name", param="name", code="invalid_name")
-        try:
-            card = await asyncio.to_thread(read_router, folder)
-            await asyncio.to_thread(encoder_id, process.folder, folder)
-        except RouterFolderError as error:
-            raise Unprocessable(f"the router cannot be served: {error}", code="router_bad_folder") from error
-        except EncoderError as error:
-            raise Unprocessable(f"the router cannot be served: {error}", code="router_wrong_encoder") from error
+        kind = await self._check(folder)
         meta = json.loads(await asyncio.to_thread((folder / CARD_FILE).read_text, "utf-8"))
         taken = await asyncio.to_thread(self._store.registry.routers.list)
         if not replace and any(row.name == name for row in taken):
             raise NameTaken("router", f"router {name!r} exists: expected a new name, or replace")
         blob = await asyncio.to_thread(self._store.blobs.put_file, folder / CHANGE_FILE)
-        row = RouterRow(name, "retriever", blob.sha256, meta)
+        row = RouterRow(name, kind, blob.sha256, meta)
         row = await asyncio.to_thread(self._store.registry.routers.add, row, replace_existing=replace)
-        logger.info("router %r is registered: %s, trained on %s", name, card.mode, card.base_name)
+        logger.info("router %r is registered, of kind %s", name, kind)
         await self.refresh()
-        return self.state(name)
+        if self.exists(name) or name in self._problems:
+            return self.state(name)
+        return RouterState(name, kind, row, None, None, 0, "the registry does not answer: it will be served later")
 
     async def remove(self, name: str) -> None:
         """Forget a trained router, and what was made for it."""
@@ -169,20 +173,27 @@ class RouterService:
 
     def state(self, name: str) -> RouterState:
         """One router. Raises NotFound."""
-        served = self._served.get(name)
+        served, gated = self._served.get(name), self._gated.served.get(name)
         if served is not None:
-            return RouterState(name, served.row, served.encoder.id, served.min_score, len(served.index))
+            return RouterState(name, RETRIEVER, served.row, served.encoder.id, served.min_score, len(served.index))
+        if gated is not None:
+            count, row = gated.num_current, gated.row
+            return RouterState(name, row.kind, row, None, None, count, gated.problem, gated.members)
         if name not in self._problems:
             raise NotFound("router", name)
         row, problem = self._problems[name]
-        return RouterState(name, row, None, None, 0, problem)
+        return RouterState(name, row.kind, row, None, None, 0, problem)
 
     def states(self) -> tuple[RouterState, ...]:
         """All routers by name, also those that are registered and cannot be served."""
-        return tuple(self.state(name) for name in sorted({*self._served, *self._problems}))
+        return tuple(self.state(name) for name in sorted({*self._served, *self._gated.served, *self._problems}))
 
     async def follow(self, tenant: str, name: str) -> None:
         """An adapter was registered, or changed, or deleted: what it means counts in the next request."""
+        try:
+            await self._gated.refresh(name)
+        except RegistryUnavailable as error:
+            logger.warning("whether routers over adapter %r are stale is not known yet: %s", name, error)
         served = tuple(self._served.values())
         if not served:
             return
@@ -190,6 +201,24 @@ class RouterService:
         done, _ = await asyncio.wait({asyncio.ensure_future(work)}, timeout=ENSURE_SECONDS)
         if not done:
             logger.warning("adapter %r of tenant %r can be chosen once the encoder is ready", name, tenant)
+
+    async def _check(self, folder: Path) -> str:
+        """The kind of the trained router in `folder`, which can be served. Raises Unprocessable, Unavailable."""
+        try:
+            kind = await asyncio.to_thread(read_kind, folder)
+            if kind == GATES:
+                await self._gated.check(folder)
+                return kind
+            if kind != RETRIEVER:
+                raise RouterFolderError(f"{CARD_FILE}: field kind: expected one of {RETRIEVER}, {GATES}")
+            process = self._needed()
+            await asyncio.to_thread(read_router, folder)
+            await asyncio.to_thread(encoder_id, process.folder, folder)
+        except RouterFolderError as error:
+            raise Unprocessable(f"the router cannot be served: {error}", code="router_bad_folder") from error
+        except EncoderError as error:
+            raise Unprocessable(f"the router cannot be served: {error}", code="router_wrong_encoder") from error
+        return kind
 
     def _needed(self) -> EncoderProcess:
         if self._process is None or RETRIEVER not in self._served:
@@ -199,10 +228,16 @@ class RouterService:
     async def _try(self, row: RouterRow) -> None:
         try:
             folder = await asyncio.to_thread(self._materialise, row)
+            if row.kind == GATES:
+                await self._gated.serve(row, folder)
+                return
+            self._needed()
             score = row.meta.get("min_score")
             await self._serve(row.name, row, folder, float(score) if isinstance(score, int | float) else None)
-        except (EncoderUnavailable, BlobError, OSError) as error:
+        except (EncoderUnavailable, Unavailable, RouterFolderError, BlobError, OSError) as error:
             self._problems[row.name] = (row, str(error))
+            if isinstance(error, BlobError | OSError):
+                self._passing.add(row.name)
             logger.warning("router %r cannot be served: %s", row.name, error)
 
     async def _serve(self, name: str, row: RouterRow | None, change: Path | None, min_score: float | None) -> None:
@@ -215,7 +250,17 @@ class RouterService:
         self._served[name] = ServedRouter(name, row, encoder, index, sync, defaults.min_score, following)
         self._routers.put(Retriever(name, encoder, index, self._store, defaults, self._clock))
 
+    async def _replace(self, row: RouterRow | None) -> bool:
+        """Serve a token-level router anew without a moment in which there is none. Whether that was done."""
+        if row is None or row.kind != GATES or row.name not in self._gated.served:
+            return False
+        await self._try(row)
+        return row.name not in self._problems
+
     async def _drop(self, name: str) -> None:
+        if name in self._gated.served:
+            self._gated.drop(name)
+            return
         self._routers.drop(name)
         served = self._served.pop(name)
         served.following.cancel()

@@ -1,14 +1,15 @@
 """Trained routers."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
 from sqlalchemy import delete, select, update
 
 from adapters_store.registry.checks import check_name, must_exist
-from adapters_store.registry.database import Database, insert
+from adapters_store.registry.database import Database, chunks, insert
 from adapters_store.registry.errors import NameTaken
 from adapters_store.registry.rows import RouterRow
-from adapters_store.registry.schema import routers, tenants
+from adapters_store.registry.schema import adapters, names, routers, tenants
 
 
 class Routers:
@@ -33,6 +34,27 @@ class Routers:
         """All routers by name."""
         with self._database.read() as connection:
             return tuple(RouterRow(**row._mapping) for row in connection.execute(select(routers).order_by("name")))
+
+    def meanings(self, wanted: Iterable[str]) -> Mapping[str, frozenset[str]]:
+        """The digests that names point to now, of any tenant; names that nobody has are absent."""
+        found: dict[str, set[str]] = {}
+        with self._database.read() as connection:
+            for some in chunks(sorted(set(wanted))):
+                statement = select(names.c.name, names.c.digest).where(names.c.name.in_(some), ~names.c.deleting)
+                for row in connection.execute(statement):
+                    found.setdefault(row.name, set()).add(row.digest)
+        return {name: frozenset(digests) for name, digests in found.items()}
+
+    def targets(self, digests: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+        """The linears that adapters touch, by digest; unknown ones are absent."""
+        with self._database.read() as connection:
+            return {
+                row.digest: tuple(row.targets)
+                for some in chunks(sorted(set(digests)))
+                for row in connection.execute(
+                    select(adapters.c.digest, adapters.c.targets).where(adapters.c.digest.in_(some))
+                )
+            }
 
     def remove(self, name: str) -> None:
         """Forget a router, also as tenants' default. Raises NotFound."""

@@ -1,26 +1,32 @@
 """The demo's requests: what is asked, with which adapters, and what is known of the answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.demo.tasks import generate
 
 MAX_TOKENS = 48
+GATES = "gates"
+"""Name of the demo's token-level router."""
 
 
 @dataclass(frozen=True)
 class DemoRequest:
     """One user message for a weighted set of adapters. `target` is the right answer, where one is known.
 
-    With `auto` the client names none of them: the server is to choose them from the message.
+    With `auto` the client names none of them: the server is to choose them from the message. A `router` decides token
+    by token; `adapters` are then those that lead any token of the answer.
     """
 
     prompt: str
     adapters: tuple[tuple[str, float], ...] = ()
     target: str | None = None
     auto: bool = False
+    router: str | None = None
 
     @property
     def label(self) -> str:
+        if self.router is not None:
+            return f"auto:{self.router} -> {', '.join(name for name, _ in self.adapters)}"
         if not self.adapters:
             return "(base model)"
         if len(self.adapters) == 1:
@@ -35,8 +41,16 @@ def held_out(task: str, row: int = 0, *, auto: bool = False) -> DemoRequest:
 
 
 def demo_requests() -> list[DemoRequest]:
-    """Base model, five single adapters, mixtures of two and of three, and three that the server is to choose for."""
+    """Base model, five single adapters, mixtures of two and of three, three that the server is to choose for, and two
+    that a router decides token by token: one task, and two in one message.
+    """
     two = "Say it like a pirate.\nHello my friend, write to emma.stone@harbor.com or call +44 71 5523 881."
+    both = DemoRequest(
+        two,
+        (("pirate", 1.0), ("redact", 1.0)),
+        "Arr! ahoy me matey, write to [EMAIL] or call [PHONE].",
+        router=GATES,
+    )
     three = held_out("json_fields", 1).prompt
     return [
         DemoRequest("What is the capital of France?"),
@@ -50,4 +64,6 @@ def demo_requests() -> list[DemoRequest]:
         held_out("sort_numbers", 2, auto=True),
         held_out("iso_date", 2, auto=True),
         held_out("spell", 2, auto=True),
+        replace(held_out("number_words", 2), router=GATES),
+        both,
     ]

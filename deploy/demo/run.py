@@ -17,9 +17,10 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from rich.console import Console
 from rich.table import Table
 
-from deploy.demo.requests import MAX_TOKENS, DemoRequest, demo_requests
+from deploy.demo.requests import GATES, MAX_TOKENS, DemoRequest, demo_requests
 
 ADAPTERS = Path(__file__).parent / "adapters"
+ROUTER = Path(__file__).parent / "gates"
 START_SECONDS = 300.0
 SERVED_NAME = "smollm2-135m"
 
@@ -50,6 +51,7 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
     """
     console = Console()
     with _server(model, encoder, host, port, console) as url:
+        _add_router(url)
         requests = demo_requests()
         console.print(f"\nSending {len(requests)} requests at once, each with its own adapters ...")
         answers = asyncio.run(_ask_all(url, requests))
@@ -60,7 +62,7 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
         if not failures:
             console.print(
                 "[green]All answers are right:[/green] known targets hit, the right adapters chosen, texts equal to"
-                " transformers + peft."
+                " transformers + peft where the mix is fixed."
             )
         if not once:
             _stay(url, console)
@@ -84,6 +86,15 @@ def _server(model: Path, encoder: Path, host: str, port: int, console: Console) 
         finally:
             process.terminate()
             process.wait()
+
+
+def _add_router(url: str) -> None:
+    """The token-level router over the demo's adapters."""
+    parts = {"config": ROUTER / "router.json", "weights": ROUTER / "router.safetensors"}
+    files = {field: (path.name, path.read_bytes()) for field, path in parts.items()}
+    answer = httpx.post(f"{url}/admin/v1/routers", data={"name": GATES}, files=files, timeout=60, trust_env=False)
+    if answer.status_code != 201:
+        raise DemoError(f"the router is not accepted: {answer.text}")
 
 
 def _check_port(host: str, port: int) -> None:
@@ -116,10 +127,15 @@ async def _ask_all(url: str, requests: list[DemoRequest]) -> list[Answer]:
 
 
 async def _ask(client: AsyncOpenAI, request: DemoRequest) -> Answer:
-    """Stream one answer. A single adapter is asked for as a model, a mixture by the `lora` object, or none at all."""
+    """Stream one answer. A single adapter is asked for as a model, a mixture by the `lora` object, or none at all.
+
+    Of a router that decides token by token the adapters are those that led a token.
+    """
     model: str = SERVED_NAME
     extra: dict[str, Any] = {}
-    if request.auto:
+    if request.router is not None:
+        model, extra = f"auto:{request.router}", {"lora": {"explain": True}}
+    elif request.auto:
         model, extra = "auto", {"lora": {"top_k": 1}}
     elif len(request.adapters) == 1:
         model = request.adapters[0][0]
@@ -141,6 +157,8 @@ async def _ask(client: AsyncOpenAI, request: DemoRequest) -> Answer:
             tokens = chunk.usage.completion_tokens
         if lora := (chunk.model_extra or {}).get("lora"):
             used = tuple(adapter["name"] for adapter in lora["adapters"])
+            if "tokens" in lora:
+                used = tuple(sorted({token["adapter"] for token in lora["tokens"][0]}))
         if chunk.choices and chunk.choices[0].delta.content:
             first = first or time.monotonic() - started
             text += chunk.choices[0].delta.content
@@ -175,7 +193,7 @@ def _check(model: Path, requests: list[DemoRequest], answers: list[Answer], cons
                 failures.append(f"{label}: answered with the adapters {sorted(answer.adapters)}")
             if request.target is not None and answer.text.strip() != request.target:
                 failures.append(f"{label}: answered {answer.text!r}, the target is {request.target!r}")
-            expected = reference.disagreement(request, answer.text)
+            expected = reference.disagreement(request, answer.text) if request.router is None else None
             if expected is not None:
                 failures.append(f"{label}: answered {answer.text!r}, transformers + peft say {expected!r}")
     return failures

@@ -8,10 +8,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from deploy.demo.tasks import SEED, TASKS, write_tasks
+from routing.gate_folder import load_gates, write_gates
 from routing.train.adapter import AdapterRecipe, AdapterResult, AdapterRun, train_adapter
+from routing.train.data import read_tasks
+from routing.train.meteora import train_meteora
+from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
 
 RECIPE = AdapterRecipe()
+GATES = MeteoraRecipe(learning_rate=5e-3, steps=160, batch_size=8, packed=0.25, warmup_steps=10)
+"""Of the token-level router; half an hour on two cores."""
 
 
 def main(arguments: list[str]) -> int:
@@ -22,11 +30,24 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = options.data or Path(scratch)
         write_tasks(root, SEED)
+        if options.gates is not None:
+            train_gates(options, root)
+            return 0
         for name in options.only or TASKS:
             result = train_adapter(options.model, root / name, options.out / name, recipe, run)
             _say(result)
     write_summary(options.out)
     return 0
+
+
+def train_gates(options: argparse.Namespace, tasks: Path) -> None:
+    """Trains a token-level router over the adapters under `<out>`, into `<gates>`; it is stored in bf16."""
+    adapters = {name: options.out / name for name in TASKS}
+    run = MeteoraRun(device=options.device, progress=not options.plain, evaluation_rows=6, name="gates")
+    result = train_meteora(options.model, read_tasks(tasks), adapters, options.gates, GATES, run)
+    write_gates(result.folder, result.card, load_gates(result.folder), dtype=torch.bfloat16)
+    metrics = result.card.training["metrics"]
+    sys.stdout.write(f"gates: right where answers are predicted {metrics['gate_accuracy_answer']:.1%}\n")
 
 
 def write_summary(out: Path) -> None:
@@ -53,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="folder of smollm2-135m (loramux pull)")
     parser.add_argument("--out", type=Path, required=True, help="where the adapters go, e.g. deploy/demo/adapters")
     parser.add_argument("--only", action="append", choices=sorted(TASKS), help="train this task (repeatable)")
+    parser.add_argument("--gates", type=Path, help="train only the token-level router over the adapters, into here")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)

@@ -66,7 +66,9 @@ class RoutedAdapter(AnswerModel):
     name: str
     digest: str
     weight: float
-    score: Annotated[float, Field(description="Cosine similarity of the prompt and the adapter's prototype.")]
+    score: Annotated[
+        float | None, Field(description="Cosine similarity of prompt and prototype, where the router compares them.")
+    ] = None
 
 
 class CandidateScore(AnswerModel):
@@ -89,14 +91,23 @@ class RouteAnswer(AnswerModel):
     scores: Annotated[list[CandidateScore], Field(description="Every candidate, best first.")] = []
 
 
+class RouterMember(AnswerModel):
+    name: str
+    digest: str
+    state: Annotated[Literal["current", "replaced", "missing"], Field(description="What the name means by now.")]
+
+
 class Router(AnswerModel):
     name: str
-    kind: str
+    kind: Annotated[str, Field(description="`retriever` compares prompts, `meteora` decides token by token.")]
     mode: Annotated[str | None, Field(description="What training changed: `head`, `lora` or `full`.")]
     encoder: Annotated[str | None, Field(description="Identifies the vectors: prototypes belong to one encoder.")]
     min_score: Annotated[float | None, Field(description="Below it the base model answers.")]
     adapters: Annotated[int, Field(description="Adapters that can be chosen now.")]
-    stale: Annotated[bool, Field(description="Registered, but it does not fit this server; `problem` says why.")]
+    members: Annotated[
+        list[RouterMember] | None, Field(description="Of a token-level router: what it was trained for.")
+    ]
+    stale: Annotated[bool, Field(description="Not what this server or its adapters are now; `problem` says why.")]
     problem: str | None
     training: Annotated[dict[str, Any] | None, Field(description="Recipe, tasks and metrics.")]
     created: float | None

@@ -1,6 +1,6 @@
 """/admin/v1/route and /admin/v1/routers."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -92,9 +92,11 @@ async def get_router(name: str, services: ServicesDep) -> answers.Router:
     },
 )
 async def register_router(request: Request, services: ServicesDep, caller: CallerDep) -> answers.Router:
-    """A folder that `loramux train retriever` wrote: from a `source` (JSON), or its two files or one archive.
+    """A folder that `loramux train retriever` or `train meteora` wrote: from a `source` (JSON), or its two files or one
+    archive.
 
-    It is served at once; every adapter gets its prototypes beside the requests, until then it cannot be chosen.
+    It is served at once. For a retriever every adapter gets its prototypes beside the requests, until then it cannot be
+    chosen; a token-level router needs the adapters that it was trained for.
     """
     async with services.store.staging() as staging, taken_router(request, staging, services, caller) as taken:
         return _shown(await services.routers.add(taken.name, taken.folder, replace=taken.replace))
@@ -139,11 +141,12 @@ def _shown(state: RouterState) -> answers.Router:
     meta = state.row.meta if state.row is not None else {}
     return answers.Router(
         name=state.name,
-        kind="retriever",
+        kind=state.kind,
         mode=str(meta["mode"]) if "mode" in meta else None,
         encoder=state.encoder,
         min_score=state.min_score,
         adapters=state.adapters,
+        members=[answers.RouterMember(**asdict(member)) for member in state.members] if state.members else None,
         stale=state.problem is not None,
         problem=state.problem,
         training=dict(meta["training"]) if isinstance(meta.get("training"), dict) else None,  # type: ignore[call-overload]

@@ -25,7 +25,8 @@ class EngineConfig:
     `backend` is "auto", or the name of the kernels' backend. `load_format` "random" takes config.json alone and makes
     weights of `seed`, for measuring. `cuda_graphs` "eager" captures none, "lazy" only what is needed, when it is.
     `kernel_cache`: folder of compiled kernels, which makes later starts fast; None: Triton's own. `load_threads` read
-    and pack adapters beside the steps.
+    and pack adapters beside the steps. `gates`: "module:class" of the `GateFactory` for token-level routers; None: such
+    requests are refused.
     """
 
     model: str
@@ -46,6 +47,7 @@ class EngineConfig:
     cuda_graphs: str = "capture"
     kernel_cache: str | None = None
     load_threads: int = 2
+    gates: str | None = None
 
 
 @dataclass(frozen=True)

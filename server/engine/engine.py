@@ -16,8 +16,11 @@ import torch
 from adapters_store.loader import Loader, ThreadLoader
 from adapters_store.tiers import HostTier, folder_reader
 from server.engine.adapters import EngineAdapters
+from server.engine.arrivals import Arrivals
 from server.engine.blocks import BlockPool
+from server.engine.checks import check_tokens
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
+from server.engine.gate_bank import GateBank
 from server.engine.plan import Chunk
 from server.engine.reads import page_check
 from server.engine.runner import Launched, Runner
@@ -32,12 +35,23 @@ LOADING_SECONDS = 1e-3
 
 
 class Engine:
-    """Continuous batching over one model. Not thread-safe. `waited`: seconds spent waiting for the device."""
+    """Continuous batching over one model. Not thread-safe. `waited`: seconds spent waiting for the device.
 
-    def __init__(self, config: EngineConfig, runner: Runner, adapters: EngineAdapters, clock: Clock) -> None:
+    Without `gates` requests with token-level routers are refused.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        adapters: EngineAdapters,
+        clock: Clock,
+        gates: GateBank | None = None,
+    ) -> None:
         self.config = config
         self.runner = runner
         self.adapters = adapters
+        self.arrivals = Arrivals(adapters, gates)
         self.clock = clock
         self.eos_token_ids = frozenset(runner.model.eos_token_ids)
         blocks = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
@@ -50,7 +64,6 @@ class Engine:
         )
         self.waited = 0.0
         self._sequences: dict[str, Sequence] = {}
-        self._arriving: dict[str, Sequence] = {}  # of the sequences, those whose adapters are being read
         self._endings: list[Output] = []
         self._steps: list[tuple[float, int]] = []
         self._launched: Launched | None = None
@@ -63,28 +76,27 @@ class Engine:
         check = page_check(runner.pool.num_pages)
         read = folder_reader(runner.model.linear_shape, runner.dtype, pinned=pinned, check=check)
         host, loader = HostTier(config.host_memory), start_loader(config.load_threads, runner.device)
-        return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock)
+        gates = GateBank(loader, runner.gates.read) if runner.gates is not None else None
+        return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock, gates)
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._endings or self._launched)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, once its adapters have been read; reading begins now and waits for nothing.
+        """Queue a request, once its adapters and gates have been read; reading begins now and waits for nothing.
 
-        Raises RequestError for what can never be served. What is known only when the adapters have been read ends the
-        request with an error in a later step: one of them cannot be, or together they are too large.
+        Raises RequestError for what can never be served. What is known only when they have been read ends the request
+        with an error in a later step: one of them cannot be, or together the adapters are too large.
         """
         if request.id in self._sequences:
             raise RequestError(f"request {request.id} is already running", param="id")
-        self._check_tokens(request)
-        has_arrived = not request.mix.entries or self.adapters.arrive(request)
+        check_tokens(request, self.runner.model.vocab_size, self.runner.max_model_len)
         sequence = Sequence.of(request, arrival=self.clock())
+        may_queue = self.arrivals.add(sequence)
         self._sequences[request.id] = sequence
-        if has_arrived:
+        if may_queue:
             self.scheduler.add(sequence)
-        else:
-            self._arriving[request.id] = sequence
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown or ended ones are left alone. Its ending comes with the next step."""
@@ -143,7 +155,7 @@ class Engine:
         steps, self._steps = tuple(self._steps), []
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._arriving),
+            waiting=len(scheduler.waiting) + len(self.arrivals),
             kv_used_blocks=scheduler.blocks.num_used,
             kv_blocks=scheduler.blocks.num_blocks,
             pages=pool.pages_by_state(),
@@ -157,7 +169,7 @@ class Engine:
             adapters_host=len(self.adapters.host),
             adapters_device=len(pool.residents),
             running_adapters=_digests(scheduler.running),
-            waiting_adapters=_digests(chain(scheduler.waiting, self._arriving.values())),
+            waiting_adapters=_digests(chain(scheduler.waiting, self.arrivals.sequences)),
             steps=steps,
         )
 
@@ -169,39 +181,15 @@ class Engine:
         """Raise unless every pool accounts for all it owns."""
         self.scheduler.check_integrity()
         self.adapters.check_integrity()
-        if len(self._arriving) != self.adapters.num_arriving or not self._arriving.keys() <= self._sequences.keys():
-            raise RuntimeError("the arriving sequences are not the requests whose adapters are being read")
-
-    def _check_tokens(self, request: Request) -> None:
-        vocabulary, longest = self.runner.model.vocab_size, self.runner.max_model_len
-        if not request.prompt:
-            raise RequestError("the prompt is empty, expected at least one token", param="prompt")
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise RequestError(f"the prompt has token ids outside 0..{vocabulary - 1}", param="prompt")
-        for param, ids in (
-            ("logit_bias", request.params.logit_bias),
-            ("stop_token_ids", request.params.stop_token_ids),
-        ):
-            if not all(0 <= token < vocabulary for token in ids):
-                raise RequestError(f"{param} has token ids outside 0..{vocabulary - 1}", param=param)
-        if request.params.max_tokens < 1:
-            raise RequestError(f"max_tokens is {request.params.max_tokens}, expected at least 1", param="max_tokens")
-        if len(request.prompt) + request.params.max_tokens > longest:
-            raise RequestError(
-                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}, together"
-                f" more than the context of {longest} tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        self.arrivals.check_integrity()
 
     def _move_adapters(self) -> None:
-        """Let what is being loaded go on, and queue the requests whose adapters have all been read."""
-        for request, error in self.adapters.poll(idle=not self._sequences):
-            sequence = self._arriving[request.id]
+        """Let what is being loaded go on, and queue the requests whose adapters and gates have all been read."""
+        for sequence, error in self.arrivals.poll(idle=not self._sequences):
             if error is not None:
                 self._fail(sequence, error)
             else:
-                self.scheduler.add(self._arriving.pop(request.id))
+                self.scheduler.add(sequence)
 
     def _launch(self, chunks: list[Chunk]) -> Launched:
         launched = self.runner.launch(chunks, self.eos_token_ids)
@@ -216,7 +204,7 @@ class Engine:
         self.waited += self.clock() - started
         outputs: list[Output] = []
         sampled = iter(zip(tokens, logprobs, strict=True))
-        for chunk in launched.chunks:
+        for chunk, shares in zip(launched.chunks, launched.shares(), strict=True):
             token, logprob = next(sampled) if chunk.samples else (None, None)
             sequence = chunk.sequence
             if self._sequences.get(sequence.request.id) is not sequence:
@@ -227,10 +215,12 @@ class Engine:
                 continue
             self.scheduler.commit(chunk, token)
             if token is not None:
-                outputs.append(self._output(sequence, token, logprob))
+                outputs.append(self._output(sequence, token, logprob, shares))
         return outputs
 
-    def _output(self, sequence: Sequence, token: int, logprob: TokenLogprobs | None) -> Output:
+    def _output(
+        self, sequence: Sequence, token: int, logprob: TokenLogprobs | None, shares: tuple[float, ...]
+    ) -> Output:
         """What the client learns of a new token. A stop token ends the request and is not part of its text."""
         params = sequence.request.params
         stopped = token in stop_ids(params, self.eos_token_ids)
@@ -247,6 +237,7 @@ class Engine:
             finish_reason=reason,
             timings=self._timings(sequence) if first else None,
             cached_tokens=sequence.num_cached if first else 0,
+            shares=() if stopped else shares,
         )
 
     def _timings(self, sequence: Sequence) -> Timings:
@@ -266,11 +257,9 @@ class Engine:
         )
 
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
-        request = sequence.request
-        del self._sequences[request.id]
-        if self._arriving.pop(request.id, None) is None:
+        del self._sequences[sequence.request.id]
+        if not self.arrivals.leave(sequence):
             self.scheduler.remove(sequence, forget=forget)
-        self.adapters.leave(request)
 
 
 def start_loader(num_threads: int, device: torch.device) -> Loader:

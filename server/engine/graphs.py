@@ -14,10 +14,12 @@ from torch import Tensor
 from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
+from server.engine.gate_parts import make_router
+from server.engine.gates import GateFactory, StepRouter
 from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, no_tiles
 from server.engine.staging import Staging, StepShape, StepViews, fill
-from server.engine.steps import KvCache, Pages
+from server.engine.steps import Computed, KvCache, Pages
 from server.model.decoder import Decoder, ForwardBatch
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class GraphSteps:
         block_size: int,
         max_model_len: int,
         use_graphs: bool = True,
+        gates: GateFactory | None = None,
     ) -> None:
         if not isinstance(decoder.ops, TritonOps):
             raise TypeError("captured steps need the Triton backend")
@@ -52,6 +55,7 @@ class GraphSteps:
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.use_graphs = use_graphs
+        self.gates = gates
         self.eager_steps = 0
         device, rows = decoder.device, capacities.max_num_seqs
         decoder.rotary.grow(max_model_len)
@@ -71,14 +75,15 @@ class GraphSteps:
         return len(self._graphs)
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
-        """Logits and most likely tokens of the rows that yield one. Nothing waits for the device."""
+    def launch(self, chunks: list[Chunk]) -> Computed:
+        """Nothing waits for the device, but steps with rows that are routed by token: they run without a graph."""
         rows = sum(chunk.num_tokens for chunk in chunks)
         decoding = rows == len(chunks)
         tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
         shape = self.capacities.smallest(rows, decoding, tiles.plans)
-        if shape is None or not self.use_graphs:
-            self._run_eagerly(chunks, tiles)
+        router = self._router(chunks, tiles)
+        if shape is None or router is not None or not self.use_graphs:
+            self._run_eagerly(chunks, tiles, router)
         else:
             graph = self._graphs.get(shape) or self._capture(shape)
             self._stage(self._staging, shape, chunks, tiles)
@@ -87,7 +92,7 @@ class GraphSteps:
             else:
                 graph.replay()
         count = sum(chunk.samples for chunk in chunks)
-        return self._logits[:count], self._sampled[:count].clone()
+        return Computed(self._logits[:count], self._sampled[:count].clone(), router)
 
     def remember(self, tokens: Tensor) -> None:
         self._sampled[: len(tokens)].copy_(tokens)
@@ -105,16 +110,23 @@ class GraphSteps:
         words = {group: tiles.words(group, capacity) for group, capacity in shape.tiles}
         staging.send(fill(staging.begin(), shape, chunks, words, self.block_size))
 
-    def _run(self, staging: Staging, shape: StepShape) -> None:
+    def _router(self, chunks: list[Chunk], tiles: StepTiles) -> StepRouter | None:
+        columns = {}
+        for group, plan in tiles.plans.items():
+            pages = plan.pages.tolist()
+            columns[group] = (*pages, *[-1] * (plan.shape.padded_pages - len(pages)))
+        return make_router(self.gates, chunks, columns, self.decoder.device)
+
+    def _run(self, staging: Staging, shape: StepShape, router: StepRouter | None = None) -> None:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
         ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
-        batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows)
+        batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, router)
         logits = self.decoder.forward(batch, self.kv_cache, self.pages)
         self._sampled[: len(logits)].copy_(self.ops.greedy(logits))
         self._logits[: len(logits)].copy_(logits)
 
-    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles) -> None:
+    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles, router: StepRouter | None) -> None:
         """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
         self.eager_steps += 1
         decodes = next((i for i, chunk in enumerate(chunks) if chunk.num_tokens > 1), len(chunks))
@@ -125,7 +137,7 @@ class GraphSteps:
         if shape.words + self._table_words > self._eager_staging.capacity:
             self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
         self._stage(self._eager_staging, shape, chunks, tiles)
-        self._run(self._eager_staging, shape)
+        self._run(self._eager_staging, shape, router)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
         """Run once, which compiles, on padding that touches nothing; then capture.

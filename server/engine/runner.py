@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from adapters_store.pages import plan_pages
 from adapters_store.pool import PagePool
 from kernels.ops import select_ops
 from server.engine.config import MOST_BATCH_TOKENS, EngineConfig
+from server.engine.gate_parts import last_shares
+from server.engine.gates import gate_factory
 from server.engine.memory import plan_memory
 from server.engine.plan import Chunk
 from server.engine.sampler import Sampled, sample
@@ -28,17 +31,22 @@ GRAPH_MODES = ("capture", "lazy", "eager")
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way: its chunks, and the copy of its tokens to the host."""
+    """A step under way: its chunks, and the copies of its tokens and of its routers' shares to the host."""
 
     chunks: list[Chunk]
     sampled: Sampled
     done: torch.cuda.Event | None
+    routed: Sequence[torch.Tensor] = ()
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
         if self.done is not None:
             self.done.synchronize()
         return self.sampled.read()
+
+    def shares(self) -> list[tuple[float, ...]]:
+        """`Output.shares` by chunk, after `wait`."""
+        return last_shares(self.chunks, self.routed)
 
 
 class Runner:
@@ -78,6 +86,7 @@ class Runner:
         self.pool = PagePool(shape, num_pages, self.device, self.dtype)
         self.kv_cache = self._allocate_kv(config.block_size)
         self.workspace_bytes = plan.workspace
+        self.gates = gate_factory(config.gates, shape, self.device, self.dtype) if config.gates else None
         logger.info(
             "%s GB for the keys and values of %d tokens, %s GB for %d rank pages of every group of linears",
             *(_gigabytes(self.kv_bytes), self.num_blocks * config.block_size),
@@ -91,7 +100,8 @@ class Runner:
 
     def launch(self, chunks: list[Chunk], eos_token_ids: frozenset[int]) -> Launched:
         """Start a step. With `lookahead`, the next one may be launched before its tokens have been waited for."""
-        logits, greedy = self.steps.launch(chunks)
+        logits, greedy, router = self.steps.launch(chunks)
+        routed = () if router is None else router.shares()
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = sample(logits, sequences, eos_token_ids, greedy)
         if sampled.tokens is not greedy:
@@ -99,11 +109,12 @@ class Runner:
         for row, sequence in enumerate(sequences):
             sequence.sampled_row = row
         if self.device.type != "cuda":
-            return Launched(chunks, sampled, None)
+            return Launched(chunks, sampled, None, routed)
         host = sampled.to_host()
+        routed = [part.to("cpu", non_blocking=True) for part in routed]
         done = torch.cuda.Event()
         done.record()
-        return Launched(chunks, host, done)
+        return Launched(chunks, host, done, routed)
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of keys and values of one block over all layers."""
@@ -135,7 +146,7 @@ class Runner:
             raise ModelError(f"cuda_graphs is {config.cuda_graphs!r}, expected one of {', '.join(GRAPH_MODES)}")
         pages = self.pool.tensors
         if not self.decoder.ops.captures:
-            return EagerSteps(self.decoder, self.kv_cache, pages, config.block_size)
+            return EagerSteps(self.decoder, self.kv_cache, pages, config.block_size, self.gates)
         from server.engine.capacity import Capacities
         from server.engine.graphs import GraphSteps
 
@@ -148,6 +159,7 @@ class Runner:
             block_size=config.block_size,
             max_model_len=self.max_model_len,
             use_graphs=config.cuda_graphs != "eager" and self.device.type == "cuda",
+            gates=self.gates,
         )
         if steps.use_graphs and config.cuda_graphs == "capture":
             started = time.perf_counter()

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from adapters_store.pool import PageLease
 from adapters_store.types import BASE, Mix
+from server.engine.gates import Gates, GateUse
 
 NOT_FINITE = "the model's output is not finite: the adapters of this request, or their weights, are too large"
 """The error of a request whose logits overflowed."""
@@ -59,8 +60,9 @@ class SamplingParams:
 class Request:
     """What the engine is asked for. `paths` gives the local folder of every adapter of the mix, by digest.
 
-    `cache_key` and the mix root the prefix-cache hash chain: the KV of one pair is never read under another. `weight`
-    (> 0) is the share that is due to `tenant`, relative to those of others.
+    `cache_key`, the mix and `gates` root the prefix-cache hash chain: the KV of one such set is never read under
+    another. `gates` weigh the adapters of the mix anew for every token. `weight` (> 0) is the share that is due to
+    `tenant`, relative to those of others.
     """
 
     id: str
@@ -71,6 +73,7 @@ class Request:
     cache_key: bytes = b""
     tenant: str = "default"
     weight: float = 1.0
+    gates: GateUse | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -78,8 +81,9 @@ class Request:
 
     @property
     def cache_root(self) -> bytes:
-        """Root of the hash chain: with the mix, so that no caller can forget it."""
-        return self.cache_key + self.mix.digest.encode() if self.mix.entries else self.cache_key
+        """Root of the hash chain: with the mix and the gates, so that no caller can forget them."""
+        root = self.cache_key + self.mix.digest.encode() if self.mix.entries else self.cache_key
+        return root if self.gates is None else root + self.gates.key
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Output:
     """What one step produced for one request. The one with a `finish_reason` is the last.
 
     `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token. `error_param`
-    and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`.
+    and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`. With a
+    token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates.
     """
 
     request_id: str
@@ -115,6 +120,7 @@ class Output:
     error_code: str | None = None
     timings: Timings | None = None
     cached_tokens: int = 0
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(eq=False)
@@ -134,6 +140,7 @@ class Sequence:
     sampled_row: int = 0
     blocks: list[int] = field(default_factory=list)
     lease: PageLease | None = None
+    gates: Gates | None = None
     num_cached: int = 0
     num_hashed_blocks: int = 0
     num_charged: int = 0

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping as ReadOnlyDict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from server.engine.batch import BatchBuilder
+from server.engine.gate_parts import make_router
+from server.engine.gates import GateFactory, StepRouter
 from server.engine.plan import Chunk
 from server.model.decoder import Decoder
 
@@ -15,14 +17,21 @@ KvCache = Sequence[tuple[Tensor, Tensor]]
 Pages = ReadOnlyDict[str, tuple[Tensor, Tensor]]
 
 
+class Computed(NamedTuple):
+    """Of a launched step: logits [R, vocab] of the chunks that yield a token, and their most likely tokens int64[R] if
+    these are known too; and who routed its rows, if any are routed by token."""
+
+    logits: Tensor
+    greedy: Tensor | None
+    router: StepRouter | None
+
+
 class Steps(Protocol):
     """Runs steps in order. `lookahead`: a step may be launched before the tokens of the one before it are known."""
 
     lookahead: bool
 
-    def launch(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
-        """Logits [R, vocab] of the chunks that yield a token, and their most likely tokens if these are known too."""
-        ...
+    def launch(self, chunks: list[Chunk]) -> Computed: ...
 
     def remember(self, tokens: Tensor) -> None:
         """int64[R]: the tokens chosen from the logits of the last launch, for a launch that looks ahead."""
@@ -34,15 +43,21 @@ class EagerSteps:
 
     lookahead = False
 
-    def __init__(self, decoder: Decoder, kv_cache: KvCache, pages: Pages, block_size: int) -> None:
+    def __init__(
+        self, decoder: Decoder, kv_cache: KvCache, pages: Pages, block_size: int, gates: GateFactory | None = None
+    ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.pages = pages
+        self.gates = gates
         self._builder = BatchBuilder(block_size, decoder.device)
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
-        return self.decoder.forward(self._builder.build(chunks), self.kv_cache, self.pages), None
+    def launch(self, chunks: list[Chunk]) -> Computed:
+        batch = self._builder.build(chunks)
+        columns = {group: mapping.pages for group, mapping in batch.mappings.items() if mapping is not None}
+        batch.router = router = make_router(self.gates, chunks, columns, self.decoder.device)
+        return Computed(self.decoder.forward(batch, self.kv_cache, self.pages), None, router)
 
     def remember(self, tokens: Tensor) -> None:
         """The host knows all tokens before the next launch."""

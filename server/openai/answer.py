@@ -10,6 +10,7 @@ from server.choice import Piece, ScoredToken
 from server.engine.sequence import FinishReason
 from server.generation import Generation, Usage
 from server.route_view import explained
+from server.routed_tokens import routed_tokens
 
 Json = dict[str, Any]
 
@@ -85,8 +86,13 @@ class Answer(ABC):
         return {"id": identity, "object": kind, "created": self._created, "model": self._model}
 
     def _lora(self) -> Json:
-        assert self._generation.route is not None
-        return explained(self._generation.route)
+        generation = self._generation
+        route = generation.routed
+        assert route is not None
+        shown = explained(route)
+        if generation.explains:
+            shown |= routed_tokens(route, [choice.routed for choice in generation.choices])
+        return shown
 
 
 def usage_object(usage: Usage) -> Json:

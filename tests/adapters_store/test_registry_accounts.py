@@ -108,6 +108,18 @@ class TestAccounts:
         with pytest.raises(NotFound, match="router 'moa'"):
             registry.routers.remove("moa")
 
+    def test_what_adapters_of_a_router_mean_now(self, registry: Registry) -> None:
+        assert registry.routers.meanings(["sql"]) == registry.routers.targets(["a" * 64]) == {}
+        registry.register("acme", "sql", adapter("a"))
+        registry.register("umbrella", "sql", adapter("b"))
+        registry.register("umbrella", "sea", adapter("a"))
+        assert registry.routers.meanings(["sql", "sea", "none"]) == {"sql": {"a" * 64, "b" * 64}, "sea": {"a" * 64}}
+        registry.register("acme", "sql", adapter("c"), replace=True)
+        registry.removals.mark("umbrella", "sea", True)
+        assert registry.routers.meanings(["sql", "sea"]) == {"sql": {"b" * 64, "c" * 64}}
+        found = registry.routers.targets(["a" * 64, "c" * 64, "d" * 64])
+        assert found == {digit * 64: adapter(digit).targets for digit in "ac"}
+
 
 class TestCounters:
     def test_uses_are_those_of_the_asking_tenant(self, registry: Registry) -> None:

@@ -91,6 +91,9 @@ class FakeLaunch:
         count = sum(chunk.samples for chunk in self.chunks)
         return [5] * count, [None] * count
 
+    def shares(self) -> list[tuple[float, ...]]:
+        return [()] * len(self.chunks)
+
 
 class FakeRunner:
     """A model that always says 5."""
@@ -100,6 +103,7 @@ class FakeRunner:
         self.pool = pool
         self.num_blocks = num_blocks
         self.lookahead = lookahead
+        self.gates = None
         self.max_model_len = 256
 
     def launch(self, chunks: list[Chunk], _: frozenset[int]) -> FakeLaunch:

@@ -16,6 +16,7 @@ from server.engine.fairness import OUTPUT_PRICE
 from server.engine.plan import Chunk
 from server.engine.runner import Runner
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Sequence
+from server.engine.steps import Computed
 from tests.engine.test_engine import PROMPTS, Registered, drain, tokens_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -35,7 +36,7 @@ class DelayedSteps:
         self.rows = 0
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
+    def launch(self, chunks: list[Chunk]) -> Computed:
         pending = [chunk.sequence for chunk in chunks if chunk.start >= len(chunk.sequence.tokens)]
         for sequence in pending:
             sequence.tokens.append(max(0, int(self.sampled[sequence.sampled_row])))
@@ -44,7 +45,8 @@ class DelayedSteps:
             sequence.tokens.pop()
         self.rows += len(batch.ids)
         self.sampled.fill_(-1)
-        return self.runner.decoder.forward(batch, self.runner.kv_cache, self.runner.pool.tensors), None
+        logits = self.runner.decoder.forward(batch, self.runner.kv_cache, self.runner.pool.tensors)
+        return Computed(logits, None, None)
 
     def remember(self, tokens: Tensor) -> None:
         self.sampled[: len(tokens)] = tokens

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adapters_store.types import Composition, Mix
 from server.engine.config import EngineConfig, EngineInfo, EngineStats
+from server.engine.gates import GateUse
 from server.engine.messages import (
     Abort,
     Evict,
@@ -52,6 +53,7 @@ CONFIG = EngineConfig(
     cuda_graphs="lazy",
     kernel_cache="/cache",
     load_threads=3,
+    gates="package.module:Factory",
 )
 PARAMS = SamplingParams(
     temperature=0.3,
@@ -78,6 +80,7 @@ REQUEST = Request(
     cache_key=bytes(range(256)),
     tenant="team",
     weight=2.5,
+    gates=GateUse("d" * 64, "/routers/d", ("a" * 64, None), 2, 0.5, null=True),
 )
 OUTPUT = Output(
     request_id="r-1",
@@ -89,6 +92,7 @@ OUTPUT = Output(
     error_code="mix_too_large",
     timings=Timings(queue=0.25, prefill=0.5),
     cached_tokens=16,
+    shares=(0.25, 0.75),
 )
 STATS = EngineStats(
     running=1,
@@ -176,7 +180,9 @@ def test_messages_from_the_engine(message: FromEngine) -> None:
     assert_same_types(decoded, message)
 
 
-@pytest.mark.parametrize("example", [CONFIG, PARAMS, REQUEST, OUTPUT, STATS, OUTPUT.logprobs[0]], ids=repr)
+@pytest.mark.parametrize(
+    "example", [CONFIG, PARAMS, REQUEST, REQUEST.gates, OUTPUT, STATS, OUTPUT.logprobs[0]], ids=repr
+)
 def test_the_examples_leave_no_field_at_its_default(example: Any) -> None:
     for field in dataclasses.fields(example):
         default = field.default

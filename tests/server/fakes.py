@@ -199,7 +199,18 @@ class FakeEngine:
                 finish_reason=(FinishReason.LENGTH if is_full else FinishReason.STOP) if is_last else None,
                 timings=Timings(queue=0.001, prefill=0.002) if first else None,
                 cached_tokens=BLOCK if first and len(request.prompt) > BLOCK else 0,
+                shares=self._shares(request, index),
             )
+
+    def _shares(self, request: Request, index: int) -> tuple[float, ...]:
+        """Three quarters for one of the rows that may be used, in turn, and a quarter for the last of them."""
+        if request.gates is None:
+            return ()
+        rows = [row for row, may in enumerate(request.gates.allowed) if may]
+        shares = [0.0] * len(request.gates.allowed)
+        shares[rows[index % len(rows)]] += 0.75
+        shares[rows[-1]] += 0.25
+        return tuple(shares)
 
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         return TokenLogprobs(-0.5, tuple(((token + rank) % 300, -0.5 - rank) for rank in range(count)))
@@ -248,7 +259,9 @@ class Harness:
         self.engine = FakeEngine(tokenizer)
         self.store = store
         self.settings = settings
-        self.services: Services = assemble(settings, MODEL, self.engine, store, ChatTokenizer(tokenizer), process)
+        self.services: Services = assemble(
+            settings, MODEL, self.engine, store, ChatTokenizer(tokenizer), "f" * 64, process
+        )
         self.app = create_app(settings, self.services)
 
     @property

@@ -1,6 +1,7 @@
 """The demo's requests on the real model: texts equal those of `transformers` + `peft`, and known targets are hit."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,22 @@ from transformers import AutoTokenizer
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Mix
 from deploy.demo.reference import Reference
-from deploy.demo.requests import MAX_TOKENS, DemoRequest, demo_requests, held_out
-from deploy.demo.run import ADAPTERS
+from deploy.demo.requests import GATES, MAX_TOKENS, DemoRequest, demo_requests, held_out
+from deploy.demo.run import ADAPTERS, ROUTER
 from deploy.demo.tasks import TASKS
+from routing.gate_folder import read_gates
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.gates import GateUse
 from server.engine.sequence import Request, SamplingParams
+
+GATE_FACTORY = "routing.token_router:TokenGateFactory"
 
 
 def answer(model: Path, requests: list[DemoRequest]) -> list[str]:
     """The engine's texts for all requests at once."""
-    engine = Engine.from_config(EngineConfig(str(model), kv_memory=1 << 28, max_model_len=1024, device="cpu"))
+    memory = {"kv_memory": 1 << 28, "max_model_len": 1024}
+    engine = Engine.from_config(EngineConfig(str(model), device="cpu", gates=GATE_FACTORY, **memory))
     tokenizer = AutoTokenizer.from_pretrained(model)
     folders = {name: ADAPTERS / name for name in TASKS}
     shape = engine.runner.model.linear_shape
@@ -30,14 +36,23 @@ def answer(model: Path, requests: list[DemoRequest]) -> list[str]:
         message = [{"role": "user", "content": request.prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         mix = Mix.of([(digests[name], weight) for name, weight in request.adapters])
+        gates = None
+        if request.router is not None:
+            gates, mix = gate_use(), Mix(tuple((digest, 1.0) for digest in sorted(digests.values())))
         key = mix.digest.encode()  # all prompts begin alike
-        engine.add_request(Request(str(index), tuple(prompt), params, mix, paths, key))
+        engine.add_request(Request(str(index), tuple(prompt), params, mix, paths, key, gates=gates))
     tokens: list[list[int]] = [[] for _ in requests]
     while engine.has_work:
         for output in engine.step():
             tokens[int(output.request_id)] += output.tokens
     engine.check_integrity()
     return [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+
+
+def gate_use() -> GateUse:
+    card = read_gates(ROUTER)
+    rows = tuple(adapter.digest for adapter in card.adapters)
+    return GateUse(card.sha256, str(ROUTER), rows, card.top_k, card.temperature, card.has_null)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +63,14 @@ def answers(smollm2: Path) -> list[str]:
 @pytest.mark.slow
 def test_known_targets_are_hit(answers: list[str]) -> None:
     expected = {index: request.target for index, request in enumerate(demo_requests()) if request.target is not None}
-    assert len(expected) == 8
+    assert len(expected) == 10
     assert {index: answers[index] for index in expected} == expected
 
 
 @pytest.mark.slow
 def test_texts_equal_transformers_and_peft(answers: list[str], smollm2: Path) -> None:
-    requests = demo_requests()
+    requests = [request for request in demo_requests() if request.router is None]
+    answers = answers[: len(requests)]
     names = sorted({name for request in requests for name, _ in request.adapters})
     reference = Reference(smollm2, ADAPTERS, names)
     differing = {
@@ -75,3 +91,12 @@ def test_every_adapter_is_as_good_as_its_card_says(smollm2: Path) -> None:
         request.adapters[0][0] for request, text in zip(requests, texts, strict=True) if text == request.target
     )
     assert {task: right[task] >= 18 for task in TASKS} == dict.fromkeys(TASKS, True)
+
+
+@pytest.mark.slow
+def test_the_gates_are_as_good_as_the_adapters(smollm2: Path) -> None:
+    """Ten held-out rows of every task, all through one router that is told nothing of the task."""
+    requests = [replace(held_out(task, row), router=GATES) for row in range(10) for task in TASKS]
+    texts = answer(smollm2, requests)
+    right = sum(text == request.target for request, text in zip(requests, texts, strict=True))
+    assert right >= 68, f"{right} of {len(requests)}"

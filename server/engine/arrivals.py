@@ -1,0 +1,90 @@
+"""Requests on their way to the queue: what they need is being read from disk."""
+
+from server.engine.adapters import EngineAdapters
+from server.engine.config import RequestError
+from server.engine.gate_bank import GateBank
+from server.engine.sequence import Sequence
+
+Arrived = tuple[Sequence, RequestError | None]
+"""A sequence that may be queued, or why it cannot be."""
+
+
+class Arrivals:
+    """Sequences whose adapters, or then whose gates, are not all in memory yet."""
+
+    def __init__(self, adapters: EngineAdapters, gates: GateBank | None) -> None:
+        self._adapters = adapters
+        self._gates = gates
+        self._reading: dict[str, Sequence] = {}
+        self._gating: dict[str, Sequence] = {}  # their adapters are there
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return (*self._reading.values(), *self._gating.values())
+
+    def __len__(self) -> int:
+        return len(self._reading) + len(self._gating)
+
+    def add(self, sequence: Sequence) -> bool:
+        """Begin to read. True: it may be queued at once; else `poll` gives it. `leave` must be called at its end.
+
+        Raises RequestError if it can never be served.
+        """
+        request = sequence.request
+        if request.gates is not None and self._gates is None:
+            raise RequestError("this engine has no token-level routers", param="lora.router")
+        has_adapters = not request.mix.entries or self._adapters.arrive(request)
+        if request.gates is not None and self._gates is not None:
+            self._gates.enter(request.gates)
+        if has_adapters and request.gates is None:
+            return True
+        (self._gating if has_adapters else self._reading)[request.id] = sequence
+        return False
+
+    def poll(self, *, idle: bool) -> list[Arrived]:
+        """Let what is being read go on. What cannot be read stays here until it leaves. `idle`: no request is there."""
+        arrived: list[Arrived] = []
+        for request, error in self._adapters.poll(idle=idle):
+            if error is not None:
+                arrived.append((self._reading[request.id], error))
+            else:
+                self._gating[request.id] = self._reading.pop(request.id)
+        for sequence in tuple(self._gating.values()):
+            try:
+                if self._has_gates(sequence):
+                    arrived.append((self._gating.pop(sequence.request.id), None))
+            except RequestError as error:
+                arrived.append((sequence, error))
+        return arrived
+
+    def leave(self, sequence: Sequence) -> bool:
+        """A request has ended. Whether it had not got beyond this place."""
+        request = sequence.request
+        gone = self._reading.pop(request.id, None) or self._gating.pop(request.id, None)
+        self._adapters.leave(request)
+        if request.gates is not None and self._gates is not None:
+            self._gates.leave(request.gates)
+        return gone is not None
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless everyone here waits for something."""
+        if len(self._reading) != self._adapters.num_arriving:
+            raise RuntimeError("the arriving sequences are not the requests whose adapters are being read")
+        if any(sequence.request.gates is None for sequence in self._gating.values()):
+            raise RuntimeError("a sequence waits for gates though it has none")
+        if self._gates is not None:
+            self._gates.check_integrity()
+
+    def _has_gates(self, sequence: Sequence) -> bool:
+        use = sequence.request.gates
+        if use is None or self._gates is None:
+            return True
+        gates = self._gates.get(use.digest)
+        if gates is not None and gates.num_rows != len(use.allowed):
+            raise RequestError(
+                f"the router's gates have {gates.num_rows} rows, expected {len(use.allowed)}",
+                param="lora.router",
+                code="router_unavailable",
+            )
+        sequence.gates = gates
+        return gates is not None

@@ -1,0 +1,27 @@
+"""What a request must be for an engine to take it."""
+
+from server.engine.config import RequestError
+from server.engine.sequence import Request
+
+
+def check_tokens(request: Request, vocabulary: int, longest: int) -> None:
+    """Raises RequestError unless all token ids are below `vocabulary`, and prompt and answer fit into `longest`."""
+    if not request.prompt:
+        raise RequestError("the prompt is empty, expected at least one token", param="prompt")
+    if not all(0 <= token < vocabulary for token in request.prompt):
+        raise RequestError(f"the prompt has token ids outside 0..{vocabulary - 1}", param="prompt")
+    for param, ids in (
+        ("logit_bias", request.params.logit_bias),
+        ("stop_token_ids", request.params.stop_token_ids),
+    ):
+        if not all(0 <= token < vocabulary for token in ids):
+            raise RequestError(f"{param} has token ids outside 0..{vocabulary - 1}", param=param)
+    if request.params.max_tokens < 1:
+        raise RequestError(f"max_tokens is {request.params.max_tokens}, expected at least 1", param="max_tokens")
+    if len(request.prompt) + request.params.max_tokens > longest:
+        raise RequestError(
+            f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}, together"
+            f" more than the context of {longest} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )

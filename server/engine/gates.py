@@ -1,0 +1,98 @@
+"""Token-level routers as the engine sees them: what a request wants of one, and what a step gives it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adapters_store.types import LinearShape
+from server.model.lora import LayerRouter
+
+
+@dataclass(frozen=True)
+class GateUse:
+    """A token-level router and how one request uses it.
+
+    `path` is the folder of its gates, `digest` identifies what is in there. `rows`: the adapter of each row of the
+    gates, None where the request may not use it. `null`: one more row stands for no adapter. Every token uses its
+    `top_k` adapters of highest logit, weighted by the softmax of these logits over `temperature`.
+    """
+
+    digest: str
+    path: str
+    rows: tuple[str | None, ...]
+    top_k: int
+    temperature: float
+    null: bool = False
+
+    @property
+    def allowed(self) -> tuple[bool, ...]:
+        """Which rows may be chosen."""
+        return (*(row is not None for row in self.rows), *((True,) if self.null else ()))
+
+    @cached_property
+    def key(self) -> bytes:
+        """sha256 over all that changes the forward pass."""
+        parts = [self.digest, self.rows, self.top_k, float(self.temperature).hex(), self.null]
+        return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+class Gates(Protocol):
+    """One router's gates on the device."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class GatePart:
+    """The token rows of one step that use the same gates: R of them, n rows in the gates.
+
+    count: R. rows: int64[R], sorted; None for all rows of the step. allowed: bool[R, n], None if all may be chosen.
+    top_k: int64[R], the largest of them is `most`, None if it is all of them. temperature: fp32[R], None for 1.
+    owners: by group name fp32[n, U], 1 where a column of the mapping is a page of that row's adapter.
+    touched: by group name bool[R], whether any adapter that the row may use acts there, None for all rows.
+    """
+
+    gates: Gates
+    count: int
+    rows: Tensor | None
+    allowed: Tensor | None
+    top_k: Tensor | None
+    temperature: Tensor | None
+    most: int
+    owners: Mapping[str, Tensor]
+    touched: Mapping[str, Tensor | None]
+
+
+class StepRouter(LayerRouter, Protocol):
+    """Routes the rows of one step."""
+
+    def shares(self) -> Sequence[Tensor]:
+        """After the step, for each part fp32[R, n]: the weights of the gates' rows, on average over all gates in groups
+        that the token row's adapters touch.
+        """
+        ...
+
+
+class GateFactory(Protocol):
+    """Makes gates and routers for one model on one device."""
+
+    def read(self, path: str) -> Gates:
+        """The gates in a folder; may be called from any thread. Raises ValueError, OSError."""
+        ...
+
+    def router(self, parts: Sequence[GatePart]) -> StepRouter: ...
+
+
+def gate_factory(name: str, shape: LinearShape, device: torch.device, dtype: torch.dtype) -> GateFactory:
+    """The factory that `name`, "module:class", stands for: the engine knows no kind of router by itself."""
+    module, _, attribute = name.partition(":")
+    factory: GateFactory = getattr(import_module(module), attribute)(shape, device, dtype)
+    return factory

@@ -1,0 +1,128 @@
+"""Token-level routers as the registry has them: checked against the base model and the adapters, and served."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from adapters_store.registry import RouterRow
+from adapters_store.store import AdapterStore
+from routing.gate_folder import GateAdapter, GateCard, RouterFolderError, read_gates
+from routing.gated_router import GatedRouter
+from routing.router import Routers
+from server.errors import Unprocessable
+
+
+class MemberState(StrEnum):
+    """Whether the name of a router's adapter still means the weights that the gates were trained for."""
+
+    CURRENT = "current"
+    REPLACED = "replaced"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of a token-level router."""
+
+    name: str
+    digest: str
+    state: MemberState
+
+
+@dataclass(frozen=True)
+class ServedGates:
+    """One router in use, and how its adapters' names stand."""
+
+    row: RouterRow
+    card: GateCard
+    members: tuple[Member, ...]
+
+    @property
+    def num_current(self) -> int:
+        return sum(each.state is MemberState.CURRENT for each in self.members)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the router is stale, None if it is not."""
+        changed = [f"adapter {each.name!r} is {each.state}" for each in self.members if each.state != "current"]
+        if not changed:
+            return None
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return f"{', '.join(changed[:3])}{more}: train the router again"
+
+
+class GatedRouters:
+    """Keeps the token-level ones of `routers`. `fingerprint` is the base model's, `clock` counts seconds.
+
+    Methods raise RegistryError.
+    """
+
+    def __init__(self, store: AdapterStore, routers: Routers, fingerprint: str, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._routers = routers
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self.served: dict[str, ServedGates] = {}
+
+    async def check(self, folder: Path) -> GateCard:
+        """Whether a folder can be served: for this base model, over adapters that are registered as they were.
+
+        Raises Unprocessable.
+        """
+        try:
+            card = await asyncio.to_thread(read_gates, folder, self._store.shape, self._fingerprint)
+        except RouterFolderError as error:
+            raise Unprocessable(f"the router cannot be served: {error}", code="router_bad_folder") from error
+        for member in await self._members(card):
+            if member.state is not MemberState.CURRENT:
+                what = "names other weights" if member.state is MemberState.REPLACED else "is not registered"
+                raise Unprocessable(
+                    f"the router cannot be served: adapter {member.name!r} {what}, expected the one with digest"
+                    f" {member.digest[:12]}",
+                    code="router_wrong_adapters",
+                )
+        await self._check_targets(card)
+        return card
+
+    async def serve(self, row: RouterRow, folder: Path) -> None:
+        """From now on requests can name it. Raises RouterFolderError."""
+        card = await asyncio.to_thread(read_gates, folder, self._store.shape, self._fingerprint)
+        self.served[row.name] = ServedGates(row, card, await self._members(card))
+        self._routers.put(GatedRouter(row.name, card, folder, self._store, self._clock))
+
+    def drop(self, name: str) -> None:
+        """Requests can name it no more."""
+        del self.served[name]
+        self._routers.drop(name)
+
+    async def refresh(self, adapter: str | None = None) -> None:
+        """See how the names of the routers' adapters stand, or only of routers over this one."""
+        for name, served in tuple(self.served.items()):
+            if adapter is None or any(member.name == adapter for member in served.members):
+                members = await self._members(served.card)
+                if self.served.get(name) is served:
+                    self.served[name] = replace(served, members=members)
+
+    async def _members(self, card: GateCard) -> tuple[Member, ...]:
+        registry = self._store.registry.routers
+        meanings = await asyncio.to_thread(registry.meanings, [adapter.name for adapter in card.adapters])
+
+        def state(adapter: GateAdapter) -> MemberState:
+            digests = meanings.get(adapter.name)
+            if digests is None:
+                return MemberState.MISSING
+            return MemberState.CURRENT if adapter.digest in digests else MemberState.REPLACED
+
+        return tuple(Member(adapter.name, adapter.digest, state(adapter)) for adapter in card.adapters)
+
+    async def _check_targets(self, card: GateCard) -> None:
+        digests = {adapter.digest: adapter.name for adapter in card.adapters}
+        for digest, targets in (await asyncio.to_thread(self._store.registry.routers.targets, digests)).items():
+            if ungated := sorted(set(targets) - set(card.targets)):
+                raise Unprocessable(
+                    f"the router cannot be served: adapter {digests[digest]!r} touches {', '.join(ungated)}, for which"
+                    " the router has no gates",
+                    code="router_wrong_adapters",
+                )

@@ -1,0 +1,59 @@
+"""What routes prompts, made of the settings: the encoder's process and the service that keeps the routers."""
+
+import importlib.util
+import time
+
+from adapters_store.store import AdapterStore
+from routing.calibrated import min_score as calibrated_score
+from routing.encoder import EncoderProcess
+from routing.retriever import RetrieverDefaults
+from routing.router import Routers
+from server.checkpoint import CheckpointError, locate
+from server.config import DEFAULT_ENCODER, Settings
+from server.gated_routers import GatedRouters
+from server.routers import RouterService
+
+
+def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
+    """What reads prompts, not started yet; or None, and why the model `auto` is not served.
+
+    Raises CheckpointError if the settings name an encoder that is not there; the default one may be missing.
+    """
+    routing = settings.routing
+    if routing.encoder == "none":
+        return None, "the server's settings switch the encoder off"
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return None, "the extra `routing` is not installed, `pip install 'loramux[routing]'` adds it"
+    try:
+        folder = locate(routing.encoder, settings.data_dir)
+    except CheckpointError as error:
+        if routing.encoder != DEFAULT_ENCODER:
+            raise
+        return None, str(error)
+    process = EncoderProcess(
+        folder,
+        device=routing.device,
+        num_threads=routing.threads,
+        cache_texts=routing.cached_texts,
+        gpu_share=routing.gpu_share,
+    )
+    return process, ""
+
+
+def router_service(
+    settings: Settings,
+    store: AdapterStore,
+    routers: Routers,
+    process: EncoderProcess | None,
+    fingerprint: str,
+) -> RouterService:
+    """Keeps `routers` equal to what encoder and registry have. `fingerprint` is the base model's."""
+    routing = settings.routing
+
+    def defaults(encoder: str, trained: float | None) -> RetrieverDefaults:
+        calibrated = calibrated_score(encoder) if trained is None else trained
+        lowest = calibrated if routing.min_score is None else routing.min_score
+        return RetrieverDefaults(routing.top_k, lowest, routing.temperature)
+
+    gated = GatedRouters(store, routers, fingerprint, time.perf_counter)
+    return RouterService(store, routers, process, gated, settings.data_dir / "routers", defaults, time.perf_counter)
