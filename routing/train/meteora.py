@@ -53,7 +53,7 @@ def train_meteora(
 
     Only training rows are learned from; validation rows give the metrics; test rows are not read. Gates are fp32, the
     forward pass is under bf16 autocast on CUDA. A run that was interrupted goes on from its last checkpoint in `out`,
-    if model, adapters, recipe and rows are the same; on the CPU it ends in the same bits.
+    if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits.
 
     Args:
         adapters: PEFT folders by the names of their tasks. Tasks without one train the row for no adapter.

@@ -84,9 +84,11 @@ def chat_folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def adapters(make_adapter: Callable[..., Path]) -> Path:
-    make_adapter("plus", seed=0, r=2)
-    return make_adapter("spell", seed=1, r=3).parent
+def adapters(make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder of its own: other tests make adapters too."""
+    for seed, name in enumerate(("plus", "spell")):
+        shutil.copytree(make_adapter(name, seed=seed, r=2 + seed), tmp_path / "adapters" / name)
+    return tmp_path / "adapters"
 
 
 @pytest.fixture
@@ -154,9 +156,7 @@ def test_options_that_are_left_out_are_those_of_the_recipe(
     assert found == [MeteoraRecipe(null=True)]
 
 
-def test_adapters_that_do_not_fit_the_tasks_are_one_line(
-    arguments: list[str], adapters: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_adapters_that_do_not_fit_the_tasks_are_one_line(arguments: list[str], adapters: Path, tmp_path: Path) -> None:
     def fails(line: str, *more: str) -> None:
         done = runner.invoke(cli.app, [*arguments, *more])
         assert (done.exit_code, done.stderr) == (1, f"loramux: {line}\n")
@@ -171,7 +171,7 @@ def test_adapters_that_do_not_fit_the_tasks_are_one_line(
     (tmp_path / "file").write_text("")
     fails(f"{tmp_path}/file: it is a file, expected a folder to write to", "--null", "--out", str(tmp_path / "file"))
     fails("device tpu: expected cpu or cuda", "--null", "--device", "tpu")
-    make_adapter("othr", seed=3)
+    shutil.copytree(adapters / "plus", adapters / "othr")
     fails(f"{adapters}/othr: there is no task of this name, expected one of other, plus, spell", "--null")
 
 
