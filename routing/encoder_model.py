@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from routing.router_folder import CHANGE_FILE, RouterCard, RouterFolderError, file_sha256, read_router
+from routing.card_file import CHANGE_FILE, RouterFolderError, file_sha256
+from routing.router_folder import RouterCard, read_router
 
 if TYPE_CHECKING:
     import torch

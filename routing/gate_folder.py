@@ -33,24 +33,8 @@ from routing.card_file import (
     is_text,
     is_whole,
     read_fields,
-    read_kind,
     write_fields,
 )
-
-__all__ = [
-    "KIND",
-    "MAX_ADAPTERS",
-    "MAX_TOP_K",
-    "VERSION",
-    "GateAdapter",
-    "GateCard",
-    "RouterFolderError",
-    "check_card",
-    "load_gates",
-    "read_gates",
-    "read_kind",
-    "write_gates",
-]
 
 KIND = "meteora"
 VERSION = 1

@@ -14,7 +14,6 @@ from adapters_store.types import AdapterError
 from routing.card_file import (
     CARD_FILE,
     CHANGE_FILE,
-    MAX_CARD_BYTES,
     RouterFolderError,
     check_digest,
     check_names,
@@ -25,25 +24,11 @@ from routing.card_file import (
     is_text,
     is_whole,
     read_fields,
-    read_kind,
     write_fields,
 )
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "CARD_FILE",
-    "CHANGE_FILE",
-    "MAX_CARD_BYTES",
-    "RouterCard",
-    "RouterFolderError",
-    "file_sha256",
-    "read_kind",
-    "read_router",
-    "rewrite_card",
-    "write_router",
-]
 
 KIND = "retriever"
 VERSION = 1

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from adapters_store.types import GROUPS, LinearShape
 from kernels.ops import Mapping as PageMapping
+from routing.card_file import RouterFolderError
 from routing.gate_folder import load_gates
-from routing.router_folder import RouterFolderError
 from server.engine.gates import GatePart
 
 SLICES = {group.name: len(group.targets) for group in GROUPS}

@@ -82,8 +82,8 @@ def train_retriever(
     data_dir: DataDir = None,
 ) -> None:
     """Train a router that chooses adapters by the prompt. The last line printed is its folder."""
+    from routing.card_file import RouterFolderError
     from routing.encoder_model import PREFIX, EncoderError
-    from routing.router_folder import RouterFolderError
     from routing.train.data import TaskDataError
     from routing.train.retriever import RetrieverError, RetrieverRecipe, RetrieverRun
     from routing.train.retriever import train_retriever as run
@@ -144,7 +144,7 @@ def train_meteora(
     data_dir: DataDir = None,
 ) -> None:
     """Train a router that chooses adapters for every token. The last line printed is its folder."""
-    from routing.gate_folder import RouterFolderError
+    from routing.card_file import RouterFolderError
     from routing.train.adapter import TrainError
     from routing.train.adapter_folders import adapter_folders
     from routing.train.data import TaskDataError
@@ -197,11 +197,11 @@ def eval_routing(
     data_dir: DataDir = None,
 ) -> None:
     """Measure how often a prompt's own adapter is found. The last line printed is the page of tables."""
+    from routing.card_file import RouterFolderError
     from routing.encoder_model import EncoderError
     from routing.evaluate.groups import chosen_groups
     from routing.evaluate.routing import EvaluationPlan, Subject, evaluate_routing
     from routing.evaluate.routing_report import write_report
-    from routing.router_folder import RouterFolderError
     from routing.train.data import TaskDataError, read_tasks
     from routing.train.progress import progress_bar
 

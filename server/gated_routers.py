@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adapters_store.registry import RouterRow
 from adapters_store.store import AdapterStore
-from routing.gate_folder import GateAdapter, GateCard, RouterFolderError, read_gates
+from routing.card_file import RouterFolderError
+from routing.gate_folder import GateAdapter, GateCard, read_gates
 from routing.gated_router import GatedRouter
 from routing.router import Routers
 from server.errors import Unprocessable

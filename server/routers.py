@@ -13,6 +13,7 @@ from pathlib import Path
 from adapters_store.blobs import BlobError
 from adapters_store.registry import NameTaken, NotFound, RegistryUnavailable, RouterRow
 from adapters_store.store import AdapterStore
+from routing.card_file import CARD_FILE, CHANGE_FILE, RouterFolderError, read_kind
 from routing.encoder import EncoderProcess, EncoderUnavailable, ServedEncoder
 from routing.encoder_model import EncoderError, encoder_id
 from routing.gate_folder import KIND as GATES
@@ -20,7 +21,7 @@ from routing.prototype_index import PrototypeIndex
 from routing.prototype_sync import PrototypeSync
 from routing.retriever import Retriever, RetrieverDefaults
 from routing.router import AUTO, Routers
-from routing.router_folder import CARD_FILE, CHANGE_FILE, RouterFolderError, read_kind, read_router
+from routing.router_folder import read_router
 from server.errors import BadRequest, Unavailable, Unprocessable
 from server.gated_routers import GatedRouters, Member
 

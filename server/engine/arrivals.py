@@ -14,7 +14,7 @@ class Arrivals:
 
     def __init__(self, adapters: EngineAdapters, gates: GateBank | None) -> None:
         self._adapters = adapters
-        self._gates = gates
+        self.gates = gates
         self._reading: dict[str, Sequence] = {}
         self._gating: dict[str, Sequence] = {}  # their adapters are there
 
@@ -31,11 +31,11 @@ class Arrivals:
         Raises RequestError if it can never be served.
         """
         request = sequence.request
-        if request.gates is not None and self._gates is None:
+        if request.gates is not None and self.gates is None:
             raise RequestError("this engine has no token-level routers", param="lora.router")
         has_adapters = not request.mix.entries or self._adapters.arrive(request)
-        if request.gates is not None and self._gates is not None:
-            self._gates.enter(request.gates)
+        if request.gates is not None and self.gates is not None:
+            self.gates.enter(request.gates)
         if has_adapters and request.gates is None:
             return True
         (self._gating if has_adapters else self._reading)[request.id] = sequence
@@ -62,8 +62,8 @@ class Arrivals:
         request = sequence.request
         gone = self._reading.pop(request.id, None) or self._gating.pop(request.id, None)
         self._adapters.leave(request)
-        if request.gates is not None and self._gates is not None:
-            self._gates.leave(request.gates)
+        if request.gates is not None and self.gates is not None:
+            self.gates.leave(request.gates)
         return gone is not None
 
     def check_integrity(self) -> None:
@@ -72,14 +72,14 @@ class Arrivals:
             raise RuntimeError("the arriving sequences are not the requests whose adapters are being read")
         if any(sequence.request.gates is None for sequence in self._gating.values()):
             raise RuntimeError("a sequence waits for gates though it has none")
-        if self._gates is not None:
-            self._gates.check_integrity()
+        if self.gates is not None:
+            self.gates.check_integrity()
 
     def _has_gates(self, sequence: Sequence) -> bool:
         use = sequence.request.gates
-        if use is None or self._gates is None:
+        if use is None or self.gates is None:
             return True
-        gates = self._gates.get(use.digest)
+        gates = self.gates.get(use.digest)
         if gates is not None and gates.num_rows != len(use.allowed):
             raise RequestError(
                 f"the router's gates have {gates.num_rows} rows, expected {len(use.allowed)}",

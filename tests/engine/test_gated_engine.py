@@ -17,6 +17,7 @@ from adapters_store.types import BASE, GROUP_OF, TARGETS, LoraPair, Mix
 from routing.gate_folder import GateAdapter, GateCard, write_gates
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
+from server.engine.gate_bank import KEPT
 from server.engine.gates import GateUse
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from server.model.config import ModelConfig
@@ -282,6 +283,20 @@ def test_two_rows_may_name_the_same_adapter(
     twice = make_router(tmp_path / "twice", tiny_model, registered, (name, name), 5, False)
     engine.add_request(request("r", PROMPTS[0], registered, twice.use(2), SCORED))
     assert_equals_plain(drain(engine)["r"], Plain(tiny_model, registered, twice), PROMPTS[0], twice.use(2))
+
+
+def test_routers_that_nobody_uses_are_forgotten(
+    engine: Engine, tiny_model: Path, registered: Registered, tmp_path: Path
+) -> None:
+    for number in range(KEPT + 2):
+        one = make_router(tmp_path / str(number), tiny_model, registered, ("all4", "qv16"), number, False)
+        engine.add_request(request(str(number), PROMPTS[0], registered, one.use()))
+        if number % 2:
+            engine.abort(str(number))
+        drain(engine)
+    gates = engine.arrivals.gates
+    assert gates is not None
+    assert len(gates) == KEPT
 
 
 def test_a_request_ends_while_its_gates_are_read(engine: Engine, router: Routed, registered: Registered) -> None:

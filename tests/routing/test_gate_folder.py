@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters_store.types import LinearShape
-from routing.card_file import CARD_FILE, CHANGE_FILE, RouterFolderError, file_sha256
-from routing.gate_folder import GateAdapter, GateCard, load_gates, read_gates, read_kind, write_gates
+from routing.card_file import CARD_FILE, CHANGE_FILE, RouterFolderError, file_sha256, read_kind
+from routing.gate_folder import GateAdapter, GateCard, load_gates, read_gates, write_gates
 from routing.router_folder import RouterCard, read_router, write_router
 
 BASE, DIGEST = "0123456789abcdef" * 4, "ab" * 32

@@ -11,17 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from routing.router_folder import (
-    CARD_FILE,
-    CHANGE_FILE,
-    MAX_CARD_BYTES,
-    RouterCard,
-    RouterFolderError,
-    file_sha256,
-    read_router,
-    rewrite_card,
-    write_router,
-)
+from routing.card_file import CARD_FILE, CHANGE_FILE, MAX_CARD_BYTES, RouterFolderError, file_sha256
+from routing.router_folder import RouterCard, read_router, rewrite_card, write_router
 
 BASE = "0123456789abcdef"
 

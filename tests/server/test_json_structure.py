@@ -64,8 +64,13 @@ def test_more_than_any_request_needs(text: bytes) -> None:
 
 @pytest.mark.parametrize("text", ['{"a": [1, 2]}', '{"a"\\', ",,,,[[[[{{{{"], ids=["code", "backslash", "marks"])
 def test_long_texts_are_no_structure(text: str) -> None:
+    """The same characters are too much structure where they do not stand in a string."""
     check_structure(json.dumps({"prompt": text * 300_000}).encode())
+    with pytest.raises(TooComplex):
+        check_structure((text * 300_000).replace("\\", "").encode())
 
 
 def test_a_prompt_of_a_long_context() -> None:
     check_structure(json.dumps({"prompt": list(range(MOST_VALUES))}).encode())
+    with pytest.raises(TooComplex, match="values"):
+        check_structure(json.dumps({"prompt": list(range(MOST_VALUES + 2))}).encode())

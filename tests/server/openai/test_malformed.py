@@ -50,6 +50,8 @@ async def test_after_all_of_them_a_good_request_works(client: httpx.AsyncClient,
 
 
 async def test_streaming_changes_nothing_about_errors(client: httpx.AsyncClient) -> None:
-    for case in CASES:
-        if isinstance(case.body, dict) and case.url.startswith("/v1/c") and "stream" not in str(case.param):
-            check_error(await send(client, Case(**{**vars(case), "body": case.body | {"stream": True}})), case)
+    cases = [case for case in CASES if isinstance(case.body, dict) and case.url.startswith("/v1/c")]
+    cases = [case for case in cases if "stream" not in str(case.param)]
+    assert len(cases) > 40
+    for case in cases:
+        check_error(await send(client, Case(**{**vars(case), "body": {**case.body, "stream": True}})), case)
