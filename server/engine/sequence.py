@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from adapters_store.pool import PageLease
 from adapters_store.types import BASE, Mix
+from server.engine.constraint import Constraint
 from server.engine.gates import Gates, GateUse
 
 NOT_FINITE = "the model's output is not finite: the adapters of this request, or their weights, are too large"
@@ -28,7 +29,7 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. `seed` and the index of the token within the output
     determine its random number, whatever shares the batch. `logprobs` is the number of most likely tokens reported at
-    each step, beside the chosen one; None reports nothing.
+    each step, beside the chosen one; None reports nothing. With a `constraint` only tokens that it allows are chosen.
     """
 
     temperature: float = 1.0
@@ -45,6 +46,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def greedy(self) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adapters_store.types import Composition, Mix
 from server.engine.config import EngineConfig, EngineInfo, EngineStats
+from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.gates import GateUse
 from server.engine.messages import (
     Abort,
@@ -70,6 +71,7 @@ PARAMS = SamplingParams(
     stop_token_ids=frozenset({1, 2}),
     ignore_eos=True,
     logprobs=0,
+    constraint=Constraint(ConstraintKind.CHOICE, '["ja", "nein"]'),
 )
 REQUEST = Request(
     id="r-1",
