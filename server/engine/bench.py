@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from adapters_store.types import TARGETS
 from kernels.shapes import SHAPES
 from server.engine import peers
 from server.engine.bench_arrivals import latency, many_adapters
@@ -127,6 +128,13 @@ def _labels(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _targets(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(TARGETS)}")
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m server.engine.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=tuple(SHAPES))
@@ -150,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profiled", type=int, help="further decode steps under the profiler; 0: none [20]")
     parser.add_argument("--seconds", type=float, help="how long requests arrive in latency [15]")
     parser.add_argument("--rank", type=int)
+    parser.add_argument(
+        "--targets", type=_targets, help="linears of the adapters in throughput, decode and latency [all]"
+    )
     parser.add_argument("--many", type=int, help="adapters of many_adapters [1000]")
     parser.add_argument("--device-adapters", type=int, help="adapters whose pages fit the device in many_adapters")
     parser.add_argument("--max-batch-tokens", type=int)

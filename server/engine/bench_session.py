@@ -50,6 +50,7 @@ class Options:
     warm: int = 10
     profiled: int = 20
     rank: int = 16
+    targets: tuple[str, ...] = TARGETS
     seconds: float = 15.0
     loads: tuple[float, ...] = (0.25, 0.5, 0.75)
     many: int = 1000
@@ -61,11 +62,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Setup:
-    """An engine: its rows, the adapters that fit its device pages, and the host's adapters."""
+    """An engine: its rows, the adapters that fit its device pages, and the host's adapters.
+
+    `targets` None are those of the options.
+    """
 
     rows: int
     adapters: int
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] | None = None
     num_sets: int = 1
     automatic: bool = False
 
@@ -185,7 +189,7 @@ class Session:
         self.adapters = SyntheticAdapters(
             self.model.linear_shape,
             rank=options.rank,
-            targets=setup.targets,
+            targets=setup.targets or options.targets,
             dtype=self.dtype,
             seed=options.seed,
             num_sets=setup.num_sets,

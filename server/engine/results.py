@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters_store.types import TARGETS
+
 Json = dict[str, Any]
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
@@ -199,6 +201,10 @@ def _heading(document: Json) -> str:
     commit = (document["commit"] or "unknown")[:8] + ("+changes" if "+" in (document["commit"] or "") else "")
     what = f"{document['bench'].capitalize()}, {document['model']} shape"
     lines = [f"### {what}, {document['device']}", "", f"Commit {commit}, seed {document['seed']}, {versions}."]
+    arguments = document.get("arguments", {})
+    if targets := arguments.get("targets"):
+        linears = "all linears" if len(targets) == len(TARGETS) else ", ".join(targets)
+        lines[-1] += f" Adapters of rank {arguments['rank']} on {linears}."
     if isinstance(document.get("ratio"), str) and document["ratio"].startswith("no ratio"):
         lines[-1] += f" {document['ratio'][0].upper()}{document['ratio'][1:]}."
     if document.get("copy_gb_per_second"):

@@ -54,6 +54,19 @@ def session() -> Iterator[Session]:
         yield session
 
 
+def test_adapters_touch_only_the_chosen_linears() -> None:
+    with Session(replace(TINY, targets=("q_proj", "v_proj")), silent) as session:
+        session.engine(Setup(3, 2))
+        packed = session.adapters.read(session.adapters.digest(0), session.adapters.path(0))
+        assert set(packed.groups) == {"qkv"}
+
+
+def test_a_linear_that_no_model_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--targets", "q_proj,x_proj"])
+    assert "'x_proj' is none of q_proj" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_config_of_a_shape_is_that_of_a_model(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]

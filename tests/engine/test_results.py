@@ -95,6 +95,13 @@ def test_render_replaces_only_what_is_between_the_markers() -> None:
     assert render(text, [ENGINE, KERNELS]) == text
 
 
+def test_heading_says_which_linears_the_adapters_are_on() -> None:
+    arguments = {"rank": 8, "targets": ["q_proj", "v_proj"]}
+    rendered = render(f"{BEGIN}{END}", [{**ENGINE, "arguments": arguments}, {**ENGINE, "arguments": {"rank": 16}}])
+    assert rendered.count("Adapters of rank 8 on q_proj, v_proj.") == 1
+    assert "rank 16" not in rendered
+
+
 @pytest.mark.parametrize("page", ["", BEGIN, f"{END} {BEGIN}"])
 def test_render_needs_its_markers(page: str) -> None:
     with pytest.raises(ValueError, match="expected the markers"):
