@@ -9,49 +9,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters_store.linear_names import Module, module_path
-from adapters_store.safetensors_file import DTYPES, MappedTensors, TensorHeader
-from adapters_store.types import GROUP_OF, TARGETS, AdapterError, LinearShape
+from adapters_store.safetensors_file import MappedTensors, TensorHeader
+from adapters_store.types import GROUP_OF, TARGETS, LinearShape
+from routing.card_adapters import CardAdapter, adapter_fields, check_base, parse_adapters, parse_base
 from routing.card_file import (
     CARD_FILE,
     CHANGE_FILE,
     RouterFolderError,
-    check_digest,
     check_names,
     expect,
-    file_sha256,
     is_hex,
     is_number,
     is_text,
     is_whole,
     read_fields,
-    write_fields,
 )
+from routing.card_tensors import check_tensor, finite_values, open_tensors, write_both
 
 KIND = "meteora"
 VERSION = 1
-MAX_ADAPTERS = 62
-"""More than the papers embed; every token pays for the logits of all rows."""
-
 MAX_TOP_K = 8
 _REQUIRED = {"kind", "version", "base", "adapters", "targets", "top_k", "temperature", "has_null", "sha256"}
 _OPTIONAL = {"name", "training"}
-
-
-@dataclass(frozen=True, slots=True)
-class GateAdapter:
-    """The adapter that a row of the gates stands for: its name in training, and the digest of its weights."""
-
-    name: str
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +51,7 @@ class GateCard:
 
     base_fingerprint: str
     base_name: str
-    adapters: tuple[GateAdapter, ...]
+    adapters: tuple[CardAdapter, ...]
     targets: tuple[str, ...]
     top_k: int
     temperature: float
@@ -90,14 +75,14 @@ def read_gates(folder: Path, shape: LinearShape | None = None, fingerprint: str 
     """
     card, file, heads = _open(folder, shape, fingerprint)
     for head in heads.values():
-        _values(file, head)
+        finite_values(file, head)
     return card
 
 
 def load_gates(folder: Path, shape: LinearShape | None = None) -> dict[Module, Tensor]:
     """The gates, fp32 (rows, in_features), by (layer, target). Raises what `read_gates` raises."""
     _, file, heads = _open(folder, shape, None)
-    return {module: _values(file, head) for module, head in heads.items()}
+    return {module: finite_values(file, head) for module, head in heads.items()}
 
 
 def check_card(card: GateCard) -> None:
@@ -119,19 +104,8 @@ def write_gates(
     Raises:
         RouterFolderError: what was written would not be read back.
     """
-    tensors = {
-        f"{module_path(*module)}.gate": gate.detach().to("cpu", dtype).contiguous() for module, gate in gates.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".partial-", dir=folder) as name:  # on the same disk: renaming is one step
-        partial = Path(name)
-        save_file(tensors, partial / CHANGE_FILE)
-        (partial / CHANGE_FILE).chmod(0o644)
-        write_fields(partial, _fields(replace(card, sha256=file_sha256(partial / CHANGE_FILE))))
-        written = read_gates(partial)
-        for file in (CHANGE_FILE, CARD_FILE):
-            (partial / file).replace(folder / file)
-    return written
+    tensors = {f"{module_path(*module)}.gate": gate.to(dtype) for module, gate in gates.items()}
+    return write_both(folder, tensors, lambda sha256: _fields(replace(card, sha256=sha256)), read_gates)
 
 
 def _fields(card: GateCard) -> dict[str, Any]:
@@ -139,7 +113,7 @@ def _fields(card: GateCard) -> dict[str, Any]:
         "kind": KIND,
         "version": VERSION,
         "base": {"fingerprint": card.base_fingerprint, "name": card.base_name},
-        "adapters": [{"name": adapter.name, "digest": adapter.digest} for adapter in card.adapters],
+        "adapters": adapter_fields(card.adapters),
         "targets": list(card.targets),
         "top_k": card.top_k,
         "temperature": card.temperature,
@@ -158,28 +132,16 @@ def _open(
     expect(fields.get("kind") == KIND, "kind", repr(KIND))
     check_names(fields, _REQUIRED, _OPTIONAL)
     card = _parse(fields)
-    if fingerprint is not None and card.base_fingerprint != fingerprint:
-        raise RouterFolderError(
-            f"{CARD_FILE}: field base.fingerprint: the gates belong to another base model, {card.base_name} "
-            f"({card.base_fingerprint[:16]}), expected {fingerprint[:16]}"
-        )
-    path = folder / CHANGE_FILE
-    check_digest(path, card.sha256)
-    try:
-        file = MappedTensors(path)
-    except (AdapterError, SafetensorError, OSError) as error:
-        raise RouterFolderError(f"{CHANGE_FILE}: expected a safetensors file ({error})") from error
+    check_base(fingerprint, card.base_fingerprint, card.base_name, "gates")
+    file = open_tensors(folder, card.sha256)
     return card, file, _modules(file.headers, card, shape)
 
 
 def _parse(fields: Mapping[str, Any]) -> GateCard:
     expect(is_whole(fields["version"], VERSION, VERSION), "version", str(VERSION))
-    base = fields["base"]
-    expect(isinstance(base, dict) and base.keys() == {"fingerprint", "name"}, "base", "an object of fingerprint, name")
-    expect(is_hex(base["fingerprint"], 64), "base.fingerprint", "64 lower-case hex digits")
-    expect(is_text(base["name"], 1, 200), "base.name", "a text of 1 to 200 characters")
+    fingerprint, base_name = parse_base(fields["base"])
     expect(isinstance(fields["has_null"], bool), "has_null", "true or false")
-    adapters = _adapters(fields["adapters"])
+    adapters = parse_adapters(fields["adapters"])
     rows = len(adapters) + fields["has_null"]
     most = min(MAX_TOP_K, rows)
     expect(is_whole(fields["top_k"], 1, most), "top_k", f"a whole number from 1 to {most}")
@@ -191,8 +153,8 @@ def _parse(fields: Mapping[str, Any]) -> GateCard:
     training = fields.get("training", {})
     expect(isinstance(training, dict), "training", "an object")
     return GateCard(
-        base_fingerprint=base["fingerprint"],
-        base_name=base["name"],
+        base_fingerprint=fingerprint,
+        base_name=base_name,
         adapters=adapters,
         targets=_targets(fields["targets"]),
         top_k=fields["top_k"],
@@ -202,20 +164,6 @@ def _parse(fields: Mapping[str, Any]) -> GateCard:
         name=name,
         training=training,
     )
-
-
-def _adapters(found: object) -> tuple[GateAdapter, ...]:
-    most = f"a list of 1 to {MAX_ADAPTERS} objects of name and digest"
-    if not isinstance(found, list) or not 1 <= len(found) <= MAX_ADAPTERS:
-        raise RouterFolderError(f"{CARD_FILE}: field adapters: expected {most}")
-    for place, entry in enumerate(found):
-        where = f"adapters[{place}]"
-        expect(isinstance(entry, dict) and entry.keys() == {"name", "digest"}, where, "an object of name and digest")
-        expect(is_text(entry["name"], 1, 128), f"{where}.name", "a text of 1 to 128 characters")
-        expect(is_hex(entry["digest"], 64), f"{where}.digest", "64 lower-case hex digits")
-    adapters = tuple(GateAdapter(entry["name"], entry["digest"]) for entry in found)
-    expect(len({adapter.name for adapter in adapters}) == len(adapters), "adapters", "names that differ")
-    return adapters
 
 
 def _targets(found: object) -> tuple[str, ...]:
@@ -242,13 +190,7 @@ def _modules(
     modules = {wanted[name]: found[name] for name in wanted}
     widths = dict(shape.inputs) if shape is not None else _widths(modules)
     for (_, target), head in modules.items():
-        expected = (card.rows, widths[target])
-        if head.dtype not in DTYPES:
-            raise RouterFolderError(f"{CHANGE_FILE}: tensor {head.name}: {head.dtype}, expected {', '.join(DTYPES)}")
-        if head.shape != expected:
-            raise RouterFolderError(
-                f"{CHANGE_FILE}: tensor {head.name}: shape {list(head.shape)}, expected {list(expected)}"
-            )
+        check_tensor(head, (card.rows, widths[target]))
     return modules
 
 
@@ -258,10 +200,3 @@ def _widths(modules: Mapping[Module, TensorHeader]) -> dict[str, int]:
     for (_, target), head in modules.items():
         of_group.setdefault(GROUP_OF[target].name, max(1, head.shape[-1] if head.shape else 1))
     return {target: of_group[GROUP_OF[target].name] for _, target in modules}
-
-
-def _values(file: MappedTensors, head: TensorHeader) -> Tensor:
-    gate = file.tensor(head).float().clone()  # the file is mapped: whoever changes it would change this
-    if not torch.isfinite(gate).all():
-        raise RouterFolderError(f"{CHANGE_FILE}: tensor {head.name}: expected finite numbers only")
-    return gate

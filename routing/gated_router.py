@@ -10,7 +10,8 @@ from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore
 from adapters_store.types import Composition, Mix
 from routing.candidates import allowed_candidates
-from routing.gate_folder import GateAdapter, GateCard
+from routing.card_adapters import CardAdapter
+from routing.gate_folder import GateCard
 from routing.router import Outcome, Route, RoutedAdapter, RouteError, RouteQuery
 from routing.router_options import RouterOptions
 from server.engine.gates import GateUse
@@ -74,7 +75,7 @@ class GatedRouter:
         wanted = [f"{adapter.name}@{adapter.digest}" for adapter in self._card.adapters]
         found = await self._store.resolve(query.tenant, wanted)
 
-        def may_be(adapter: GateAdapter) -> bool:
+        def may_be(adapter: CardAdapter) -> bool:
             if allowed is None:
                 return True
             meant = allowed.get(adapter.name)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from adapters_store.registry import RouterRow
 from adapters_store.store import AdapterStore
+from routing.card_adapters import CardAdapter
 from routing.card_file import RouterFolderError
-from routing.gate_folder import GateAdapter, GateCard, read_gates
+from routing.gate_folder import GateCard, read_gates
 from routing.gated_router import GatedRouter
 from routing.router import Routers
 from server.errors import Unprocessable
@@ -110,7 +111,7 @@ class GatedRouters:
         registry = self._store.registry.routers
         meanings = await asyncio.to_thread(registry.meanings, [adapter.name for adapter in card.adapters])
 
-        def state(adapter: GateAdapter) -> MemberState:
+        def state(adapter: CardAdapter) -> MemberState:
             digests = meanings.get(adapter.name)
             if digests is None:
                 return MemberState.MISSING

@@ -12,7 +12,7 @@ import torch
 from adapters_store.linear_names import Module, module_path
 from adapters_store.peft_format import AdapterFile, read_adapter
 from adapters_store.types import AdapterError
-from routing.gate_folder import MAX_ADAPTERS, GateAdapter
+from routing.card_adapters import MAX_ADAPTERS, CardAdapter
 from routing.train.adapter import TrainError, check_device, load_causal
 from routing.train.data import Task
 from routing.train.fused_norm import fuse_norms
@@ -33,7 +33,7 @@ class GatedModel:
     causal: Any
     tokenizer: Any
     fingerprint: str
-    adapters: tuple[GateAdapter, ...]
+    adapters: tuple[CardAdapter, ...]
     labels: tuple[int, ...]
     linears: Mapping[Module, GatedLinear]
     tally: GateTally
@@ -74,7 +74,7 @@ def load_gated_model(
         causal=causal,
         tokenizer=tokenizer,
         fingerprint=config.fingerprint(),
-        adapters=tuple(GateAdapter(name, file.digest) for name, file in files.items()),
+        adapters=tuple(CardAdapter(name, file.digest) for name, file in files.items()),
         labels=tuple(named.index(task.name) if task.name in named else len(named) for task in tasks),
         linears=linears,
         tally=tally,

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adapters_store.types import BASE, GROUP_OF, TARGETS, LoraPair, Mix
-from routing.gate_folder import GateAdapter, GateCard, write_gates
+from routing.card_adapters import CardAdapter
+from routing.gate_folder import GateCard, write_gates
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.gate_bank import KEPT
@@ -60,7 +61,7 @@ def make_router(folder: Path, model: Path, known: Registered, names: tuple[str, 
     }
     digests = tuple(known.weights[name].digest for name in names)
     adapters = tuple(
-        GateAdapter(f"{i}-{name}", digest) for i, (name, digest) in enumerate(zip(names, digests, strict=True))
+        CardAdapter(f"{i}-{name}", digest) for i, (name, digest) in enumerate(zip(names, digests, strict=True))
     )
     fingerprint = ModelConfig.from_folder(model).fingerprint()
     write_gates(folder, GateCard(fingerprint, "tiny", adapters, TARGETS, 2, 1.0, null, ""), gates)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters_store.types import LinearShape
+from routing.card_adapters import CardAdapter
 from routing.card_file import CARD_FILE, CHANGE_FILE, RouterFolderError, file_sha256, read_kind
-from routing.gate_folder import GateAdapter, GateCard, load_gates, read_gates, write_gates
+from routing.gate_folder import GateCard, load_gates, read_gates, write_gates
 from routing.router_folder import RouterCard, read_router, write_router
 
 BASE, DIGEST = "0123456789abcdef" * 4, "ab" * 32
-PAIR = (GateAdapter("plus", DIGEST), GateAdapter("spell", "cd" * 32))
+PAIR = (CardAdapter("plus", DIGEST), CardAdapter("spell", "cd" * 32))
 TARGETS = ("q_proj", "down_proj")
 SHAPE = LinearShape(2, {"q_proj": 6, "down_proj": 10}, {"q_proj": 6, "down_proj": 6})
 CARD = GateCard(BASE, "tiny", PAIR, TARGETS, 2, 1.5, True, "", "mine", {"recipe": {"steps": 3}})

@@ -15,7 +15,8 @@ from world import Json, World, error_of
 
 from adapters_store.registry import RegistryUnavailable
 from adapters_store.types import TARGETS
-from routing.gate_folder import GateAdapter, GateCard, write_gates
+from routing.card_adapters import CardAdapter
+from routing.gate_folder import GateCard, write_gates
 
 V1 = "/admin/v1"
 CARD = GateCard("f" * 64, "tiny", (), ("q_proj",), 2, 1.0, False, "")
@@ -29,7 +30,7 @@ async def gated(world: World) -> AsyncIterator[World]:
 
 def make_folder(folder: Path, adapters: dict[str, str], card: GateCard = CARD, **fields: Any) -> Path:
     """A router over these adapters (name to digest), with random gates."""
-    card = replace(card, adapters=tuple(GateAdapter(*each) for each in adapters.items()), **fields)
+    card = replace(card, adapters=tuple(CardAdapter(*each) for each in adapters.items()), **fields)
     gates = {(0, target): torch.randn(card.rows, SHAPE.inputs[target]) for target in card.targets}
     write_gates(folder, card, gates)
     return folder
