@@ -57,8 +57,8 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match(self, tokens: Tokens[int], root: bytes) -> tuple[list[int], bytes]:
-        """The longest cached prefix of `tokens`, and the hash of its last block.
+    def match(self, tokens: Tokens[int], root: bytes, most: int | None = None) -> tuple[list[int], bytes]:
+        """The longest cached prefix of `tokens`, of at most `most` of them, and the hash of its last block.
 
         The blocks are held for the caller. At least the last token is left out, since its logits must be computed.
         """
@@ -66,7 +66,7 @@ class BlockPool:
         if not self.prefix_cache:
             return held, root
         size = self.block_size
-        full = (len(tokens) - 1) // size
+        full = min(len(tokens) - 1, len(tokens) if most is None else most) // size
         for start in range(0, full * size, size):
             piece = tuple(tokens[start : start + size])
             name = chain_hash(root, piece)

@@ -20,8 +20,8 @@ def check_tokens(request: Request, vocabulary: int, longest: int) -> None:
         raise RequestError(
             "this engine cannot constrain its output", param="response_format", code="unsupported_parameter"
         )
-    if request.params.max_tokens < 1:
-        raise RequestError(f"max_tokens is {request.params.max_tokens}, expected at least 1", param="max_tokens")
+    if request.params.max_tokens < 0:
+        raise RequestError(f"max_tokens is {request.params.max_tokens}, expected at least 0", param="max_tokens")
     if len(request.prompt) + request.params.max_tokens > longest:
         raise RequestError(
             f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}, together"

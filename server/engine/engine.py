@@ -204,40 +204,51 @@ class Engine:
         self.waited += self.clock() - started
         outputs: list[Output] = []
         sampled = iter(zip(tokens, logprobs, strict=True))
-        for chunk, shares in zip(launched.chunks, launched.shares(), strict=True):
+        prompt_logprobs = launched.prompt_logprobs()
+        for index, (chunk, shares) in enumerate(zip(launched.chunks, launched.shares(), strict=True)):
             token, logprob = next(sampled) if chunk.samples else (None, None)
             sequence = chunk.sequence
             if self._sequences.get(sequence.request.id) is not sequence:
                 continue
-            if chunk.samples and token is None:
+            scored = prompt_logprobs.get(index, ())
+            if (chunk.samples and token is None) or scored is None:
                 self._end(sequence, forget=True)
                 outputs.append(_not_finite(sequence))
                 continue
             self.scheduler.commit(chunk, token)
             if token is not None:
-                outputs.append(self._output(sequence, token, logprob, shares))
+                outputs.append(self._output(sequence, token, logprob, shares, scored))
+            elif scored:
+                outputs.append(Output(sequence.request.id, prompt_logprobs=scored))
         return outputs
 
     def _output(
-        self, sequence: Sequence, token: int, logprob: TokenLogprobs | None, shares: tuple[float, ...]
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: TokenLogprobs | None,
+        shares: tuple[float, ...],
+        scored: tuple[TokenLogprobs, ...],
     ) -> Output:
         """What the client learns of a new token. A stop token ends the request and is not part of its text."""
         params = sequence.request.params
-        stopped = token in stop_ids(params, self.eos_token_ids)
+        wanted = params.max_tokens > 0
+        stopped = wanted and token in stop_ids(params, self.eos_token_ids)
         reason = FinishReason.STOP if stopped else None
         if reason is None and sequence.num_output >= params.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
             self._end(sequence)
-        first = sequence.num_output == 1
+        first, said = sequence.num_output == 1, wanted and not stopped
         return Output(
             sequence.request.id,
-            tokens=() if stopped else (token,),
-            logprobs=() if stopped or logprob is None else (logprob,),
+            tokens=(token,) if said else (),
+            logprobs=(logprob,) if said and logprob is not None else (),
             finish_reason=reason,
             timings=self._timings(sequence) if first else None,
             cached_tokens=sequence.num_cached if first else 0,
-            shares=() if stopped else shares,
+            shares=shares if said else (),
+            prompt_logprobs=scored,
         )
 
     def _timings(self, sequence: Sequence) -> Timings:

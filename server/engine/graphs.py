@@ -18,9 +18,10 @@ from server.engine.gate_parts import make_router
 from server.engine.gates import GateFactory, StepRouter
 from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, no_tiles
+from server.engine.scoring import score, spans_to_score
 from server.engine.staging import Staging, StepShape, StepViews, fill
 from server.engine.steps import Computed, KvCache, Pages
-from server.model.decoder import Decoder, ForwardBatch
+from server.model.decoder import Decoder, ForwardBatch, Hidden
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,19 @@ class GraphSteps:
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Computed:
-        """Nothing waits for the device, but steps with rows that are routed by token: they run without a graph."""
+        """Nothing waits for the device, but steps with rows that are routed by token: they run without a graph.
+
+        So do steps that score tokens of prompts, which wait for nothing.
+        """
         rows = sum(chunk.num_tokens for chunk in chunks)
         decoding = rows == len(chunks)
         tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
         shape = self.capacities.smallest(rows, decoding, tiles.plans)
         router = self._router(chunks, tiles)
-        if shape is None or router is not None or not self.use_graphs:
-            self._run_eagerly(chunks, tiles, router)
+        spans, scores = spans_to_score(chunks), None
+        if shape is None or router is not None or spans or not self.use_graphs:
+            hidden = self._run_eagerly(chunks, tiles, router)
+            scores = score(self.decoder, hidden, spans) if spans else None
         else:
             graph = self._graphs.get(shape) or self._capture(shape)
             self._stage(self._staging, shape, chunks, tiles)
@@ -92,7 +98,7 @@ class GraphSteps:
             else:
                 graph.replay()
         count = sum(chunk.samples for chunk in chunks)
-        return Computed(self._logits[:count], self._sampled[:count].clone(), router)
+        return Computed(self._logits[:count], self._sampled[:count].clone(), router, scores)
 
     def remember(self, tokens: Tensor) -> None:
         self._sampled[: len(tokens)].copy_(tokens)
@@ -117,16 +123,18 @@ class GraphSteps:
             columns[group] = (*pages, *[-1] * (plan.shape.padded_pages - len(pages)))
         return make_router(self.gates, chunks, columns, self.decoder.device)
 
-    def _run(self, staging: Staging, shape: StepShape, router: StepRouter | None = None) -> None:
+    def _run(self, staging: Staging, shape: StepShape, router: StepRouter | None = None) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
         ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
         batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, router)
-        logits = self.decoder.forward(batch, self.kv_cache, self.pages)
+        hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
+        logits = self.decoder.logits(hidden, views.logit_rows)
         self._sampled[: len(logits)].copy_(self.ops.greedy(logits))
         self._logits[: len(logits)].copy_(logits)
+        return hidden
 
-    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles, router: StepRouter | None) -> None:
+    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles, router: StepRouter | None) -> Hidden:
         """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
         self.eager_steps += 1
         decodes = next((i for i, chunk in enumerate(chunks) if chunk.num_tokens > 1), len(chunks))
@@ -137,7 +145,7 @@ class GraphSteps:
         if shape.words + self._table_words > self._eager_staging.capacity:
             self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
         self._stage(self._eager_staging, shape, chunks, tiles)
-        self._run(self._eager_staging, shape, router)
+        return self._run(self._eager_staging, shape, router)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
         """Run once, which compiles, on padding that touches nothing; then capture.

@@ -6,6 +6,7 @@ import torch
 
 from adapters_store.types import GROUPS
 from server.engine.config import GIB, EngineConfig
+from server.engine.scoring import SCORED_ROWS
 from server.model.config import ModelConfig, ModelError
 
 CPU_KV_MEMORY = 2 * GIB
@@ -52,5 +53,6 @@ def workspace_bytes(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, m
     shape = model.linear_shape
     widest = max(sum(shape.group_outputs(group)) for group in GROUPS)
     activations = max_batch_tokens * (3 * widest + 4 * model.hidden_size) * dtype.itemsize
-    sampler = max_num_seqs * model.vocab_size * (3 * dtype.itemsize + 3 * 4 + 3 * 8)
+    rows = max(max_num_seqs, SCORED_ROWS)
+    sampler = rows * model.vocab_size * (3 * dtype.itemsize + 3 * 4 + 3 * 8)
     return 2 * activations + sampler + FIXED_WORKSPACE

@@ -16,6 +16,7 @@ from server.engine.gates import gate_factory
 from server.engine.memory import plan_memory
 from server.engine.plan import Chunk
 from server.engine.sampler import Sampled, sample
+from server.engine.scoring import Scores
 from server.engine.sequence import TokenLogprobs
 from server.engine.steps import EagerSteps, KvCache, Steps
 from server.model.config import ModelConfig, ModelError
@@ -31,12 +32,13 @@ GRAPH_MODES = ("capture", "lazy", "eager")
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way: its chunks, and the copies of its tokens and of its routers' shares to the host."""
+    """A step under way: its chunks, and the copies of its tokens, its routers' shares and its scores to the host."""
 
     chunks: list[Chunk]
     sampled: Sampled
     done: torch.cuda.Event | None
     routed: Sequence[torch.Tensor] = ()
+    scores: Scores | None = None
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
@@ -47,6 +49,10 @@ class Launched:
     def shares(self) -> list[tuple[float, ...]]:
         """`Output.shares` by chunk, after `wait`."""
         return last_shares(self.chunks, self.routed)
+
+    def prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...] | None]:
+        """`Output.prompt_logprobs` by the index of a chunk that has some, after `wait`; None: not finite."""
+        return {} if self.scores is None else self.scores.read()
 
 
 class Runner:
@@ -100,7 +106,7 @@ class Runner:
 
     def launch(self, chunks: list[Chunk], eos_token_ids: frozenset[int]) -> Launched:
         """Start a step. With `lookahead`, the next one may be launched before its tokens have been waited for."""
-        logits, greedy, router = self.steps.launch(chunks)
+        logits, greedy, router, scores = self.steps.launch(chunks)
         routed = () if router is None else router.shares()
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = sample(logits, sequences, eos_token_ids, greedy)
@@ -109,12 +115,13 @@ class Runner:
         for row, sequence in enumerate(sequences):
             sequence.sampled_row = row
         if self.device.type != "cuda":
-            return Launched(chunks, sampled, None, routed)
+            return Launched(chunks, sampled, None, routed, scores)
         host = sampled.to_host()
         routed = [part.to("cpu", non_blocking=True) for part in routed]
+        scores = None if scores is None else scores.to_host()
         done = torch.cuda.Event()
         done.record()
-        return Launched(chunks, host, done, routed)
+        return Launched(chunks, host, done, routed, scores)
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of keys and values of one block over all layers."""

@@ -71,8 +71,11 @@ class Scheduler:
 
     def advance(self, chunk: Chunk) -> None:
         """Record that a chunk has been launched; the next step may be scheduled behind it."""
-        chunk.sequence.num_computed += chunk.num_tokens
-        chunk.sequence.num_pending += chunk.samples
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.num_tokens
+        sequence.num_pending += chunk.samples
+        if sequence.num_unscored:
+            sequence.num_unscored = min(sequence.num_unscored, max(0, sequence.num_prompt - 1 - chunk.stop))
 
     def commit(self, chunk: Chunk, token: int | None) -> None:
         """Record that a launched chunk of a sequence that has not ended is done, and the token that it yielded."""
@@ -200,7 +203,7 @@ class Scheduler:
 
         The tenants of the preempted start nothing else, so that their next ones do not overtake them.
         """
-        cached, root = self.blocks.match(sequence.tokens, sequence.request.cache_root)
+        cached, root = self.blocks.match(sequence.tokens, sequence.request.cache_root, sequence.num_reusable)
         missing = self.blocks.blocks_for(len(sequence)) - len(cached)
         lacking = missing + int(GROWTH_BLOCKS * len(self.running)) - self.blocks.num_free
         victims: list[Sequence] | None = []

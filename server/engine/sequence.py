@@ -29,7 +29,8 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. `seed` and the index of the token within the output
     determine its random number, whatever shares the batch. `logprobs` is the number of most likely tokens reported at
-    each step, beside the chosen one; None reports nothing. With a `constraint` only tokens that it allows are chosen.
+    each step, beside the chosen one; None reports nothing. `prompt_logprobs` is the same for the prompt, from its
+    second token on. With a `constraint` only tokens that it allows are chosen. max_tokens 0 computes the prompt alone.
     """
 
     temperature: float = 1.0
@@ -46,6 +47,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
 
     @property
@@ -90,10 +92,14 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (nats) of one output token under the model's unmodified distribution."""
+    """Log-probabilities (nats) of one token under the model's unmodified distribution.
+
+    `rank` is told of prompt tokens only: 1 is the most likely token.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class Output:
     `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token. `error_param`
     and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`. With a
     token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates.
+    `prompt_logprobs` belong to the prompt's next tokens, in order and each once, beginning with the second; the last
+    of them come with the first token or before it.
     """
 
     request_id: str
@@ -123,6 +131,7 @@ class Output:
     timings: Timings | None = None
     cached_tokens: int = 0
     shares: tuple[float, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(eq=False)
@@ -132,6 +141,8 @@ class Sequence:
     `num_computed` tokens have their KV in `blocks`, or will have it when the launched steps are done; each step brings
     it closer to `len(sequence)`. `num_pending` tokens (0 or 1) are sampled, but not known to the host yet: the last
     launched step writes them as its row `sampled_row`. Waiting sequences hold neither blocks nor rank pages.
+    `num_unscored` rows at the end of the prompt are still to tell how likely the tokens behind them were; those before
+    have told, or will have when the launched steps are done.
     """
 
     request: Request
@@ -145,6 +156,7 @@ class Sequence:
     gates: Gates | None = None
     num_cached: int = 0
     num_hashed_blocks: int = 0
+    num_unscored: int = 0
     num_charged: int = 0
     parent_hash: bytes = b""
     skipped_steps: int = 0
@@ -153,7 +165,14 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Request, arrival: float = 0.0) -> "Sequence":
-        return cls(request=request, tokens=list(request.prompt), arrival=arrival, parent_hash=request.cache_root)
+        unscored = 0 if request.params.prompt_logprobs is None else len(request.prompt) - 1
+        return cls(
+            request=request,
+            tokens=list(request.prompt),
+            arrival=arrival,
+            parent_hash=request.cache_root,
+            num_unscored=unscored,
+        )
 
     def __len__(self) -> int:
         return len(self.tokens) + self.num_pending
@@ -175,6 +194,16 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self) - self.num_computed
+
+    @property
+    def first_unscored(self) -> int:
+        """The first of the prompt's rows that are still to be scored, if any are."""
+        return self.num_prompt - 1 - self.num_unscored
+
+    @property
+    def num_reusable(self) -> int:
+        """How many of its first tokens may come from the prefix cache: what is not computed cannot be scored."""
+        return self.first_unscored if self.num_unscored else len(self.tokens)
 
     @property
     def ready(self) -> bool:

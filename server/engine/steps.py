@@ -11,6 +11,7 @@ from server.engine.batch import BatchBuilder
 from server.engine.gate_parts import make_router
 from server.engine.gates import GateFactory, StepRouter
 from server.engine.plan import Chunk
+from server.engine.scoring import Scores, score, spans_to_score
 from server.model.decoder import Decoder
 
 KvCache = Sequence[tuple[Tensor, Tensor]]
@@ -19,11 +20,12 @@ Pages = ReadOnlyDict[str, tuple[Tensor, Tensor]]
 
 class Computed(NamedTuple):
     """Of a launched step: logits [R, vocab] of the chunks that yield a token, and their most likely tokens int64[R] if
-    these are known too; and who routed its rows, if any are routed by token."""
+    these are known too; who routed its rows, if any are routed by token; and the scores of its prompts' tokens."""
 
     logits: Tensor
     greedy: Tensor | None
     router: StepRouter | None
+    scores: Scores | None = None
 
 
 class Steps(Protocol):
@@ -57,7 +59,10 @@ class EagerSteps:
         batch = self._builder.build(chunks)
         columns = {group: mapping.pages for group, mapping in batch.mappings.items() if mapping is not None}
         batch.router = router = make_router(self.gates, chunks, columns, self.decoder.device)
-        return Computed(self.decoder.forward(batch, self.kv_cache, self.pages), None, router)
+        hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
+        spans = spans_to_score(chunks)
+        scores = score(self.decoder, hidden, spans) if spans else None
+        return Computed(self.decoder.logits(hidden, batch.logit_rows), None, router, scores)
 
     def remember(self, tokens: Tensor) -> None:
         """The host knows all tokens before the next launch."""

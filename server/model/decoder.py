@@ -4,6 +4,7 @@ from collections.abc import Mapping as ReadOnlyDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ class ForwardBatch:
     mappings: ReadOnlyDict[str, Mapping | None]
     logit_rows: Tensor
     router: LayerRouter | None = None
+
+
+class Hidden(NamedTuple):
+    """Of T rows, what the last layer gave and the residual stream beside it, all [T, hidden]."""
+
+    x: Summands
+    residual: Tensor
 
 
 class DecoderLayer:
@@ -94,7 +102,16 @@ class Decoder:
         kv_cache: Sequence[tuple[Tensor, Tensor]],
         pages: ReadOnlyDict[str, tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Logits [R, vocab] in the model's dtype. Writes the new tokens' keys and values into `kv_cache`.
+        """Logits [R, vocab] of the batch's `logit_rows`. Arguments as for `hidden`."""
+        return self.logits(self.hidden(batch, kv_cache, pages), batch.logit_rows)
+
+    def hidden(
+        self,
+        batch: ForwardBatch,
+        kv_cache: Sequence[tuple[Tensor, Tensor]],
+        pages: ReadOnlyDict[str, tuple[Tensor, Tensor]],
+    ) -> Hidden:
+        """All layers. Writes the new tokens' keys and values into `kv_cache`.
 
         kv_cache: per layer (k, v), each [blocks, block_size, kv heads, head_dim].
         pages: by group name (a [layers, pages, S * 16, in], b [layers, pages, 16, out]), for groups with a mapping.
@@ -107,7 +124,11 @@ class Decoder:
             x, residual = layer(x, residual, rotary, cache, meta, lora)
         if residual is None:
             raise ValueError("the model has no layers")
-        rows, (y, delta) = batch.logit_rows, x
+        return Hidden(x, residual)
+
+    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """[R, vocab] in the model's dtype, of the rows int64[R] of the hidden state."""
+        (y, delta), residual = hidden
         last = y.index_select(0, rows), None if delta is None else delta.index_select(0, rows)
         normed, _ = self.ops.rms_norm_residual(last, residual.index_select(0, rows), self.norm, self.config.norm_eps)
         return self.ops.linear(normed, self.lm_head, None)

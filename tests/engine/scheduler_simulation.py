@@ -15,6 +15,7 @@ from server.engine.blocks import BlockPool
 from server.engine.config import RequestError
 from server.engine.plan import Chunk
 from server.engine.scheduler import Scheduler
+from server.engine.scoring import spans_to_score
 from server.engine.sequence import Request, SamplingParams, Sequence
 from server.engine.shares import PATIENCE, QUANTUM
 
@@ -109,6 +110,7 @@ class Simulation:
         self.kv: dict[tuple[int, int], int] = {}
         self.steps = 0
         self.computed = 0  # tokens
+        self.scored: defaultdict[str, tuple[int, ...]] = defaultdict(tuple)
         self.yields: Counter[Sequence] = Counter()
 
     def add(self, request: Request) -> None:
@@ -148,6 +150,8 @@ class Simulation:
             self.write(chunk, references)
             self.computed += chunk.num_tokens
         launched = [(chunk, self.compute(chunk)) for chunk in chunks]
+        for span in spans_to_score(chunks):
+            self.scored[chunks[span.chunk].sequence.request.id] += span.targets
         for chunk, token in launched:
             self.scheduler.advance(chunk)
             self.progress[chunk.sequence] = chunk.sequence.num_computed
@@ -286,10 +290,16 @@ def request(
     weight: float = 1.0,
     ignore_eos: bool = True,
     penalty: float = 0.0,
+    scores: bool = False,
 ) -> Request:
     mix = Mix.of([(adapter, 1.0) for adapter in adapters])
     tokens = tuple(1 + position % 20 for position in range(prompt)) if isinstance(prompt, int) else prompt
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, presence_penalty=penalty)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        presence_penalty=penalty,
+        prompt_logprobs=0 if scores else None,
+    )
     return Request(name, tokens, params, mix=mix, cache_key=mix.digest.encode(), tenant=tenant, weight=weight)
 
 

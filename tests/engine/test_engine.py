@@ -309,7 +309,7 @@ def test_logprobs_are_those_of_the_model(engine: Engine, tiny_model: Path) -> No
         (Request("r", (512,), GREEDY), "prompt", "invalid_value"),
         (Request("r", (-1,), GREEDY), "prompt", "invalid_value"),
         (Request("r", (5,) * 501, GREEDY), "prompt", "context_length_exceeded"),
-        (Request("r", (5,), replace(GREEDY, max_tokens=0)), "max_tokens", "invalid_value"),
+        (Request("r", (5,), replace(GREEDY, max_tokens=-1)), "max_tokens", "invalid_value"),
         (Request("r", (5,), replace(GREEDY, logit_bias={512: 1.0})), "logit_bias", "invalid_value"),
         (Request("r", (5,), replace(GREEDY, stop_token_ids=frozenset({-1}))), "stop_token_ids", "invalid_value"),
         (Request("r", (5,), GREEDY, Mix.of([("ab" * 32, 1.0)])), "lora.adapters", "invalid_value"),

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from server.engine.engine import Engine
 from server.engine.fairness import OUTPUT_PRICE
 from server.engine.plan import Chunk
 from server.engine.runner import Runner
+from server.engine.scoring import score, spans_to_score
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Sequence
 from server.engine.steps import Computed
 from tests.engine.test_engine import PROMPTS, Registered, drain, tokens_of
@@ -45,8 +47,10 @@ class DelayedSteps:
             sequence.tokens.pop()
         self.rows += len(batch.ids)
         self.sampled.fill_(-1)
-        logits = self.runner.decoder.forward(batch, self.runner.kv_cache, self.runner.pool.tensors)
-        return Computed(logits, None, None)
+        decoder, spans = self.runner.decoder, spans_to_score(chunks)
+        hidden = decoder.hidden(batch, self.runner.kv_cache, self.runner.pool.tensors)
+        scores = score(decoder, hidden, spans) if spans else None
+        return Computed(decoder.logits(hidden, batch.logit_rows), None, None, scores)
 
     def remember(self, tokens: Tensor) -> None:
         self.sampled[: len(tokens)] = tokens
@@ -55,18 +59,19 @@ class DelayedSteps:
 Make = Callable[..., Engine]
 
 
+def make_engine(model: Path, ahead: bool = True, **options: object) -> Engine:
+    """An engine on the CPU, whose host is one step ahead or not."""
+    config = EngineConfig(str(model), **{**CPU, **options})  # type: ignore[arg-type]
+    made = Engine.from_config(config)
+    if ahead:
+        made.runner.steps = DelayedSteps(made.runner, config.block_size)
+    return made
+
+
 @pytest.fixture
 def make(tiny_model: Path) -> Make:
-    """`make(ahead, **settings)`: an engine on the CPU, whose host is one step ahead or not."""
-
-    def engine(ahead: bool = True, **options: object) -> Engine:
-        config = EngineConfig(str(tiny_model), **{**CPU, **options})  # type: ignore[arg-type]
-        made = Engine.from_config(config)
-        if ahead:
-            made.runner.steps = DelayedSteps(made.runner, config.block_size)
-        return made
-
-    return engine
+    """`make(ahead, **settings)`."""
+    return partial(make_engine, tiny_model)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """How a GPU's memory is shared out, on a device that only says how much it has."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from server.engine.config import GIB, EngineConfig
 from server.engine.memory import CUDA_SHARE, plan_memory, workspace_bytes
+from server.engine.scoring import SCORED_ROWS
 from server.model.config import ModelConfig, ModelError
 
 CUDA = torch.device("cuda")
@@ -36,7 +38,14 @@ def test_what_does_not_fit_is_refused_with_the_figures(model: ModelConfig, setti
 def test_the_workspace_grows_with_rows_and_sequences(model: ModelConfig) -> None:
     least = workspace_bytes(model, torch.bfloat16, 1, 1)
     assert workspace_bytes(model, torch.bfloat16, 1, 512) > least
-    assert workspace_bytes(model, torch.bfloat16, 64, 1) - least >= 63 * model.vocab_size * 42
+    most = workspace_bytes(model, torch.bfloat16, SCORED_ROWS + 63, 1)
+    assert most - least >= 63 * model.vocab_size * 42
+
+
+def test_the_workspace_holds_the_logits_of_scored_prompts(model: ModelConfig) -> None:
+    wide = replace(model, vocab_size=model.vocab_size + 1000)
+    grown = workspace_bytes(wide, torch.bfloat16, 1, 1) - workspace_bytes(model, torch.bfloat16, 1, 1)
+    assert grown >= SCORED_ROWS * 1000 * (2 + 4 + 4)
 
 
 def test_a_cpu_needs_no_workspace(model: ModelConfig) -> None:

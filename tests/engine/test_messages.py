@@ -71,6 +71,7 @@ PARAMS = SamplingParams(
     stop_token_ids=frozenset({1, 2}),
     ignore_eos=True,
     logprobs=0,
+    prompt_logprobs=5,
     constraint=Constraint(ConstraintKind.CHOICE, '["ja", "nein"]'),
 )
 REQUEST = Request(
@@ -87,7 +88,7 @@ REQUEST = Request(
 OUTPUT = Output(
     request_id="r-1",
     tokens=(5, 6),
-    logprobs=(TokenLogprobs(-0.1, ((5, -0.1), (9, -2.0))), TokenLogprobs(-3.5)),
+    logprobs=(TokenLogprobs(-0.1, ((5, -0.1), (9, -2.0)), 1), TokenLogprobs(-3.5)),
     finish_reason=FinishReason.LENGTH,
     error="one sentence",
     error_param="lora.adapters",
@@ -95,6 +96,7 @@ OUTPUT = Output(
     timings=Timings(queue=0.25, prefill=0.5),
     cached_tokens=16,
     shares=(0.25, 0.75),
+    prompt_logprobs=(TokenLogprobs(-2.5, (), 17),),
 )
 STATS = EngineStats(
     running=1,

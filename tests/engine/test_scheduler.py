@@ -42,6 +42,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             weight=weights[tenant],
             ignore_eos=draw(st.booleans()),
             penalty=draw(st.sampled_from([0.0, 0.0, 1.0])),
+            scores=draw(st.booleans()),
         )
         abort_after = draw(st.one_of(st.none(), st.none(), st.integers(0, 12)))
         found.append(Arrival(draw(st.integers(0, 8)), item, abort_after))
@@ -109,6 +110,8 @@ def test_every_request_gets_what_it_would_get_alone(
         else:
             assert output == expected
             assert ending == ("stop" if stops(arrival.request, expected[-1]) else "length")
+            scores = arrival.request.params.prompt_logprobs is not None
+            assert simulation.scored[arrival.request.id] == (arrival.request.prompt[1:] if scores else ())
     assert not simulation.pages.leases
     assert simulation.scheduler.blocks.num_used == 0
 

@@ -106,6 +106,25 @@ def test_the_triton_backend_equals_the_reference(micro_model: Path, micro: Regis
 
 
 @interpreted
+def test_prompts_are_scored_on_triton(micro_model: Path, micro: Registered) -> None:
+    """In chunks, beside rows that decode."""
+    prompt = tuple(range(2, 29))
+    requests = [
+        Request("0", (5, 9, 11), replace(GREEDY, max_tokens=4)),
+        Request("1", prompt, replace(GREEDY, max_tokens=1, prompt_logprobs=2), micro.mix({"all4": 0.7}), micro.paths),
+    ]
+    found, expected = [], []
+    for backend, scored in (("triton", found), ("reference", expected)):
+        engine = micro_engine(micro_model, backend)
+        micro.load(engine)
+        scored += [s for output in outputs_of(engine, requests)["1"] for s in output.prompt_logprobs]
+    assert len(found) == len(prompt) - 1
+    assert [s.logprob for s in found] == pytest.approx([s.logprob for s in expected], abs=1e-4)
+    assert [s.rank for s in found] == [s.rank for s in expected]
+    assert [[token for token, _ in s.top] for s in found] == [[token for token, _ in s.top] for s in expected]
+
+
+@interpreted
 def test_preemption_and_late_stops_on_triton(micro_model: Path) -> None:
     """KV for two short sequences; the text of one ends before max_tokens."""
     params = replace(GREEDY, max_tokens=5)

@@ -263,6 +263,7 @@ WAYS = {
     "penalised": replace(GREEDY, presence_penalty=0.6, frequency_penalty=0.3),
     "repetition": replace(SAMPLED, repetition_penalty=1.2),
     "logprobs": replace(SAMPLED, logprobs=5),
+    "scored": replace(GREEDY, prompt_logprobs=5),
     "biased": replace(GREEDY, logit_bias={7: 3.0, 9: -4.0}),
     "late": replace(GREEDY, ignore_eos=False, min_tokens=5),
 }
@@ -280,7 +281,7 @@ def test_launching_waits_for_nothing(
             for row, (name, params) in enumerate(WAYS.items())
         ]
 
-    engine = tiny_engine(tiny_model, graphs, max_num_seqs=8, max_batch_tokens=64, prefix_cache=False)
+    engine = tiny_engine(tiny_model, graphs, max_num_seqs=len(WAYS), max_batch_tokens=64, prefix_cache=False)
     first = run(engine, requests("first"))  # compiles, captures, and fills the pool of pinned memory
     launch = engine.runner.launch
     launches = 0
