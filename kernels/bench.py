@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from kernels import bench_cases, bench_einsum, bench_lora
+from kernels import bench_cases, bench_einsum, bench_lora, bench_meteora
 from kernels.bench_cases import Case, Where
-from kernels.bench_timing import Timing, copy_bandwidth, error, measure, own_stream
+from kernels.bench_timing import Timing, copy_bandwidth, error, measure, measure_eagerly, own_stream
 from kernels.gemm_table import TABLES, GemmTable
 from kernels.shapes import SHAPES
+from kernels.tiles import PAGE_RANK
 from kernels.tune import Tuning, table_of, tune
 
 Json = dict[str, Any]
 
-OPS = ("gemm", "lora", "linears", "einsum", "attention", "elementwise")
+OPS = ("gemm", "lora", "linears", "einsum", "meteora", "attention", "elementwise")
+ROWS = (1, 8, 16, 32, 64, 128)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
@@ -71,29 +73,38 @@ def say(text: str) -> None:
 
 def cases(asked: argparse.Namespace, where: Where, name: str) -> Iterator[Case]:
     """The cases of the operations that were asked for; inputs exist only while their case is at hand."""
-    shape = SHAPES[asked.model]
+    shape, rows, rank = SHAPES[asked.model], asked.rows or ROWS, asked.rank or PAGE_RANK
     for op in asked.ops:
         if op == "gemm":
-            yield from bench_cases.gemm_cases(shape, asked.rows, where, name)
+            yield from bench_cases.gemm_cases(shape, rows, where, name)
         elif op == "lora":
-            yield from bench_lora.lora_cases(shape, asked.rows, asked.popularity, where, asked.rank)
+            yield from bench_lora.lora_cases(shape, rows, asked.popularity, where, rank)
         elif op == "linears":
-            yield from bench_lora.chain_cases(shape, asked.rows, asked.popularity, where, asked.rank)
+            yield from bench_lora.chain_cases(shape, rows, asked.popularity, where, rank)
         elif op == "einsum":
-            yield from bench_einsum.einsum_cases(shape, asked.rows, where, asked.rank, asked.tokens)
+            yield from bench_einsum.einsum_cases(shape, rows, where, rank, asked.tokens)
+        elif op == "meteora":
+            yield from bench_meteora.gated_cases(shape, _settings(asked), where)
         elif op == "attention":
-            yield from bench_cases.attention_cases(shape, asked.rows, asked.context, where)
+            yield from bench_cases.attention_cases(shape, rows, asked.context, where)
         else:
-            yield from bench_cases.elementwise_cases(shape, asked.rows, where)
+            yield from bench_cases.elementwise_cases(shape, rows, where)
+
+
+def _settings(asked: argparse.Namespace) -> list[bench_meteora.Setting]:
+    rows, rank = asked.rows or bench_meteora.ROWS, asked.rank or bench_meteora.RANK
+    return bench_meteora.settings_of(rows, asked.adapters, asked.top_k, asked.routing, rank)
 
 
 def result(case: Case, where: Where, floor: float) -> Json:
     """One line: the case, its error, and its times unless the error is too large or the case failed."""
-    found, timing, failed = float("nan"), None, None
+    found, timing, eager, failed = float("nan"), None, None, None
     try:
-        found = error(case.run(0), case.expected())
+        out = case.run(0)
+        found = error(out if isinstance(out, torch.Tensor) else torch.cat(list(out), dim=-1), case.expected())
         if found <= TOLERANCE[where.dtype]:
-            timing = measure(case.run, case.copies, where.device)
+            eager = measure_eagerly(case.run, case.copies, where.device) if case.eager else None
+            timing = measure(case.run, case.copies, where.device) if case.captured else eager
     except Exception as problem:  # one case that cannot run must not cost the others; the exit code tells
         failed = f"{type(problem).__name__}: {problem}".split("\n")[0][:300]
     line = {
@@ -108,6 +119,8 @@ def result(case: Case, where: Where, floor: float) -> Json:
         "error": found if math.isfinite(found) else None,
         "failed": failed,
     }
+    if case.eager:
+        line |= {"captured": case.captured, "eager_us_p50": eager and eager.p50}
     return {**line, **_figures(case, timing, floor)}
 
 
@@ -138,6 +151,7 @@ def _document(asked: argparse.Namespace, name: str, floor: float, rows: list[Jso
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()},
         "rows": rows,
         "einsum": bench_einsum.compared(rows),
+        "meteora": bench_meteora.compared(rows),
     }
 
 
@@ -172,11 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=tuple(SHAPES), default="8b")
     parser.add_argument("--ops", type=_ops, default=OPS, help=f"some of {','.join(OPS)}")
-    parser.add_argument("--rows", type=_numbers, default=(1, 8, 16, 32, 64, 128))
+    parser.add_argument("--rows", type=_numbers, help="default: as many as the operation is used with")
     parser.add_argument("--popularity", type=_words, default=("1", "8", "64", "mix3"), help="K, zipf, mixK")
-    parser.add_argument("--rank", type=int, choices=range(1, 17), default=16, metavar="1..16")
+    parser.add_argument("--rank", type=int, choices=range(1, 17), metavar="1..16", help="default 16, in meteora 8")
     parser.add_argument("--context", type=int, default=400, help="tokens of each decoding sequence")
     parser.add_argument("--tokens", type=int, default=1, help="of each row in einsum [1: decoding]")
+    parser.add_argument("--adapters", type=_numbers, default=(8, 28, 48), help="behind each gate in meteora")
+    parser.add_argument("--top-k", type=_numbers, default=(1, 2), help="of them that a token uses")
+    parser.add_argument("--routing", type=_words, default=bench_meteora.ROUTINGS, help="uniform, single")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")

@@ -21,6 +21,8 @@ class Case:
     """One operation on one set-up. `run(i)` uses copy i of the inputs; `expected()` is what run(0) should give.
 
     num_bytes: read and written at least once by one call. flops: of its products, 0 where they do not matter.
+    captured: False where the host waits in between, so that no CUDA graph can hold it. eager: timed without one, too.
+    Results in several tensors are compared side by side.
     """
 
     op: str
@@ -29,10 +31,12 @@ class Case:
     backend: str
     copies: int
     num_bytes: int
-    run: Run
+    run: Callable[[int], Tensor | Sequence[Tensor]]
     expected: Callable[[], Tensor]
     setup: dict[str, Any] = field(default_factory=dict)
     flops: int = 0
+    captured: bool = True
+    eager: bool = False
 
 
 @dataclass(frozen=True)

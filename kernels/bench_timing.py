@@ -58,6 +58,22 @@ def measure(run: Callable[[int], object], copies: int, device: torch.device, rep
     return _percentiles([begin.elapsed_time(end) * 1e-3 / launches for begin, end in pairwise(events)])
 
 
+def measure_eagerly(run: Callable[[int], object], copies: int, device: torch.device, calls: int = 25) -> Timing:
+    """Time `run(i)` as it comes, the work of the host and its waiting for the device included."""
+    for i in range(min(copies, calls)):
+        run(i)
+    if device.type != "cuda":
+        return _percentiles([_seconds(run, i % copies) for i in range(copies)])
+    torch.cuda.synchronize(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    for i, event in enumerate(events[:-1]):
+        event.record()
+        run(i % copies)
+    events[-1].record()
+    torch.cuda.synchronize(device)
+    return _percentiles([begin.elapsed_time(end) * 1e-3 for begin, end in pairwise(events)])
+
+
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """One stream for all measurements: cuBLAS has a workspace for each, which must not be born within a graph."""

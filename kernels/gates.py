@@ -1,0 +1,126 @@
+"""Gates that weigh the adapters of a step anew for every token row, on a GPU and without a look from the host.
+
+For a linear with input x and gates G (n, in): g = G x; the k highest logits of those allowed are chosen; their weights
+are the softmax over a temperature (MeteoRA, arXiv 2405.13053, section 3.2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.gate_kernels import gate_logits_kernel, gate_weights_kernel
+from kernels.lora_config import PROGRAMS
+
+MASK_BITS = 32
+"""Gates whose permissions are one word; the gates of a slot are a multiple of it."""
+
+SPLIT_INPUTS = 256
+"""The fewest inputs that a program multiplies: below, its launch costs more than its products."""
+
+COLUMN_BLOCK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class GateRows:
+    """Which rows of a step are weighed by which gates and how: arrays on the device, int32 unless said otherwise.
+
+    T rows; S slots for gates, N gates in each. slots [T]: the slot of each row's gates, -1 for rows without. top_k [T].
+    temperatures fp32[T], above 0. masks [T, N / 32]: bit j of word i: whether gate 32 i + j may be chosen.
+    touches [T]: bit g: whether any adapter of the row acts in target group g. shares [T]: the row of `totals` to which
+    the row's weights are added, or -1. targets [S]: bit t: whether the slot has gates for target t. adapters [S, N]:
+    the adapter of each gate, by numbers of the step that are not negative; below -1 for none.
+    totals fp32[any, N]: 0 before the step, then the sum of the weights over all linears in groups that the row touches.
+    """
+
+    slots: Tensor
+    top_k: Tensor
+    temperatures: Tensor
+    masks: Tensor
+    touches: Tensor
+    shares: Tensor
+    targets: Tensor
+    adapters: Tensor
+    totals: Tensor
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """One program multiplies `rows` rows with a `splits`-th of the gates of one linear, `block_k` inputs at a time."""
+
+    rows: int
+    block_k: int
+    splits: int
+
+
+def gate_config(num_rows: int, inputs: int, num_slices: int, itemsize: int) -> GateConfig:
+    """What `gate_scale` runs with: it depends on shapes alone, as a captured graph needs it."""
+    rows = 16 if num_rows <= 128 else 64
+    block_k = 128 if itemsize < 4 else 64
+    most = max(1, min(16, inputs // SPLIT_INPUTS))
+    wanted = max(1, PROGRAMS // (triton.cdiv(num_rows, rows) * num_slices))
+    return GateConfig(rows, block_k, min(most, wanted))
+
+
+def gate_scale(x: Tensor, gates: Tensor, rows: GateRows, columns: Tensor, group: int, first_target: int) -> Tensor:
+    """fp32[S, T, U] for x [T, in]: how much of the page of each of the U columns each of the group's S linears takes.
+
+    gates [slots, S, N, in] in the dtype of x, the last two dimensions contiguous and those of unused slots finite.
+    columns int32[U]: the adapter that owns each column, in the numbers of `GateRows.adapters`, -1 for none. Rows
+    without gates take all columns fully. group, first_target: the numbers of the group and of its first linear, which
+    count the bits of `touches` and `targets`. Raises ValueError where a shape is another one.
+    """
+    slots, num_slices, num_gates, inputs = gates.shape
+    if x.dim() != 2 or x.shape[1] != inputs or x.stride(1) != 1:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [T, {inputs}] with contiguous rows")
+    if num_gates % MASK_BITS or num_gates & (num_gates - 1) or gates.stride()[1:] != (num_gates * inputs, inputs, 1):
+        raise ValueError(f"gates are {tuple(gates.shape)}, expected contiguous slots of 32, 64, 128 ... gates")
+    if rows.slots.shape != (len(x),) or rows.adapters.shape != (slots, num_gates):
+        raise ValueError(f"rows are for {len(rows.slots)} rows and {tuple(rows.adapters.shape)} gates")
+    scale = x.new_empty(num_slices, len(x), len(columns), dtype=torch.float32)
+    if not len(x):
+        return scale
+    config = gate_config(len(x), inputs, num_slices, x.element_size())
+    partials = x.new_empty(config.splits, len(x), num_slices, num_gates, dtype=torch.float32)
+    gate_logits_kernel[triton.cdiv(len(x), config.rows), slots * num_slices, config.splits](
+        x,
+        gates,
+        partials,
+        rows.slots,
+        len(x),
+        INPUTS=inputs,
+        X_STRIDE=x.stride(0),
+        SLOT_STRIDE=gates.stride(0),
+        SLICES=num_slices,
+        GATES=num_gates,
+        ROWS=config.rows,
+        BLOCK_K=config.block_k,
+        SPLITS=config.splits,
+        num_warps=4,
+        num_stages=2,
+    )
+    gate_weights_kernel[len(x),](
+        partials,
+        scale,
+        rows.slots,
+        rows.top_k,
+        rows.temperatures,
+        rows.masks,
+        rows.touches,
+        rows.shares,
+        rows.targets,
+        rows.adapters,
+        columns,
+        rows.totals,
+        len(x),
+        len(columns),
+        SLICES=num_slices,
+        GATES=num_gates,
+        SPLITS=config.splits,
+        FIRST_TARGET=first_target,
+        GROUP=group,
+        BLOCK=COLUMN_BLOCK,
+        num_warps=max(1, num_gates // 32),
+    )
+    return scale
