@@ -221,6 +221,7 @@ def assemble(
         usage,
         new_id=_new_id,
         new_seed=lambda: secrets.randbelow(SEEDS),
+        most_scores=settings.limits.prompt_logprobs,
     )
     keys = Keys(
         [key.get_secret_value() for key in serve.api_key],

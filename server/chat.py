@@ -78,6 +78,10 @@ class ChatTokenizer:
         """The vocabulary's own spelling of tokens; empty for ids that have none."""
         return [self._backend.id_to_token(token) or "" for token in ids]
 
+    def special_text(self, token: int) -> str | None:
+        """How a special token is spelled; None for all other tokens."""
+        return self._backend.id_to_token(token) if token in self._special else None
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, also where they are only a part of a character."""
         spelled = self._backend.id_to_token(token)

@@ -56,12 +56,16 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one choice. `tokens` are those whose text is out, if log-probabilities were asked for."""
+    """New text of one choice. `tokens` are those whose text is out, if log-probabilities were asked for.
+
+    The first piece brings `prompt_scores`, of the prompt's tokens from the second one on, if these were asked for.
+    """
 
     index: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_scores: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass
@@ -107,6 +111,7 @@ class Choice:
         self.leader = leader
         self.num_tokens = 0
         self.cached_tokens = 0
+        self.prompt_scores: tuple[TokenLogprobs, ...] = ()
         self.routed = RoutedTokens(explains)
         self._route = route
         self._stops = stops
@@ -117,6 +122,7 @@ class Choice:
         self._detokenizer = services.tokenizer.detokenizer(request.prompt)
         self._decoded = 0  # characters decoded
         self._said = 0  # characters given out
+        self._has_spoken = False
         self._unsaid: deque[_Unsaid] = deque()
         self._first: Output | None = None
         self._first_time: float | None = None
@@ -134,6 +140,9 @@ class Choice:
                 await self.leader._has_started.wait()
             async with aclosing(self._services.engine.submit(self.request)) as outputs:
                 async for output in outputs:
+                    self.prompt_scores += output.prompt_logprobs
+                    if not output.tokens and output.finish_reason is None:
+                        continue  # a part of the prompt is scored
                     piece = self._take(output)
                     if piece.finish_reason is not None:
                         ending = piece.finish_reason
@@ -165,7 +174,9 @@ class Choice:
             reason = FinishReason.STOP if self._stops.hit is not None else reason
         self._said += len(text)
         tokens = self._release(ended=reason is not None) if text or reason is not None else ()
-        return Piece(self.index, text, tokens, reason)
+        is_first, self._has_spoken = not self._has_spoken, self._has_spoken or bool(text)
+        scores = (self.leader or self).prompt_scores if is_first else ()
+        return Piece(self.index, text, tokens, reason, scores)
 
     def _feed(self, output: Output) -> str:
         """The text that a step adds. Tokens after a stop string are neither counted nor kept."""

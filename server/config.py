@@ -143,13 +143,14 @@ class ServeSettings(BaseModel):
 
 
 class LimitSettings(BaseModel):
-    """What one request may ask for. Bytes, counts."""
+    """What one request may ask for. Bytes, counts; `prompt_logprobs` over all tokens of all its prompts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     body_bytes: int = Field(default=16 * 2**20, ge=1024)
     n: int = Field(default=16, ge=1)
     prompts: int = Field(default=128, ge=1)
+    prompt_logprobs: int = Field(default=2**18, ge=1)
     adapters: int = Field(default=256, ge=1)
     uploads: int = Field(default=4, ge=1)
 

@@ -15,6 +15,7 @@ from adapters_store.store import AdapterStore, UnknownAdapter
 from routing.router import Route, RouteError, Routers
 from server.ask import Ask
 from server.cache_key import cache_key
+from server.chat import ChatTokenizer
 from server.choice import Choice, ChoiceServices, OutputNotFinite, Piece
 from server.engine.config import EngineInfo
 from server.engine.sequence import Request
@@ -38,7 +39,10 @@ class Usage:
 
 
 class Generator:
-    """Starts generations. `new_id` and `new_seed` never repeat themselves; a seed is below 2**63."""
+    """Starts generations. `new_id` and `new_seed` never repeat themselves; a seed is below 2**63.
+
+    A request gets at most `most_scores` log-probabilities of prompt tokens.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Generator:
         ledger: UsageLedger,
         new_id: Callable[[], str],
         new_seed: Callable[[], int],
+        most_scores: int,
     ) -> None:
         self.services = services
         self.store = store
@@ -57,6 +62,7 @@ class Generator:
         self.ledger = ledger
         self.new_id = new_id
         self.new_seed = new_seed
+        self.most_scores = most_scores
         self.is_draining = False
         self.running: set[Generation] = set()
 
@@ -103,6 +109,14 @@ class Generation:
     def explains(self) -> bool:
         """Whether the client wants to know why."""
         return self._ask.query.options.explain
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self._generator.services.tokenizer
+
+    def prompt_of(self, index: int) -> tuple[int, ...]:
+        """The prompt of a choice."""
+        return self.choices[index].request.prompt
 
     @property
     def arrival(self) -> float:
@@ -214,17 +228,29 @@ class Generation:
             prompts.append(prompt)
         for prompt in prompts:
             self._check_prompt(prompt, info)
+        self._check_scores(sum(map(len, prompts)))
         return tuple(prompts)
 
     def _check_prompt(self, prompt: tuple[int, ...], info: EngineInfo) -> None:
         param, wanted = self._ask.prompt_param, self._ask.max_tokens
         if not prompt:
             raise BadRequest(f"{param}: expected at least one token", param=param)
-        if len(prompt) + (wanted or 1) > info.max_model_len:
-            asked = f" and max_tokens is {wanted}" if wanted else ", which leaves no room for an answer"
+        if len(prompt) + (1 if wanted is None else wanted) > info.max_model_len:
+            asked = ", which leaves no room for an answer" if wanted is None else f" and max_tokens is {wanted}"
             raise self._too_long(f"the prompt has {len(prompt)} tokens{asked}", info)
         if not all(0 <= token < info.vocab_size for token in prompt):
             raise BadRequest(f"{param}: expected token ids from 0 to {info.vocab_size - 1}", param=param)
+
+    def _check_scores(self, num_tokens: int) -> None:
+        """One answer has to hold them all: they are refused before they are computed."""
+        most, limit = self._ask.params.prompt_logprobs, self._generator.most_scores
+        if most is not None and num_tokens * (1 + most) > limit:
+            raise BadRequest(
+                f"{self._ask.prompt_param}: {num_tokens} tokens with {1 + most} log-probabilities each are more than"
+                f" the {limit} of one answer",
+                param=self._ask.prompt_param,
+                code="too_many_logprobs",
+            )
 
     def _check_characters(self, length: int, info: EngineInfo) -> None:
         """Text that no tokenisation can make fit is not tokenised: 16 MB of it cost tens of seconds."""
@@ -261,12 +287,13 @@ class Generation:
         choices: list[Choice] = []
         for prompt in self.prompts:
             leader: Choice | None = None
-            length = ask.max_tokens or info.max_model_len - len(prompt)
+            length = info.max_model_len - len(prompt) if ask.max_tokens is None else ask.max_tokens
+            params = replace(ask.params, max_tokens=length)
             for number in range(ask.n):
                 request = Request(
                     id=f"{self.id}-{len(choices)}",
                     prompt=prompt,
-                    params=replace(ask.params, seed=(seed + number) % SEEDS, max_tokens=length),
+                    params=replace(params, seed=(seed + number) % SEEDS),
                     mix=route.mix,
                     paths=paths,
                     cache_key=key,
@@ -275,7 +302,7 @@ class Generation:
                     gates=route.gates,
                 )
                 stops = StopStrings(ask.stop)
-                waits = leader is not None and len(prompt) > info.block_size
+                waits = leader is not None and (len(prompt) > info.block_size or ask.params.prompt_logprobs is not None)
                 choice = Choice(
                     len(choices),
                     request,
@@ -287,7 +314,7 @@ class Generation:
                     waits,
                     ask.query.options.explain,
                 )
-                leader = leader or choice
+                leader, params = leader or choice, replace(params, prompt_logprobs=None)
                 choices.append(choice)
         return tuple(choices)
 

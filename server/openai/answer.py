@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.choice import Piece, ScoredToken
-from server.engine.sequence import FinishReason
+from server.engine.sequence import FinishReason, TokenLogprobs
 from server.generation import Generation, Usage
+from server.openai.prompt_scores import prompt_logprobs
 from server.route_view import explained
 from server.routed_tokens import routed_tokens
 
 Json = dict[str, Any]
+
+IN_THREAD = 2000
+"""Log-probabilities of prompt tokens that are written down in a thread: each costs half a microsecond or more."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Collected:
     text: str
     tokens: tuple[ScoredToken, ...]
     finish_reason: FinishReason | None
+    prompt_scores: tuple[TokenLogprobs, ...] = ()
 
 
 async def collect(pieces: AsyncIterator[Piece]) -> list[Collected]:
@@ -34,24 +39,40 @@ async def collect(pieces: AsyncIterator[Piece]) -> list[Collected]:
             text="".join(piece.text for piece in parts[index]),
             tokens=tuple(token for piece in parts[index] for token in piece.tokens),
             finish_reason=parts[index][-1].finish_reason,
+            prompt_scores=parts[index][0].prompt_scores,
         )
         for index in sorted(parts)
     ]
 
 
 class Answer(ABC):
-    """One response in the making. Endpoints say how a choice looks; `created` is in seconds since the epoch."""
+    """One response in the making. Endpoints say how a choice looks; `created` is in seconds since the epoch.
+
+    `prompt_logprobs`: how many of the most likely tokens are told beside each of the prompt's; None: nothing of them.
+    """
 
     id_prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, generation: Generation, model: str, created: int, includes_usage: bool = False) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        model: str,
+        created: int,
+        includes_usage: bool = False,
+        prompt_logprobs: int | None = None,
+    ) -> None:
         self._generation = generation
         self._model = model
         self._created = created
         self._includes_usage = includes_usage
+        self._prompt_logprobs = prompt_logprobs
         self._num_ended = 0
+
+    def is_long(self, *parts: Collected | Piece) -> bool:
+        """Whether these have so many scores of prompts that the event loop has no time to write them down."""
+        return sum(len(score.top) + 1 for part in parts for score in part.prompt_scores) > IN_THREAD
 
     def whole(self, choices: list[Collected]) -> Json:
         """The body of a response that is not streamed."""
@@ -68,6 +89,11 @@ class Answer(ABC):
                 events.append(self._event([]) | {"usage": usage_object(self._generation.usage)})
             events[-1]["lora"] = self._lora()
         return events
+
+    def scored_prompt(self, index: int, choice: Collected) -> list[Json | None]:
+        """vLLM's `prompt_logprobs` of a choice."""
+        generation, most = self._generation, self._prompt_logprobs or 0
+        return prompt_logprobs(generation.tokenizer, generation.prompt_of(index), choice.prompt_scores, most)
 
     @abstractmethod
     def choice(self, index: int, collected: Collected) -> Json:

@@ -12,7 +12,7 @@ from server.body import RequestModel
 from server.choice import Piece, ScoredToken
 from server.errors import BadRequest
 from server.openai.answer import Answer, Collected, Json
-from server.openai.protocol import GenerationRequest
+from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
 from server.tenants import Tenant
 
 
@@ -61,7 +61,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def check(self) -> None:
         super().check()
@@ -95,6 +95,13 @@ class ChatAnswer(Answer):
             "logprobs": self._logprobs(collected.tokens),
             "finish_reason": collected.finish_reason,
         }
+
+    def whole(self, choices: list[Collected]) -> Json:
+        """The scores of the prompt, of which there is one, stand beside the choices."""
+        body = super().whole(choices)
+        if self._prompt_logprobs is not None:
+            body["prompt_logprobs"] = self.scored_prompt(0, choices[0])
+        return body
 
     def deltas(self, piece: Piece) -> Iterator[Json]:
         """First the role, then text, at last the reason of the ending."""

@@ -10,9 +10,10 @@ from pydantic_core import PydanticCustomError
 from server.ask import Ask
 from server.body import limits_of
 from server.choice import Piece, ScoredToken
-from server.errors import BadRequest
+from server.engine.sequence import TokenLogprobs
 from server.openai.answer import Answer, Collected, Json
-from server.openai.protocol import GenerationRequest
+from server.openai.prompt_scores import echoed, token_name
+from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
 from server.tenants import Tenant
 
 
@@ -49,71 +50,81 @@ Prompts = Annotated[
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise BadRequest("echo: not supported together with logprobs by this server", param="echo")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        """Those that an echo shows, and those that are asked for by name."""
+        echoed = self.logprobs if self.echo else None
+        return max((most for most in (echoed, self.prompt_logprobs) if most is not None), default=None)
 
     def ask(self, tenant: Tenant) -> Ask:
         return replace(super().ask(tenant), prompts=self.prompt)
 
 
 class CompletionAnswer(Answer):
-    """`echoes` are the prompts' texts, one a prompt, if they are to stand before the answers."""
+    """`echoes` are the prompts' texts, one a prompt, if they are to stand before the answers.
+
+    `logprobs`: how many of the most likely tokens are told beside each; None: nothing of them.
+    """
 
     id_prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, *arguments: Any, with_logprobs: bool, n: int, echoes: Sequence[str] = (), **named: Any) -> None:
+    def __init__(self, *arguments: Any, logprobs: int | None, n: int, echoes: Sequence[str] = (), **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._with_logprobs = with_logprobs
+        self._most = logprobs
         self._n = n
         self._echoes = echoes
         self._begun: set[int] = set()
 
     def choice(self, index: int, collected: Collected) -> Json:
-        return {
+        choice = {
             "index": index,
             "text": self._echo(index) + collected.text,
-            "logprobs": self._logprobs(collected.tokens),
+            "logprobs": self._scored(index, collected.tokens, collected.prompt_scores),
             "finish_reason": collected.finish_reason,
         }
+        if self._prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self.scored_prompt(index, collected)
+        return choice
 
     def deltas(self, piece: Piece) -> Iterator[Json]:
-        text = piece.text if piece.index in self._begun else self._echo(piece.index) + piece.text
+        is_first = piece.index not in self._begun
         self._begun.add(piece.index)
         yield {
             "index": piece.index,
-            "text": text,
-            "logprobs": self._logprobs(piece.tokens),
+            "text": self._echo(piece.index) + piece.text if is_first else piece.text,
+            "logprobs": self._scored(piece.index, piece.tokens, piece.prompt_scores if is_first else None),
             "finish_reason": piece.finish_reason,
         }
 
     def _echo(self, index: int) -> str:
         return self._echoes[index // self._n] if self._echoes else ""
 
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> Json | None:
-        """OpenAI's older form: parallel lists."""
-        if not self._with_logprobs:
+    def _scored(
+        self, index: int, tokens: Sequence[ScoredToken], prompt_scores: Sequence[TokenLogprobs] | None
+    ) -> Json | None:
+        """OpenAI's older form: parallel lists. With `prompt_scores` those of the echoed prompt come first."""
+        if self._most is None:
             return None
-        return {
-            "tokens": [_name(token.data) for token in tokens],
+        text = self._echo(index)
+        lists: Json = {
+            "tokens": [token_name(token.data) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{_name(data): value for data, value in token.top} for token in tokens],
-            "text_offset": [token.offset for token in tokens],
+            "top_logprobs": [
+                {token_name(data): value for data, value in (*token.top, (token.data, token.logprob))}
+                for token in tokens
+            ],
+            "text_offset": [len(text) + token.offset for token in tokens],
         }
-
-
-def _name(data: bytes) -> str:
-    """The token's text, or `bytes:\\xNN...` where it is a part of a character."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        if prompt_scores is None or not self._echoes:
+            return lists
+        generation = self._generation
+        before = echoed(generation.tokenizer, generation.prompt_of(index), text, prompt_scores, self._most)
+        return {name: before[name] + values for name, values in lists.items()}

@@ -34,7 +34,6 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "guided_grammar": (None,),
     "best_of": (None, 1),
     "use_beam_search": (None, False),
-    "prompt_logprobs": (None,),
     "suffix": (None, ""),
     "audio": (None,),
     "modalities": (None, ["text"]),
@@ -52,6 +51,7 @@ class StreamOptions(RequestModel):
 
 LONGEST_STOP = 4096
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
 
 
 def _stops(value: object) -> object:
@@ -95,6 +95,7 @@ class GenerationRequest(RequestModel):
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     adapter_id: Name | None = None
     lora: LoraOptions | None = None
@@ -132,6 +133,8 @@ class GenerationRequest(RequestModel):
             raise BadRequest("model: field required", param="model", code="missing_required_parameter")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options: only allowed when stream is true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise BadRequest("prompt_logprobs: not available when stream is true", param="prompt_logprobs")
         longest = self.longest_answer()
         if self.min_tokens is not None and longest is not None and self.min_tokens > longest:
             raise BadRequest(f"min_tokens: expected at most max_tokens, {longest}", param="min_tokens")
@@ -149,6 +152,10 @@ class GenerationRequest(RequestModel):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """Most likely tokens to report at each step; None reports nothing."""
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
 
     @property
     def includes_usage(self) -> bool:
@@ -169,6 +176,7 @@ class GenerationRequest(RequestModel):
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.num_logprobs(),
+            prompt_logprobs=self.num_prompt_logprobs(),
         )
 
     def query(self, tenant: Tenant) -> RouteQuery:

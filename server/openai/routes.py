@@ -17,7 +17,7 @@ from server.choice import Piece
 from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller, knock
 from server.errors import BadRequest, NotFound
 from server.generation import Generation, route_error
-from server.openai.answer import Answer, Json, collect
+from server.openai.answer import Answer, Collected, Json, collect
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
 from server.openai.stream import EventStream, unless_gone
@@ -41,6 +41,7 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
         body.model_name,
         created=int(services.now()),
         includes_usage=body.includes_usage,
+        prompt_logprobs=body.prompt_logprobs,
         with_logprobs=bool(body.logprobs),
     )
     return await _respond(request, generation, answer, bool(body.stream))
@@ -55,7 +56,8 @@ async def completions(body: CompletionBody, request: Request, services: Services
         body.model_name,
         created=int(services.now()),
         includes_usage=body.includes_usage,
-        with_logprobs=body.logprobs is not None,
+        prompt_logprobs=body.prompt_logprobs,
+        logprobs=body.logprobs,
         n=ask.n,
         echoes=await _echoes(ask, services) if body.echo else (),
     )
@@ -131,14 +133,20 @@ async def _respond(request: Request, generation: Generation, answer: Answer, str
     pieces = generation.pieces()
     try:
         if not streams:
-            whole = answer.whole(await unless_gone(request, collect(pieces)))
-            headers = _headers(generation)
-            return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
+            whole = await _encoded(answer, await unless_gone(request, collect(pieces)))
+            return Response(whole, headers=_headers(generation), media_type="application/json")
         first = await unless_gone(request, _first(pieces))
     except BaseException:
         await pieces.aclose()
         raise
     return EventStream(answer, first, pieces, _headers(generation))
+
+
+async def _encoded(answer: Answer, choices: list[Collected]) -> bytes:
+    def encode() -> bytes:
+        return msgspec.json.encode(answer.whole(choices))
+
+    return await asyncio.to_thread(encode) if answer.is_long(*choices) else encode()
 
 
 async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:

@@ -68,9 +68,9 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            await _send_events(send, self._answer.events(self._first))
+            await self._send_piece(send, self._first)
             async for piece in self._pieces:
-                await _send_events(send, self._answer.events(piece))
+                await self._send_piece(send, piece)
             last = b"data: [DONE]\n\n"
         except ServerError as error:
             last = _event(error.body())
@@ -79,10 +79,13 @@ class EventStream(Response):
             last = _event(ServerError().body())
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
+    async def _send_piece(self, send: Send, piece: Piece) -> None:
+        def encode() -> bytes:
+            return b"".join(map(_event, self._answer.events(piece)))
 
-async def _send_events(send: Send, events: list[dict[str, Any]]) -> None:
-    if events:
-        await send({"type": "http.response.body", "body": b"".join(map(_event, events)), "more_body": True})
+        body = await asyncio.to_thread(encode) if self._answer.is_long(piece) else encode()
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _event(data: object) -> bytes:

@@ -175,6 +175,11 @@ class FakeEngine:
     async def _outputs(self, request: Request) -> AsyncIterator[Output]:
         tokens = list(self._script(request) if self._script is not None else self.encode(REPLY))
         tokens = tokens[: request.params.max_tokens]
+        scores = self._prompt_scores(request)
+        if len(scores) > 1:
+            yield Output(request.id, prompt_logprobs=scores[:1])
+        if not tokens:
+            yield Output(request.id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scores[bool(scores[1:]) :])
         for index, token in enumerate(tokens):
             if index >= self.hold_at:
                 self.num_waiting += 1
@@ -200,7 +205,16 @@ class FakeEngine:
                 timings=Timings(queue=0.001, prefill=0.002) if first else None,
                 cached_tokens=BLOCK if first and len(request.prompt) > BLOCK else 0,
                 shares=self._shares(request, index),
+                prompt_logprobs=scores[bool(scores[1:]) :] if first else (),
             )
+
+    def _prompt_scores(self, request: Request) -> tuple[TokenLogprobs, ...]:
+        """Of the token at place i: -i / 4, rank 3; and tokens 20, 21 and so on as the most likely ones."""
+        most = request.params.prompt_logprobs
+        if most is None:
+            return ()
+        top = tuple((20 + rank, -0.5 - rank) for rank in range(most))
+        return tuple(TokenLogprobs(-place / 4, top, 3) for place in range(1, len(request.prompt)))
 
     def _shares(self, request: Request, index: int) -> tuple[float, ...]:
         """Three quarters for one of the rows that may be used, in turn, and a quarter for the last of them."""

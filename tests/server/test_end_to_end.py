@@ -14,9 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from fakes import byte_level_tokenizer
 from openai import APIStatusError, AsyncOpenAI, OpenAI
+from peft import PeftModel
 from served import MESSAGES, OPTIONS, Served, reference_text
+from transformers import AutoModelForCausalLM
 
 from server.app import open_services
 from server.config import ServeSettings, Settings
@@ -107,6 +110,32 @@ def test_a_repeated_prompt_comes_from_the_prefix_cache_of_its_own_mix(openai_cli
     assert ask("all4") == 0
     assert ask("all4") > 0
     assert ask("tiny") == 0
+
+
+def test_echoed_prompts_are_scored_as_by_transformers_and_peft(
+    openai_client: OpenAI, model: Path, adapters: dict[str, Path]
+) -> None:
+    tokenizer, text = byte_level_tokenizer(), "The quick brown fox, naïve and fine: 漢字."
+    ids = tokenizer.encode(text)
+    for name in ("tiny", "all4"):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        if name != "tiny":
+            loaded = PeftModel.from_pretrained(loaded, str(adapters[name])).eval()
+        with torch.inference_mode():
+            rows = loaded(input_ids=torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        expected = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        for prompt in (text, ids):
+            answer = openai_client.completions.create(
+                model=name, prompt=prompt, echo=True, logprobs=1, max_tokens=0, temperature=0
+            )
+            (choice,) = answer.choices
+            assert choice.text == text
+            assert choice.logprobs is not None
+            first, *found = choice.logprobs.token_logprobs or ()
+            assert first is None
+            assert found == pytest.approx(expected.tolist(), abs=1e-4)
+            tops = [max(top.values()) for top in (choice.logprobs.top_logprobs or ())[1:]]
+            assert tops == pytest.approx(rows.amax(-1).tolist(), abs=1e-4)
 
 
 def test_clients_that_leave_free_their_sequences(served: Served) -> None:

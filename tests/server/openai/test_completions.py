@@ -84,7 +84,7 @@ async def test_logprobs(client: httpx.AsyncClient, harness: Harness) -> None:
     tokens = harness.engine.encode("ok 漢 ok")
     assert len(logprobs["tokens"]) == len(tokens) == len(logprobs["text_offset"])
     assert logprobs["token_logprobs"] == [-0.5] * len(tokens)
-    assert all(len(top) == 1 for top in logprobs["top_logprobs"])
+    assert logprobs["top_logprobs"] == [{name: -0.5} for name in logprobs["tokens"]]
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
     for name, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         if not name.startswith("bytes:"):
@@ -99,7 +99,7 @@ async def test_logprobs_name_parts_of_characters_by_their_bytes(client: httpx.As
     logprobs = (await post(client, logprobs=0)).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["text_offset"] == [0, 0]
-    assert logprobs["top_logprobs"] == [{}, {}]
+    assert logprobs["top_logprobs"] == [{name: -0.5} for name in logprobs["tokens"]]
 
 
 async def test_leading_spaces_stay(client: httpx.AsyncClient, harness: Harness) -> None:
