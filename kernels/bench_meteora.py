@@ -173,7 +173,7 @@ def _ours(
 ) -> Iterator[tuple[str, bool, Callable[[int], Outputs]]]:
     """Gates in a slot and adapters in pages, by tiles and as dense products."""
     from kernels.gates import gate_scale
-    from kernels.lora import dense_lora_, lora_delta, mapping_matrix
+    from kernels.lora import dense_lora_, dense_mapping, lora_delta
 
     n, count = setting.adapters, setting.rows
     tiles = tiles_of(
@@ -187,8 +187,7 @@ def _ours(
     packed = [
         [_packed(linear, group, padded) for linear, group in zip(linears, layer, strict=True)] for layer in layers
     ]
-    weights = mapping_matrix(tiles, count)
-    pages = tiles.pages.long().clamp(min=0)
+    pages, weights = dense_mapping(tiles, count)
 
     def scale(place: int, gates: Tensor) -> Tensor:
         first = sum(len(linear.slices) for linear in linears[:place])
@@ -196,7 +195,7 @@ def _ours(
 
     def by_tiles(i: int) -> Outputs:
         return [
-            lora_delta(xs[place], a, b, tiles, linear.slices, scale(place, gates), pdl=where.pdl)
+            lora_delta(xs[place], a, b, tiles, linear.slices, partial(scale, place, gates), pdl=where.pdl)
             for place, (linear, (a, b, gates)) in enumerate(zip(linears, packed[i], strict=True))
         ]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.scale import Scale
 from kernels.summands import Summands
 
 Attention: TypeAlias = Any
@@ -71,12 +72,13 @@ class Ops(Protocol):
         pages: tuple[Tensor, Tensor],
         mapping: Mapping,
         slices: tuple[int, ...],
-        scale: Tensor | None = None,
+        scale: Scale = None,
     ) -> Summands:
         """`linear` plus the low-rank updates of the rows' pages, [T, sum(slices)].
 
         pages: A [P, S * 16, in], whose rows s*16..s*16+15 belong to output slice s, and B [P, 16, sum(slices)].
-        scale: None or fp32[S, T, columns], a further factor for every slice, row and page of the mapping.
+        scale: None or fp32[S, T, columns], a further factor for every slice, row and page of the mapping; or what makes
+        it, to be called once, where and when it suits the backend.
         A row never sees a page whose weight is 0 for it; a backend states what pages must hold for that.
         """
         ...

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kernels.gather import AttentionMeta, KeyPlan
 from kernels.mapping import Mapping, ScatteredBlock, SharedBlock
+from kernels.scale import Scale, scale_of
 from kernels.summands import Summands
 from kernels.tiles import PAGE_RANK
 
@@ -103,10 +104,10 @@ def lora_linear(
     pages: tuple[Tensor, Tensor],
     mapping: Mapping,
     slices: tuple[int, ...],
-    scale: Tensor | None = None,
+    scale: Scale = None,
 ) -> Summands:
     """`linear` with the updates of `lora_` already added. Pages may hold anything: no row meets a page of another."""
-    return lora_(linear(x, weight, bias), x, *pages, mapping, slices, scale), None
+    return lora_(linear(x, weight, bias), x, *pages, mapping, slices, scale_of(scale)), None
 
 
 def lora_(

@@ -13,7 +13,8 @@ from kernels import attention, elementwise, rotary_store, sampling
 from kernels.attention import PagedMeta
 from kernels.gemm import gemm, new_counters
 from kernels.gemm_table import GemmTable
-from kernels.lora import dense_lora_, lora_delta, mapping_matrix
+from kernels.lora import dense_lora_, dense_mapping, lora_delta
+from kernels.scale import Scale, scale_of
 from kernels.summands import Summands
 from kernels.tiles import LoraTiles
 
@@ -39,6 +40,7 @@ class TritonOps:
         self.table = table
         self._counters = new_counters(device)
         self._side = torch.cuda.Stream(device) if on_gpu else None
+        self._gates = torch.cuda.Stream(device) if on_gpu else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return elementwise.rms_norm(x, weight, eps, pdl=self.pdl)
@@ -76,23 +78,40 @@ class TritonOps:
         pages: tuple[Tensor, Tensor],
         mapping: LoraTiles,
         slices: tuple[int, ...],
-        scale: Tensor | None = None,
+        scale: Scale = None,
     ) -> Summands:
         """Where rows share pages, pages must be finite: then a row meets pages of others with weight 0."""
         if scale is not None and len(x) > SIDE_ROWS and len(mapping.pages) <= DENSE_PAGES:
-            y, matrix = self.linear(x, weight, bias), mapping_matrix(mapping, len(x))
-            return dense_lora_(y, x, *pages, mapping.pages.long().clamp(min=0), matrix, slices, scale), None
+            y, (ids, matrix) = self.linear(x, weight, bias), dense_mapping(mapping, len(x))
+            return dense_lora_(y, x, *pages, ids, matrix, slices, scale_of(scale)), None
         if self._side is None or len(x) > SIDE_ROWS:
             return self.linear(x, weight, bias), lora_delta(x, *pages, mapping, slices, scale, pdl=self.pdl)
         main = torch.cuda.current_stream()
         fork = main.record_event()
         # the base product first: launched behind the others, it found their programs in its place (+6 % of a step)
         y = self._linear(x, weight, bias, beside=True)
+        scale = self._beside(scale, fork)
         self._side.wait_event(fork)
         with torch.cuda.stream(self._side):
             delta = lora_delta(x, *pages, mapping, slices, scale)
         main.wait_stream(self._side)
         return y, delta
+
+    def _beside(self, scale: Scale, fork: torch.cuda.Event) -> Scale:
+        """Have the factors made on a stream of their own, while the first low-rank product runs."""
+        if scale is None or isinstance(scale, Tensor):
+            return scale
+        assert self._gates is not None
+        gates = self._gates
+        gates.wait_event(fork)
+        with torch.cuda.stream(gates):
+            made = scale()
+
+        def awaited() -> Tensor | None:
+            torch.cuda.current_stream().wait_stream(gates)
+            return made
+
+        return awaited
 
     def paged_attention(
         self, q: Tensor, cache: tuple[Tensor, Tensor], meta: PagedMeta, scale: float, window: int | None
