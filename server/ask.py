@@ -14,7 +14,7 @@ class Ask:
     """One request to generate. Either `messages` or `prompts` (text or token ids) is given.
 
     `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
-    seed + i; `max_tokens` None is the rest of the context.
+    seed + i; `max_tokens` None is the rest of the context. `timeout`: seconds that the client gives it.
     """
 
     tenant: Tenant
@@ -27,6 +27,7 @@ class Ask:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    timeout: float | None = None
 
     @property
     def sequences(self) -> int:

@@ -5,7 +5,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from routing.router import Route
@@ -13,7 +13,7 @@ from server.chat import ChatTokenizer
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineInfo, RequestError
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, TokenLogprobs
-from server.errors import BadRequest, ServerError, Unavailable
+from server.errors import BadRequest, DeadlinePassed, ServerError, Unavailable
 from server.metrics import Ending, Metrics
 from server.routed_tokens import RoutedTokens
 from server.stops import StopStrings
@@ -131,31 +131,42 @@ class Choice:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Submit, stream, and account for the ending, whichever it is. Closing this early aborts the request.
 
-        Raises BadRequest for what the engine refuses, Unavailable when there is no engine or it ends the request.
+        Raises BadRequest for what the engine refuses, Unavailable when there is no engine or it ends the request,
+        DeadlinePassed where the request's time is over before its first token.
         """
         ending = FinishReason.ABORT
         self._services.metrics.begin(self._route)
         try:
             if self._waits and self.leader is not None:
                 await self.leader._has_started.wait()
-            async with aclosing(self._services.engine.submit(self.request)) as outputs:
+            async with aclosing(self._services.engine.submit(self._in_time())) as outputs:
                 async for output in outputs:
                     self.prompt_scores += output.prompt_logprobs
                     if not output.tokens and output.finish_reason is None:
                         continue  # a part of the prompt is scored
                     piece = self._take(output)
                     if piece.finish_reason is not None:
-                        ending = piece.finish_reason
+                        is_late = output.finish_reason is FinishReason.TIMEOUT
+                        ending = FinishReason.TIMEOUT if is_late else piece.finish_reason
                     if piece.text or piece.finish_reason is not None:
                         yield piece
                     if piece.finish_reason is not None:
                         break  # leaving closes the stream: after a stop string this aborts in the engine
         except (EngineUnavailable, RequestError, ServerError) as error:
-            ending = FinishReason.ERROR
+            ending = FinishReason.TIMEOUT if isinstance(error, DeadlinePassed) else FinishReason.ERROR
             raise _client_error(error) from error
         finally:
             self._has_started.set()
             self._account(ending)
+
+    def _in_time(self) -> Request:
+        """The request with what is left of its time. Raises DeadlinePassed."""
+        if self.request.timeout is None:
+            return self.request
+        left = self._arrival + self.request.timeout - self._services.clock()
+        if left <= 0:
+            raise DeadlinePassed
+        return replace(self.request, timeout=left)
 
     def _take(self, output: Output) -> Piece:
         if output.finish_reason is FinishReason.ABORT:
@@ -165,9 +176,13 @@ class Choice:
                 raise OutputNotFinite(NOT_FINITE, param="lora.adapters")
             logger.error("request %s failed in the engine: %s", output.request_id, output.error)
             raise Unavailable("the engine could not finish this request; please retry", code="engine_error")
+        is_late = output.finish_reason is FinishReason.TIMEOUT
+        if is_late and not self.num_tokens:
+            raise DeadlinePassed
         self._note_time(output)
         text = self._feed(output)
         reason = FinishReason.STOP if self._stops.hit is not None else output.finish_reason
+        reason = FinishReason.LENGTH if is_late else reason
         if reason is not None and self._stops.hit is None:
             text += self._stops.feed(self._detokenizer.flush())
             text += self._stops.flush()

@@ -12,7 +12,8 @@
     ├── UnsupportedMediaType   415
     ├── Unprocessable          422  an adapter that cannot be served
     ├── TooManyRequests        429  beyond a quota; says when to try again
-    └── Unavailable            503  engine down or draining; says when to try again
+    ├── Unavailable            503  engine down or draining; says when to try again
+    └── DeadlinePassed         504  the request's own `timeout`, before the first token
 
 `ClientGone` is none of them: nobody is left to read an answer. What adapters_store raises becomes the class of its
 status, see `refusal`.
@@ -162,6 +163,15 @@ class Unavailable(ServerError):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"Retry-After": str(RETRY_SECONDS)}
+
+
+class DeadlinePassed(ServerError):
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    type = "server_error"
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("timeout: the time that the request gave was over before its answer began", param="timeout")
 
 
 class ClientGone(Exception):

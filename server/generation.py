@@ -4,6 +4,7 @@ A route handler starts a `Generation` and iterates over its pieces. Whatever hap
 released once, each choice is accounted for once, and closing the iteration ends the work in the engine.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -19,8 +20,9 @@ from server.chat import ChatTokenizer
 from server.choice import Choice, ChoiceServices, OutputNotFinite, Piece
 from server.engine.config import EngineInfo
 from server.engine.sequence import Request
-from server.errors import BadRequest, NotFound, ServerError, Unavailable, refusal
+from server.errors import BadRequest, DeadlinePassed, NotFound, ServerError, Unavailable, refusal
 from server.interleave import interleave
+from server.prompts import PromptReader
 from server.quotas import Meter, QuotaGate
 from server.routed_tokens import with_shares
 from server.stops import StopStrings
@@ -132,10 +134,11 @@ class Generation:
         """The life of the request. To be iterated once, and closed. Raises ServerError."""
         with self._running(), self._generator.quotas.admit(self._ask.tenant.id, self._ask.sequences) as meter:
             info = self._engine_info()
-            self._check_token_ids(info)
-            self.prompts = await self._tokenize(info)
+            async with self._in_time():
+                self.prompts = await self._reader(info).read()
             with self._accounted(meter):
-                self.route = await self._decide()
+                async with self._in_time():
+                    self.route = await self._decide()
                 async with self._lease(self.route) as paths:
                     self.choices = self._make_choices(info, self.route, paths)
                     async with aclosing(interleave([choice.pieces() for choice in self.choices])) as pieces:
@@ -150,6 +153,20 @@ class Generation:
             yield
         finally:
             self._generator.running.discard(self)
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """What is done before the engine has the request, and watches its time. Raises DeadlinePassed."""
+        left = None
+        if self._ask.timeout is not None:
+            left = self._arrival + self._ask.timeout - self._generator.services.clock()
+        try:
+            async with asyncio.timeout(left) as scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlinePassed from None
 
     @contextmanager
     def _accounted(self, meter: Meter) -> Iterator[None]:
@@ -188,7 +205,8 @@ class Generation:
     async def _lease(self, route: Route) -> AsyncIterator[Mapping[str, str]]:
         """Folders of the route's adapters by digest, which stay in place meanwhile."""
         try:
-            lease = await self._generator.store.lease(self._ask.tenant.id, route.resolved)
+            async with self._in_time():
+                lease = await self._generator.store.lease(self._ask.tenant.id, route.resolved)
         except UnknownAdapter as error:  # deleted since it was routed to
             raise NotFound(
                 f"the adapter {error.name!r} does not exist", param="model", code="model_not_found"
@@ -207,60 +225,8 @@ class Generation:
             raise Unavailable("the engine is being restarted; please retry", code="engine_unavailable")
         return info
 
-    def _check_token_ids(self, info: EngineInfo) -> None:
-        params = self._ask.params
-        for param, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if not all(0 <= token < info.vocab_size for token in tokens):
-                raise BadRequest(f"{param}: expected token ids from 0 to {info.vocab_size - 1}", param=param)
-
-    async def _tokenize(self, info: EngineInfo) -> tuple[tuple[int, ...], ...]:
-        ask, tokenizer = self._ask, self._generator.services.tokenizer
-        prompts: list[tuple[int, ...]] = []
-        if ask.messages is not None:
-            if len(ask.messages) > info.max_model_len:
-                raise self._too_long(f"there are {len(ask.messages)} messages", info)
-            self._check_characters(sum(len(message["content"]) for message in ask.messages), info)
-            prompts.append(tuple(await tokenizer.encode_chat(ask.messages)))
-        for prompt in ask.prompts:
-            if isinstance(prompt, str):
-                self._check_characters(len(prompt), info)
-                prompt = tuple(await tokenizer.encode(prompt))
-            prompts.append(prompt)
-        for prompt in prompts:
-            self._check_prompt(prompt, info)
-        self._check_scores(sum(map(len, prompts)))
-        return tuple(prompts)
-
-    def _check_prompt(self, prompt: tuple[int, ...], info: EngineInfo) -> None:
-        param, wanted = self._ask.prompt_param, self._ask.max_tokens
-        if not prompt:
-            raise BadRequest(f"{param}: expected at least one token", param=param)
-        if len(prompt) + (1 if wanted is None else wanted) > info.max_model_len:
-            asked = ", which leaves no room for an answer" if wanted is None else f" and max_tokens is {wanted}"
-            raise self._too_long(f"the prompt has {len(prompt)} tokens{asked}", info)
-        if not all(0 <= token < info.vocab_size for token in prompt):
-            raise BadRequest(f"{param}: expected token ids from 0 to {info.vocab_size - 1}", param=param)
-
-    def _check_scores(self, num_tokens: int) -> None:
-        """One answer has to hold them all: they are refused before they are computed."""
-        most, limit = self._ask.params.prompt_logprobs, self._generator.most_scores
-        if most is not None and num_tokens * (1 + most) > limit:
-            raise BadRequest(
-                f"{self._ask.prompt_param}: {num_tokens} tokens with {1 + most} log-probabilities each are more than"
-                f" the {limit} of one answer",
-                param=self._ask.prompt_param,
-                code="too_many_logprobs",
-            )
-
-    def _check_characters(self, length: int, info: EngineInfo) -> None:
-        """Text that no tokenisation can make fit is not tokenised: 16 MB of it cost tens of seconds."""
-        if length > info.max_model_len * self._generator.services.tokenizer.max_token_characters:
-            raise self._too_long(f"the prompt has {length} characters", info)
-
-    def _too_long(self, what: str, info: EngineInfo) -> BadRequest:
-        param = self._ask.prompt_param
-        message = f"{param}: {what}; the context is {info.max_model_len} tokens"
-        return BadRequest(message, param=param, code="context_length_exceeded")
+    def _reader(self, info: EngineInfo) -> PromptReader:
+        return PromptReader(self._ask, self.tokenizer, info, self._generator.most_scores)
 
     async def _decide(self) -> Route:
         metrics, query, name = self._generator.services.metrics, self._ask.query, "none"
@@ -300,6 +266,7 @@ class Generation:
                     tenant=ask.tenant.id,
                     weight=ask.tenant.weight,
                     gates=route.gates,
+                    timeout=ask.timeout,
                 )
                 stops = StopStrings(ask.stop)
                 waits = leader is not None and (len(prompt) > info.block_size or ask.params.prompt_logprobs is not None)

@@ -20,6 +20,7 @@ from server.engine.arrivals import Arrivals
 from server.engine.blocks import BlockPool
 from server.engine.checks import check_tokens
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
+from server.engine.deadlines import Deadlines
 from server.engine.gate_bank import GateBank
 from server.engine.plan import Chunk
 from server.engine.reads import page_check
@@ -65,6 +66,7 @@ class Engine:
         self.waited = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._endings: list[Output] = []
+        self._deadlines = Deadlines()
         self._steps: list[tuple[float, int]] = []
         self._launched: Launched | None = None
 
@@ -95,6 +97,8 @@ class Engine:
         sequence = Sequence.of(request, arrival=self.clock())
         may_queue = self.arrivals.add(sequence)
         self._sequences[request.id] = sequence
+        if request.timeout is not None:
+            self._deadlines.add(sequence, request.timeout)
         if may_queue:
             self.scheduler.add(sequence)
 
@@ -113,6 +117,9 @@ class Engine:
         else.
         """
         started = self.clock()
+        for sequence in self._deadlines.expired(started):
+            self._end(sequence)
+            self._endings.append(Output(sequence.request.id, finish_reason=FinishReason.TIMEOUT))
         self._move_adapters()
         plan = self.scheduler.schedule()
         for sequence, error in plan.failed:
@@ -182,6 +189,8 @@ class Engine:
         self.scheduler.check_integrity()
         self.adapters.check_integrity()
         self.arrivals.check_integrity()
+        if len(self._deadlines) != sum(s.request.timeout is not None for s in self._sequences.values()):
+            raise RuntimeError("deadlines are kept of other sequences than those that have one")
 
     def _move_adapters(self) -> None:
         """Let what is being loaded go on, and queue the requests whose adapters and gates have all been read."""
@@ -269,6 +278,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
         del self._sequences[sequence.request.id]
+        self._deadlines.remove(sequence)
         if not self.arrivals.leave(sequence):
             self.scheduler.remove(sequence, forget=forget)
 

@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TIMEOUT = "timeout"
     ABORT = "abort"
     ERROR = "error"
 
@@ -66,7 +67,7 @@ class Request:
 
     `cache_key`, the mix and `gates` root the prefix-cache hash chain: the KV of one such set is never read under
     another. `gates` weigh the adapters of the mix anew for every token. `weight` (> 0) is the share that is due to
-    `tenant`, relative to those of others.
+    `tenant`, relative to those of others. `timeout`: seconds after its arrival when it ends, whatever it has by then.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Request:
     tenant: str = "default"
     weight: float = 1.0
     gates: GateUse | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:

@@ -38,7 +38,6 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "audio": (None,),
     "modalities": (None, ["text"]),
     "priority": (None, 0),
-    "timeout": (None,),
 }
 """Fields that change the answer and are refused, with the values that change nothing."""
 
@@ -52,6 +51,7 @@ class StreamOptions(RequestModel):
 LONGEST_STOP = 4096
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+LONGEST_TIMEOUT = 86_400
 
 
 def _stops(value: object) -> object:
@@ -96,6 +96,8 @@ class GenerationRequest(RequestModel):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    timeout: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT)] | None = None
 
     adapter_id: Name | None = None
     lora: LoraOptions | None = None
@@ -204,6 +206,7 @@ class GenerationRequest(RequestModel):
             seed=self.seed,
             max_tokens=self.longest_answer(),
             stop=tuple(self.stop or ()),
+            timeout=self.timeout,
         )
 
 
