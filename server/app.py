@@ -45,6 +45,7 @@ from server.rate_limit_headers import RateLimitHeaders
 from server.request_id import RequestIds
 from server.router_setup import encoder_process, router_service
 from server.tenants import Keys, Tenants
+from server.tools.form import FORMS
 from server.usage import FLUSH_SECONDS, UsageLedger
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     )
     config = settings.serve.store_config(served_name, settings.data_dir, settings.sources.max_adapter_bytes)
     base, base_name = ModelConfig.from_folder(folder), folder.resolve().name if local else served_name
-    tokenizer = ChatTokenizer.from_folder(folder)
+    tokenizer = ChatTokenizer.from_folder(folder, FORMS.get(settings.serve.tool_parser))
     async with open_store(base.linear_shape, base_name, config, served_name) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
         engine_config = settings.serve.engine_config(folder, settings.data_dir)

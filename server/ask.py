@@ -1,12 +1,16 @@
 """What a client asks for, out of HTTP."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from routing.router import RouteQuery
-from server.chat import ChatTokenizer, Message
+from server.chat import ChatTokenizer
 from server.engine.sequence import SamplingParams
 from server.query_text import QueryScope, of_messages, of_prompts
 from server.tenants import Tenant
+from server.tools.definition import ToolUse
+from server.tools.forced import forced_calls
+from server.tools.form import ToolForm
+from server.tools.instructions import Message
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,8 @@ class Ask:
     """One request to generate. Either `messages` or `prompts` (text or token ids) is given.
 
     `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
-    seed + i; `max_tokens` None is the rest of the context. `timeout`: seconds that the client gives it.
+    seed + i; `max_tokens` None is the rest of the context. `timeout`: seconds that the client gives it. `tools` None
+    means that none may be called.
     """
 
     tenant: Tenant
@@ -28,6 +33,13 @@ class Ask:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     timeout: float | None = None
+    tools: ToolUse | None = None
+
+    def of_form(self, form: ToolForm) -> "Ask":
+        """The same, with the constraint that a forced call needs of a model that writes calls in this form."""
+        if self.tools is None or not self.tools.is_forced:
+            return self
+        return replace(self, params=replace(self.params, constraint=forced_calls(self.tools, form)))
 
     @property
     def sequences(self) -> int:

@@ -1,9 +1,9 @@
 """The tokenizer of the served model: chat messages and text to tokens, tokens to text."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
 import anyio.to_thread
@@ -12,12 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.detokenizer import Detokenizer
 from server.errors import BadRequest
+from server.tools.definition import ToolUse
+from server.tools.form import ToolForm
+from server.tools.instructions import Message
+from server.tools.template import ChatTemplate
 
 LONG_TEXT = 2048
 """Characters from which text is tokenised in a thread: one or two milliseconds, ten times the hand-over's price."""
-
-Message = Mapping[str, str]
-"""`role` and `content`."""
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -28,18 +29,21 @@ class TokenizerError(ValueError):
 
 
 class ChatTokenizer:
-    """Text in, tokens out, and back. Long texts are tokenised in a thread, at most `num_threads` at a time."""
+    """Text in, tokens out, and back. Long texts are tokenised in a thread, at most `num_threads` at a time.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_threads: int = 2) -> None:
+    `form` is how the model writes tool calls; None finds out by its chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_threads: int = 2, form: ToolForm | None = None) -> None:
         self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._threads = anyio.CapacityLimiter(num_threads)
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._template = ChatTemplate(self._apply_template, str(tokenizer.chat_template), form)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "ChatTokenizer":
+    def from_folder(cls, folder: Path, form: ToolForm | None = None) -> "ChatTokenizer":
         """Raises TokenizerError if there is no tokenizer in the folder, or an unreadable one."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -47,7 +51,7 @@ class ChatTokenizer:
             raise TokenizerError(f"{folder}: cannot load the tokenizer ({_first_line(error)})") from error
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerError(f"{folder}: expected a tokenizer.json, the tokenizer has no fast form")
-        return cls(tokenizer)
+        return cls(tokenizer, form=form)
 
     @property
     def vocab_size(self) -> int:
@@ -62,17 +66,28 @@ class ChatTokenizer:
         """Token ids. A begin-of-text token that the text spells out itself is not doubled."""
         return await self._run(len(text), self._encode, text, add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The messages in the model's chat template. Raises BadRequest if the template refuses them."""
-        length = sum(len(message["content"]) for message in messages) + 16 * len(messages)
-        return await self._run(length, self._encode_chat, messages, add_generation_prompt)
+    @property
+    def tool_form(self) -> ToolForm:
+        """How the model writes tool calls."""
+        return self._template.form
+
+    async def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: ToolUse | None = None
+    ) -> list[int]:
+        """The messages and tools in the model's chat template, or without its help if it knows no tools.
+
+        Where a call is forced, the beginning of one follows. Raises BadRequest if the template refuses the messages.
+        """
+        length = num_characters(messages, tools) + 16 * len(messages)
+        return await self._run(length, self._encode_chat, messages, add_generation_prompt, tools)
 
     async def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
         return await self._run(4 * len(tokens), self._decode, tokens, skip_special_tokens)
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """Incremental decoding of the output that follows `prompt`; special tokens have no text."""
-        return Detokenizer(self._backend.decode, self._special, prompt)
+    def detokenizer(self, prompt: Sequence[int], shown: Collection[str] = ()) -> Detokenizer:
+        """Incremental decoding of the output that follows `prompt`; special tokens have no text, but those `shown`."""
+        skip = self._special_ids - {self._backend.token_to_id(token) for token in shown}
+        return Detokenizer(partial(self._backend.decode, skip_special_tokens=False), skip, prompt)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own spelling of tokens; empty for ids that have none."""
@@ -80,7 +95,7 @@ class ChatTokenizer:
 
     def special_text(self, token: int) -> str | None:
         """How a special token is spelled; None for all other tokens."""
-        return self._backend.id_to_token(token) if token in self._special else None
+        return self._backend.id_to_token(token) if token in self._special_ids else None
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, also where they are only a part of a character."""
@@ -103,6 +118,11 @@ class ChatTokenizer:
         return frozenset(self._backend.get_added_tokens_decoder())
 
     @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(self._tokenizer.all_special_ids) | {token for token, about in added.items() if about.special}
+
+    @cached_property
     def _byte_level(self) -> dict[str, int]:
         """Byte of each character of a byte-level vocabulary; empty if the vocabulary is another."""
         state = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b""
@@ -115,21 +135,29 @@ class ChatTokenizer:
         doubled = add_special_tokens and bos is not None and tokens[:2] == [bos, bos]
         return tokens[1:] if doubled else tokens
 
-    def _encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+    def _encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: ToolUse | None
+    ) -> list[int]:
         if not self._tokenizer.chat_template:
             raise BadRequest(
                 "the served model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text = self._template.render(messages, tools, add_generation_prompt)
         except Exception as error:  # a template is a program of the model's: it raises what it likes
             raise BadRequest(
                 f"the model's chat template refuses the messages: {_first_line(error)}", param="messages"
             ) from error
         # The template writes the special tokens itself.
         return self._encode(text, add_special_tokens=False)
+
+    def _apply_template(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
 
     def _decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
         text: str = self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
@@ -139,6 +167,13 @@ class ChatTokenizer:
         if length < LONG_TEXT:
             return work(*arguments)
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._threads)
+
+
+def num_characters(messages: Sequence[Message], tools: ToolUse | None = None) -> int:
+    """Characters of what messages and tools say, which no template leaves out."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    said = sum(len(message["content"]) for message in messages) + sum(len(call["arguments"]) for call in calls)
+    return said + (tools.length if tools is not None else 0)
 
 
 def _byte_alphabet() -> dict[str, int]:

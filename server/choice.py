@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -91,7 +91,7 @@ class Choice:
 
     With `waits` a choice lets its leader go ahead: after the leader's first token the prompt is in the prefix cache,
     and n choices compute it once instead of n times. `arrival` is the HTTP request's, by the services' clock. One that
-    `explains` remembers who led each of its tokens.
+    `explains` remembers who led each of its tokens. The special tokens `shown` are text.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Choice:
         leader: "Choice | None" = None,
         waits: bool = False,
         explains: bool = False,
+        shown: Collection[str] = (),
     ) -> None:
         self.index = index
         self.request = request
@@ -119,7 +120,7 @@ class Choice:
         self._arrival = arrival
         self._waits = waits
         self._has_started = asyncio.Event()
-        self._detokenizer = services.tokenizer.detokenizer(request.prompt)
+        self._detokenizer = services.tokenizer.detokenizer(request.prompt, shown)
         self._decoded = 0  # characters decoded
         self._said = 0  # characters given out
         self._has_spoken = False

@@ -64,6 +64,9 @@ def serve(
         str | None, typer.Option(help="Reads prompts for the model `auto`: a pulled encoder, a folder, or none.")
     ] = None,
     default_router: Annotated[str | None, typer.Option(help="What `auto` means [retriever].")] = None,
+    tool_parser: Annotated[
+        str | None, typer.Option(metavar="auto|hermes|llama3_json", help="How the model writes tool calls [auto].")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,
     data_dir: DataDir = None,

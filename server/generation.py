@@ -90,7 +90,7 @@ class Generation:
         self.prompts: tuple[tuple[int, ...], ...] = ()
         self.choices: tuple[Choice, ...] = ()
         self._generator = generator
-        self._ask = ask
+        self._ask = ask.of_form(generator.services.tokenizer.tool_form)
         self._arrival = generator.services.clock()
         self._charged: Counter[int] = Counter()  # tokens by choice
 
@@ -250,6 +250,7 @@ class Generation:
         ask, generator = self._ask, self._generator
         seed = generator.new_seed() if ask.seed is None else ask.seed
         key = cache_key(info.model_fingerprint, route.mix, ask.tenant.salt)
+        shown = self.tokenizer.tool_form.markers if ask.tools is not None else frozenset()
         choices: list[Choice] = []
         for prompt in self.prompts:
             leader: Choice | None = None
@@ -280,6 +281,7 @@ class Generation:
                     leader,
                     waits,
                     ask.query.options.explain,
+                    shown,
                 )
                 leader, params = leader or choice, replace(params, prompt_logprobs=None)
                 choices.append(choice)

@@ -1,7 +1,7 @@
 """Prompts as token ids, and what is refused before any work is done for it."""
 
 from server.ask import Ask
-from server.chat import ChatTokenizer
+from server.chat import ChatTokenizer, num_characters
 from server.engine.config import EngineInfo
 from server.errors import BadRequest
 
@@ -23,8 +23,8 @@ class PromptReader:
         if ask.messages is not None:
             if len(ask.messages) > self._info.max_model_len:
                 raise self._too_long(f"there are {len(ask.messages)} messages")
-            self._check_characters(sum(len(message["content"]) for message in ask.messages))
-            prompts.append(tuple(await tokenizer.encode_chat(ask.messages)))
+            self._check_characters(num_characters(ask.messages, ask.tools))
+            prompts.append(tuple(await tokenizer.encode_chat(ask.messages, tools=ask.tools)))
         for prompt in ask.prompts:
             if isinstance(prompt, str):
                 self._check_characters(len(prompt))

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
-from server.chat import ChatTokenizer, Message
+from server.chat import ChatTokenizer
 from server.errors import BadRequest
+from server.tools.instructions import Message
 
 
 class QueryScope(StrEnum):
@@ -17,11 +18,12 @@ class QueryScope(StrEnum):
 def of_messages(messages: Sequence[Message], scope: QueryScope, *, sticky: bool = False) -> str:
     """The last user turn; with `sticky` the first one, which stays the same while the conversation grows.
 
-    The whole conversation is what user and assistant said, without the system's instructions.
+    The whole conversation is what user and assistant said, without the system's instructions and the tools' results.
     """
     if scope is QueryScope.CONVERSATION and not sticky:
-        return "\n".join(message["content"] for message in messages if message["role"] != "system")
-    turns = [message["content"] for message in messages if message["role"] == "user"]
+        said = [message["content"] for message in messages if message["role"] in ("user", "assistant")]
+        return "\n".join(text for text in said if text)
+    turns: list[str] = [message["content"] for message in messages if message["role"] == "user"]
     if not turns:
         return ""
     return turns[0] if sticky else turns[-1]

@@ -2,59 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from server.ask import Ask
-from server.body import RequestModel
 from server.choice import Piece, ScoredToken
+from server.engine.sequence import FinishReason
 from server.errors import BadRequest
 from server.openai.answer import Answer, Collected, Json
+from server.openai.messages import ChatMessage, plain
 from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
+from server.openai.tool_calls import ToolCalls
+from server.openai.tools import AnyToolChoice, Tools, tool_use
 from server.tenants import Tenant
-
-
-class TextPart(RequestModel):
-    type: Literal["text"]
-    text: str
-
-
-def _parts(content: object) -> object:
-    """Plain text as its only part, so that errors in parts have one path."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise PydanticCustomError("content_type", "expected a string or a list of text parts")
-    return content
-
-
-Content = Annotated[
-    list[TextPart],
-    Field(min_length=1),
-    BeforeValidator(_parts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TextPart.model_json_schema()}]}),
-]
-
-
-class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    tool_calls: list[Any] | None = None
-
-    @field_validator("tool_calls")
-    @classmethod
-    def _no_calls(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise ValueError("tool calls are not supported by this server")
-        return value
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """For the chat template. Templates know `system`, OpenAI's newer name for it is `developer`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+from server.tools.call_parser import CallParser
+from server.tools.definition import ToolUse
+from server.tools.form import ToolForm
 
 
 class ChatRequest(GenerationRequest):
@@ -62,11 +26,15 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: AnyToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
+        self.tool_use()
 
     def longest_answer(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -75,7 +43,11 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def ask(self, tenant: Tenant) -> Ask:
-        return replace(super().ask(tenant), messages=tuple(message.plain for message in self.messages))
+        return replace(super().ask(tenant), messages=plain(self.messages), tools=self.tool_use())
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that may be called. Raises BadRequest."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 class ChatAnswer(Answer):
@@ -83,17 +55,23 @@ class ChatAnswer(Answer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, *arguments: Any, with_logprobs: bool, **named: Any) -> None:
+    def __init__(
+        self, *arguments: Any, with_logprobs: bool, tools: ToolUse | None, form: ToolForm, **named: Any
+    ) -> None:
         super().__init__(*arguments, **named)
         self._with_logprobs = with_logprobs
-        self._begun: set[int] = set()
+        self._tools = tools
+        self._form = form
+        self._begun: dict[int, ToolCalls | None] = {}
 
     def choice(self, index: int, collected: Collected) -> Json:
+        calls = self._calls(index)
+        message = {"content": collected.text} if calls is None else calls.message(collected.text)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": collected.text},
+            "message": {"role": "assistant", **message},
             "logprobs": self._logprobs(collected.tokens),
-            "finish_reason": collected.finish_reason,
+            "finish_reason": _reason(collected.finish_reason, calls),
         }
 
     def whole(self, choices: list[Collected]) -> Json:
@@ -106,12 +84,27 @@ class ChatAnswer(Answer):
     def deltas(self, piece: Piece) -> Iterator[Json]:
         """First the role, then text, at last the reason of the ending."""
         if piece.index not in self._begun:
-            self._begun.add(piece.index)
+            self._begun[piece.index] = self._calls(piece.index)
             yield self._delta(piece.index, {"role": "assistant", "content": ""})
-        if piece.text or piece.tokens:
-            yield self._delta(piece.index, {"content": piece.text}, piece.tokens)
-        if piece.finish_reason is not None:
-            yield self._delta(piece.index, {}) | {"finish_reason": piece.finish_reason}
+        calls, is_end = self._begun[piece.index], piece.finish_reason is not None
+        said = [{"content": piece.text}] if piece.text else []
+        said = calls.deltas(piece.text, is_end) if calls is not None else said
+        if piece.tokens and not said:
+            said = [{"content": ""}]
+        for number, delta in enumerate(said):
+            yield self._delta(piece.index, delta, () if number else piece.tokens)
+        if is_end:
+            yield self._delta(piece.index, {}) | {"finish_reason": _reason(piece.finish_reason, calls)}
+
+    def _calls(self, index: int) -> ToolCalls | None:
+        """What reads the calls of a choice, if there may be any."""
+        tools = self._tools
+        if tools is None:
+            return None
+        parser = CallParser(self._form, tools.names, None if tools.is_parallel else 1)
+        if tools.is_forced:
+            parser.feed(self._form.beginning)
+        return ToolCalls(parser, lambda number: f"call_{self._generation.id[:24]}{index:02x}{number:02x}")
 
     def _delta(self, index: int, delta: Json, tokens: tuple[ScoredToken, ...] = ()) -> Json:
         return {
@@ -129,6 +122,11 @@ class ChatAnswer(Answer):
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _reason(reason: FinishReason | None, calls: ToolCalls | None) -> str | None:
+    """An answer that ends by itself and has calls ends for their sake."""
+    return "tool_calls" if reason is FinishReason.STOP and calls is not None and calls.has_calls else reason
 
 
 def _scored(data: bytes, logprob: float) -> Json:

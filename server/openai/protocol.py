@@ -22,8 +22,6 @@ from server.tenants import Tenant
 T = TypeVar("T")
 
 NOT_SERVED: Mapping[str, tuple[object, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),

@@ -13,6 +13,7 @@ from adapters_store.registry import NotFound as UnknownName
 from routing.router import AUTO, RouteError, RouteQuery
 from server.ask import Ask
 from server.body import document, json_body
+from server.chat import num_characters
 from server.choice import Piece
 from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller, knock
 from server.errors import BadRequest, NotFound
@@ -20,6 +21,7 @@ from server.generation import Generation, route_error
 from server.openai.answer import Answer, Collected, Json, collect
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
+from server.openai.messages import plain
 from server.openai.stream import EventStream, unless_gone
 from server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from server.route_view import route_header
@@ -35,7 +37,8 @@ DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeReques
 
 @router.post("/v1/chat/completions", dependencies=[Depends(knock)], openapi_extra=document(ChatRequest))
 async def chat_completions(body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
-    generation = services.generator.start(body.ask(caller.tenant))
+    ask = body.ask(caller.tenant)
+    generation = services.generator.start(ask)
     answer = ChatAnswer(
         generation,
         body.model_name,
@@ -43,6 +46,8 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
         includes_usage=body.includes_usage,
         prompt_logprobs=body.prompt_logprobs,
         with_logprobs=bool(body.logprobs),
+        tools=ask.tools,
+        form=services.tokenizer.tool_form,
     )
     return await _respond(request, generation, answer, bool(body.stream))
 
@@ -102,10 +107,10 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
 async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     await _check_model(body.model, services, caller.tenant)
     if body.messages is not None:
-        messages = [message.plain for message in body.messages]
+        messages, tools = plain(body.messages), body.tool_use()
         _check_length(len(messages), services, "messages")
-        _check_characters(sum(len(message["content"]) for message in messages), services, "messages")
-        tokens = await services.tokenizer.encode_chat(messages, body.add_generation_prompt)
+        _check_characters(num_characters(messages, tools), services, "messages")
+        tokens = await services.tokenizer.encode_chat(messages, body.add_generation_prompt, tools)
     else:
         _check_characters(len(body.prompt or ""), services, "prompt")
         tokens = await services.tokenizer.encode(body.prompt or "", body.add_special_tokens)

@@ -7,8 +7,10 @@ from pydantic import Field
 from server.body import RequestModel, validate
 from server.config import LimitSettings
 from server.errors import BadRequest
-from server.openai.chat import ChatMessage
+from server.openai.messages import ChatMessage
+from server.openai.tools import Tools, tool_use
 from server.route_options import Name
+from server.tools.definition import ToolUse
 
 
 class TokenizeRequest(RequestModel):
@@ -17,6 +19,7 @@ class TokenizeRequest(RequestModel):
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -26,7 +29,12 @@ class TokenizeRequest(RequestModel):
         request = validate(cls, data, limits)
         if (request.prompt is None) == (request.messages is None):
             raise BadRequest("prompt: expected either prompt or messages", param="prompt")
+        request.tool_use()
         return request
+
+    def tool_use(self) -> ToolUse | None:
+        """Raises BadRequest."""
+        return tool_use(self.tools, None, None)
 
 
 class DetokenizeRequest(RequestModel):

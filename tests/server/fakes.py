@@ -45,12 +45,14 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
-def byte_level_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(
+    chat_template: str | None = TEMPLATE, more_special: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE that puts a begin-of-text token before plain text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *more_special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False

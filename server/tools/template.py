@@ -1,0 +1,72 @@
+"""A model's chat template, also for conversations that it was not written for."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from server.tools.definition import Tool, ToolUse
+from server.tools.form import HERMES, LLAMA, ToolForm
+from server.tools.instructions import Message, without_tools
+
+PROBE = Tool("loramux_probe", "A probe.", {"type": "object", "properties": {}})
+LLAMA_MARKS = ("ipython", LLAMA.opening)
+"""What templates of Llama 3.1 and later mention: the role of results, and the token before calls of built-in tools."""
+GREETING: Message = {"role": "user", "content": "Hello"}
+
+
+class Render(Protocol):
+    """Applies the template. Raises whatever the template does."""
+
+    def __call__(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> str: ...
+
+
+class ChatTemplate:
+    """`source` is the template's text. `form` is how the model writes calls; None finds out by the template."""
+
+    def __init__(self, render: Render, source: str, form: ToolForm | None = None) -> None:
+        self._render = render
+        self._source = source
+        self._form = form
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether a tool that it is given appears in the text: what a template does is surer than what it mentions."""
+        try:
+            return PROBE.name in self._render([dict(GREETING)], [PROBE.shown], True)
+        except Exception:  # a template is a program of the model's: it raises what it likes
+            return False
+
+    @cached_property
+    def form(self) -> ToolForm:
+        if self._form is not None:
+            return self._form
+        is_llama = HERMES.opening not in self._source and any(mark in self._source for mark in LLAMA_MARKS)
+        return LLAMA if is_llama and self.knows_tools else HERMES
+
+    def render(self, messages: Sequence[Message], use: ToolUse | None, add_generation_prompt: bool) -> str:
+        """The prompt. Where a call is forced it ends with the beginning of one. Raises what the template raises."""
+        tools = use.tools if use is not None else ()
+        said = [_with_objects(message) for message in messages]
+        if self.knows_tools:
+            text = self._render(said, [tool.shown for tool in tools] or None, add_generation_prompt)
+        else:
+            text = self._render(without_tools(said, tools, self.form), None, add_generation_prompt)
+        return text + self.form.beginning if use is not None and use.is_forced and add_generation_prompt else text
+
+
+def _with_objects(message: Message) -> dict[str, Any]:
+    """The message with the arguments of its calls as objects, as templates want them; what is none stays text."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        try:
+            arguments = json.loads(function["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            arguments = function["arguments"]
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
