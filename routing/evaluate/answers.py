@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from adapters_store.types import Mix
 from routing.train.batches import prompt_text
 from routing.train.data import TaskRow, read_rows
+from server.engine.gates import GateUse
 from server.engine.sequence import Output, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,11 +42,25 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt in tokens, the most tokens of its answer, and the adapters that answer it."""
+    """A prompt in tokens, the most tokens of its answer, and the adapters that answer it, weighed by `gates`.
+
+    `stops` are tokens that end the answer, beside those of the model.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     mix: Mix
+    gates: GateUse | None = None
+    stops: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The greedy answer to question `number`, stripped. `shares`: the gates' rows' weights, mean over its tokens."""
+
+    number: int
+    text: str
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,14 +73,19 @@ class AdapterFolders:
     @classmethod
     def find(cls, root: Path, names: Iterable[str]) -> AdapterFolders:
         """The PEFT folders `<root>/<name>`. Raises AnswerError where one is missing."""
+        return cls.of({name: root / name for name in sorted(set(names))})
+
+    @classmethod
+    def of(cls, folders: Mapping[str, Path]) -> AdapterFolders:
+        """PEFT folders by name. Raises AnswerError where one is missing."""
         digests: dict[str, str] = {}
-        for name in sorted(set(names)):
-            files = [root / name / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+        for name, folder in folders.items():
+            files = [folder / file for file in (CONFIG_NAME, WEIGHTS_NAME)]
             if missing := [file for file in files if not file.is_file()]:
                 raise AnswerError(f"{missing[0]}: no such file, expected a trained adapter for {name}")
             content = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
             digests[name] = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
-        return cls(digests, {digest: str(root / name) for name, digest in digests.items()})
+        return cls(digests, {digests[name]: str(folder) for name, folder in folders.items()})
 
 
 def answer_limits(tokenizer: PreTrainedTokenizerBase, tasks: Path, names: Iterable[str]) -> dict[str, int]:
@@ -85,7 +106,7 @@ def answers(
     engine: Steps,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    paths: dict[str, str],
+    paths: Mapping[str, str],
     at_once: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
@@ -93,25 +114,55 @@ def answers(
 
     `progress` is told the number of finished ones. Raises AnswerError where a request ends with an error.
     """
-    tokens: list[list[int]] = [[] for _ in questions]
-    begun = done = 0
-    while done < len(questions):
-        while begun < len(questions) and begun - done < at_once:
+    found = [""] * len(questions)
+    for done, answer in enumerate(answered(engine, tokenizer, questions, paths, at_once), start=1):
+        found[answer.number] = answer.text
+        progress(done)
+    return found
+
+
+def answered(
+    engine: Steps,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    paths: Mapping[str, str],
+    at_once: int,
+    follow: Callable[[Answer], Question | None] = lambda _: None,
+) -> Iterator[Answer]:
+    """Each answer as it ends; `paths` are adapters' folders by digest.
+
+    `follow` is told every answer, and may ask more under the same number: then only the last of them is yielded.
+    Raises AnswerError as `answers`.
+    """
+    tokens: dict[int, list[int]] = {}
+    shares: dict[int, list[tuple[float, ...]]] = {}
+    begun = 0
+    while tokens or begun < len(questions):
+        while begun < len(questions) and len(tokens) < at_once:
             engine.add_request(_request(begun, questions[begun], paths))
+            tokens[begun], shares[begun] = [], []
             begun += 1
         for output in engine.step():
             number = int(output.request_id)
             if output.error is not None:
                 raise AnswerError(f"question {number}: {output.error}")
             tokens[number] += output.tokens
+            shares[number] += [output.shares] if output.shares else []
             if output.finish_reason is not None:
-                done += 1
-                progress(done)
-    decoded: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in decoded]
+                text = str(tokenizer.decode(tokens.pop(number), skip_special_tokens=True)).strip()
+                answer = Answer(number, text, _mean(shares.pop(number)))
+                if (more := follow(answer)) is None:
+                    yield answer
+                else:
+                    engine.add_request(_request(number, more, paths))
+                    tokens[number], shares[number] = [], []
 
 
-def _request(number: int, question: Question, paths: dict[str, str]) -> Request:
-    params = SamplingParams(temperature=0.0, max_tokens=question.max_tokens)
+def _mean(shares: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(column) / len(shares) for column in zip(*shares, strict=True))
+
+
+def _request(number: int, question: Question, paths: Mapping[str, str]) -> Request:
+    params = SamplingParams(temperature=0.0, max_tokens=question.max_tokens, stop_token_ids=question.stops)
     own = {digest: paths[digest] for digest in question.mix.digests}
-    return Request(str(number), question.prompt, params, question.mix, own)
+    return Request(str(number), question.prompt, params, question.mix, own, gates=question.gates)

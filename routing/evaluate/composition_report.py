@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-Json = dict[str, Any]
+from routing.evaluate.bootstrap import by_task, interval, resampled
 
-RESAMPLES = 2000
-COVERED = (2.5, 97.5)
-"""Percentiles of the interval."""
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,54 +29,35 @@ class Table:
         """
         names = sorted(set(self.tasks))
         places = np.array([names.index(task) for task in self.tasks])
-        by_task = self._by_task(self.scores, places, len(names))
-        drawn = self._bootstrap(places, len(names), seed)
+        means = by_task(self.scores, places, len(names))
+        drawn = resampled(self.scores, places, len(names), seed)
         cluster_of = dict(zip(self.tasks, self.clusters, strict=True))
         clusters = {name: [t for t in names if cluster_of[t] == name] for name in dict.fromkeys(self.clusters)}
         found: Json = {}
         for place, setting in enumerate(self.settings):
             found[setting] = {
-                "mean": float(by_task[place].mean()),
-                "interval": _interval(drawn[place].mean(0)),
-                "groups": {name: _mean(by_task[place], names, own) for name, own in groups.items()},
-                "clusters": {name: _mean(by_task[place], names, own) for name, own in clusters.items()},
-                "tasks": dict(zip(names, by_task[place].tolist(), strict=True)),
-                "above_selection": self._above_selection(place, by_task, drawn),
+                "mean": float(means[place].mean()),
+                "interval": interval(drawn[place].mean(0)),
+                "groups": {name: _mean(means[place], names, own) for name, own in groups.items()},
+                "clusters": {name: _mean(means[place], names, own) for name, own in clusters.items()},
+                "tasks": dict(zip(names, means[place].tolist(), strict=True)),
+                "above_selection": self._above_selection(place, means, drawn),
             }
         return found
 
-    def _above_selection(self, place: int, by_task: np.ndarray, drawn: np.ndarray) -> Json | None:
+    def _above_selection(self, place: int, means: np.ndarray, drawn: np.ndarray) -> Json | None:
         """Paired: the same rows under both settings."""
         method, _, candidates = self.settings[place].partition("/")
         other = f"selection/{candidates}"
         if method == "selection" or other not in self.settings:
             return None
         base = self.settings.index(other)
-        difference = by_task[place].mean() - by_task[base].mean()
-        return {"mean": float(difference), "interval": _interval(drawn[place].mean(0) - drawn[base].mean(0))}
-
-    def _by_task(self, scores: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-        """(settings, tasks): the mean over each task's rows."""
-        return np.stack([scores[:, places == task].mean(1) for task in range(count)], axis=1)
-
-    def _bootstrap(self, places: np.ndarray, count: int, seed: int) -> np.ndarray:
-        """(settings, tasks, resamples): means over rows drawn with replacement within each task."""
-        rng = np.random.default_rng(seed)
-        means = []
-        for task in range(count):
-            own = self.scores[:, places == task]
-            weights = rng.multinomial(own.shape[1], np.full(own.shape[1], 1 / own.shape[1]), RESAMPLES)
-            means.append(own @ weights.T / own.shape[1])
-        return np.stack(means, axis=1)
+        difference = means[place].mean() - means[base].mean()
+        return {"mean": float(difference), "interval": interval(drawn[place].mean(0) - drawn[base].mean(0))}
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    low, high = np.percentile(values, COVERED).tolist()
-    return [low, high]
-
-
-def _mean(by_task: np.ndarray, names: Sequence[str], own: Sequence[str]) -> float:
-    return float(np.mean([by_task[names.index(name)] for name in own]))
+def _mean(means: np.ndarray, names: Sequence[str], own: Sequence[str]) -> float:
+    return float(np.mean([means[names.index(name)] for name in own]))
 
 
 def markdown(result: Mapping[str, Json], metrics: Mapping[str, str], rows: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from routing.evaluate.held_out import read_metrics, read_object, read_references
 from routing.train.data import TaskDataError, TaskRow, read_rows
 
 
@@ -45,12 +46,11 @@ def read_rankings(file: Path, tasks: Path, rows: int | None = None) -> Rankings:
     Raises:
         TaskDataError: the file is malformed, or does not belong to these tasks.
     """
-    found = _json(file)
+    found = read_object(file)
     entries = found.get("queries")
     if not isinstance(entries, list) or not entries:
         raise TaskDataError(f"{file}: queries: expected a list of at least one query")
-    manifest = _json(tasks / "manifest.json") if (tasks / "manifest.json").is_file() else {}
-    examples: dict[str, tuple[tuple[TaskRow, ...], list[dict[str, Any]]]] = {}
+    examples: dict[str, tuple[tuple[TaskRow, ...], list[tuple[str, ...]]]] = {}
     queries, taken = [], Counter[str]()
     for number, entry in enumerate(entries):
         where = f"{file}: queries.{number}"
@@ -60,16 +60,18 @@ def read_rankings(file: Path, tasks: Path, rows: int | None = None) -> Rankings:
             continue
         if task not in examples:
             path = tasks / task / "test.jsonl"
-            examples[task] = read_rows(path), _objects(path)
+            examples[task] = read_rows(path), read_references(path, read_rows(path))
         queries.append(_query(entry, task, row, *examples[task], where))
-    known = manifest.get("tasks", {})
-    metrics = {task: str(known.get(task, {}).get("metric", "em")) for task in examples}
-    groups = {name: tuple(own) for name, own in manifest.get("groups", {}).items() if set(own) <= examples.keys()}
-    return Rankings(str(found.get("encoder", "")), tuple(sorted(queries, key=_place)), metrics, groups)
+    manifest = tasks / "manifest.json"
+    known = read_object(manifest).get("groups", {}) if manifest.is_file() else {}
+    groups = {name: tuple(own) for name, own in known.items() if set(own) <= examples.keys()}
+    return Rankings(
+        str(found.get("encoder", "")), tuple(sorted(queries, key=_place)), read_metrics(tasks, examples), groups
+    )
 
 
 def _query(
-    entry: Any, task: str, row: int, rows: Sequence[TaskRow], objects: Sequence[dict[str, Any]], where: str
+    entry: Any, task: str, row: int, rows: Sequence[TaskRow], references: Sequence[tuple[str, ...]], where: str
 ) -> RankedQuery:
     if not 0 <= row < len(rows):
         raise TaskDataError(f"{where}.row: {row}, expected a row of {task}/test.jsonl, from 0 to {len(rows) - 1}")
@@ -81,9 +83,8 @@ def _query(
         pairs = tuple((str(name), float(score)) for name, score in ranked)
     except (TypeError, ValueError) as error:
         raise TaskDataError(f"{where}.ranked: expected pairs of a name and a score ({error})") from error
-    others = [str(text) for text in objects[row].get("references", ())]
     pairs = tuple(sorted(pairs, key=lambda pair: -pair[1]))
-    return RankedQuery(task, row, example, tuple(dict.fromkeys((example.target, *others))), pairs)
+    return RankedQuery(task, row, example, references[row], pairs)
 
 
 def _place(query: RankedQuery) -> tuple[str, int]:
@@ -95,17 +96,3 @@ def _field(entry: Any, name: str, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TaskDataError(f"{where}.{name}: expected {kind.__name__}, got {json.dumps(value)[:80]}")
     return value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TaskDataError(f"{path}: expected a JSON file ({error})") from error
-    if not isinstance(found, dict):
-        raise TaskDataError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _objects(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

@@ -1,0 +1,184 @@
+"""One method's questions and what their answers are worth, kept in files: a run goes on where another was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from routing.evaluate.answers import Answer, Question, Steps, answered
+from routing.evaluate.composites import Composite, judge
+from routing.evaluate.gate_methods import GateMethod
+from routing.evaluate.held_out import HeldOut
+from routing.evaluate.quality import scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Json = dict[str, Any]
+Prompt = tuple[tuple[int, ...], int]
+"""Tokens, and the most tokens of the answer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method's questions; `record` makes the line of answer `place` of them.
+
+    `part` is "tasks", "composite-n" or "composite-n, item by item". `follow`, told place and answer, may ask more.
+    """
+
+    part: str
+    method: str
+    questions: Sequence[Question]
+    record: Callable[[int, Answer], Json]
+    follow: Callable[[int, Answer], Question | None] | None = None
+
+    @property
+    def identity(self) -> str:
+        """sha256 over all that decides the answers, but for the model."""
+        parts = [
+            [question.prompt, question.max_tokens, question.mix.digest, question.gates and question.gates.key.hex()]
+            for question in self.questions
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def file_name(self) -> str:
+        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.part}-{self.method}".lower()).strip("-")
+        return f"{name}-{hashlib.sha256(self.method.encode()).hexdigest()[:6]}.jsonl"
+
+
+def task_job(method: GateMethod, rows: Sequence[HeldOut], prompts: Sequence[Prompt]) -> Job:
+    """Test rows of tasks, each under the method's mix for its task."""
+
+    def record(place: int, answer: Answer) -> Json:
+        row = rows[place]
+        found = scores(row.metric, answer.text, row.references)
+        line = {"task": row.task, "row": row.row, "answer": answer.text, "score": found["score"], "em": found["em"]}
+        own = method.rows.get(row.task)
+        return line if own is None or not answer.shares else {**line, "share": round(answer.shares[own], 5)}
+
+    questions = [
+        Question(prompt, limit, method.mix_for(row.task), method.gates)
+        for row, (prompt, limit) in zip(rows, prompts, strict=True)
+    ]
+    return Job("tasks", method.name, questions, record)
+
+
+def composite_job(
+    method: GateMethod, composites: Sequence[Composite], prompts: Sequence[Prompt], metrics: Mapping[str, str]
+) -> Job:
+    """Prompts of several sub-questions, all under one mix, answered as the model will."""
+
+    def record(place: int, answer: Answer) -> Json:
+        return composite_line(composites[place], answer.text, metrics)
+
+    questions = [Question(prompt, limit, method.mix, method.gates) for prompt, limit in prompts]
+    return Job(f"composite-{len(composites[0].tasks)}", method.name, questions, record)
+
+
+def guided_job(
+    method: GateMethod,
+    composites: Sequence[Composite],
+    prompts: Sequence[Prompt],
+    metrics: Mapping[str, str],
+    tokenise: Callable[[str], tuple[int, ...]],
+    stops: frozenset[int],
+) -> Job:
+    """The same prompts, of which the list is kept going: after every item's line the next number is given.
+
+    What an item says is the method's own, and later items see it. `stops` are the tokens with a line end.
+    """
+    lists: list[list[str]] = [[] for _ in composites]
+
+    def question(place: int) -> Question:
+        ids, limit = prompts[place]
+        begun = _numbered(lists[place]) + f"{len(lists[place]) + 1}. "
+        limit //= len(composites[place].tasks)
+        return Question((*ids, *tokenise(begun)), limit, method.mix, method.gates, stops)
+
+    def follow(place: int, answer: Answer) -> Question | None:
+        lists[place].append(answer.text)
+        return question(place) if len(lists[place]) < len(composites[place].tasks) else None
+
+    def record(place: int, _: Answer) -> Json:
+        return composite_line(composites[place], _numbered(lists[place]), metrics)
+
+    questions = [question(place) for place in range(len(composites))]
+    part = f"composite-{len(composites[0].tasks)}, item by item"
+    return Job(part, method.name, questions, record, follow)
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "".join(f"{number}. {text}\n" for number, text in enumerate(texts, start=1))
+
+
+def composite_line(composite: Composite, answer: str, metrics: Mapping[str, str]) -> Json:
+    """What is kept of an answer to a composite prompt."""
+    found = judge(composite, answer, metrics)
+    return {
+        "row": composite.row,
+        "tasks": composite.tasks,
+        "answer": answer,
+        "attempts": found.attempts,
+        "correct": found.correct,
+        "em": found.exact,
+        "scores": [round(score, 5) for score in found.scores],
+    }
+
+
+def finished(job: Job, folder: Path, model: str) -> list[Json] | None:
+    """The job's lines from an earlier run with the same questions on the same `model`, None without one."""
+    path = folder / job.file_name
+    try:
+        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return None
+    same = isinstance(head, dict) and head.get("identity") == job.identity and head.get("model") == model
+    return lines if same and len(lines) == len(job.questions) else None
+
+
+def carry_out(
+    jobs: Sequence[Job],
+    engine: Steps,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Mapping[str, str],
+    at_once: int,
+    folder: Path,
+    model: str,
+) -> Iterator[tuple[Job, list[Json]]]:
+    """Answers all questions in one stream, so that the batch stays full from one job to the next.
+
+    Each job is written into `folder` and yielded with its lines as soon as its last answer is there.
+
+    Raises:
+        AnswerError: a request ends with an error.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owners = [(job, place) for job in jobs for place in range(len(job.questions))]
+    lines: dict[str, dict[int, Json]] = {job.file_name: {} for job in jobs}
+    questions = [question for job in jobs for question in job.questions]
+
+    def follow(answer: Answer) -> Question | None:
+        job, place = owners[answer.number]
+        return None if job.follow is None else job.follow(place, answer)
+
+    for answer in answered(engine, tokenizer, questions, paths, at_once, follow):
+        job, place = owners[answer.number]
+        own = lines[job.file_name]
+        own[place] = job.record(place, answer)
+        if len(own) == len(job.questions):
+            found = [own[number] for number in range(len(own))]
+            _write(folder / job.file_name, {"identity": job.identity, "model": model, "method": job.method}, found)
+            yield job, json.loads(json.dumps(found))
+
+
+def _write(path: Path, head: Json, lines: Sequence[Json]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *lines))
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,233 @@
+"""What an evaluation of token-level routers asks: which methods, of which tasks and composite prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from routing.evaluate.answers import MARGIN, AdapterFolders, AnswerError, answer_limits, tokenise
+from routing.evaluate.composites import Composite, read_composites
+from routing.evaluate.gate_jobs import Job, Prompt, composite_job, guided_job, task_job
+from routing.evaluate.gate_methods import (
+    MERGES,
+    EvaluatedRouter,
+    GateMethod,
+    MergeSpec,
+    check_trained_for,
+    merged,
+    oracle,
+    read_router,
+    router_method,
+    single,
+)
+from routing.evaluate.held_out import read_held_out
+from routing.train.data import TaskRow
+from server.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+JOINT = "one LoRA for all tasks"
+ITEM_TOKENS = 4
+"""Tokens of a list's number and line end."""
+
+
+@dataclass(frozen=True)
+class GateEvaluation:
+    """The settings of one evaluation of token-level routers.
+
+    `adapters` holds a PEFT folder for each task. `routers` are folders by label, `curve` folders of routers by the
+    training rows a task that they saw, `joint` an adapter that was trained on all tasks. `swapped`: folders of other
+    adapters by task, each put in place of the task's own under the first router, which was not trained for it. `new`
+    names a task that is reported apart from the others. `rows` of each task and `composite_rows` of each size are
+    asked, None for all. Composite prompts are asked of `composite_routers` (labels, by default the first), top 2, at
+    every one of `temperatures`.
+    """
+
+    model: str
+    tasks: str
+    adapters: str
+    routers: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+    curve: Mapping[int, str] = field(default_factory=dict)
+    joint: str | None = None
+    swapped: Mapping[str, str] = field(default_factory=dict)
+    new: str | None = None
+    merges: tuple[str, ...] = MERGES
+    rows: int | None = None
+    composite_rows: int | None = None
+    composite_routers: tuple[str, ...] = ()
+    temperatures: tuple[float, ...] = (1.0, 5.0, 15.0, 20.0, 30.0)
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    batch: int = 64
+    batch_tokens: int = 512
+    load_threads: int = 4
+    seed: int = 0
+
+
+def swapped_name(task: str) -> str:
+    return f"{task} swapped"
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """All jobs in the order in which they are asked, and what the report needs to know of them.
+
+    `paths` are adapters' folders by digest, `curve` is (training rows a task, method), `temperatures` the temperature
+    of each method of the composite jobs that has one.
+    """
+
+    jobs: tuple[Job, ...]
+    paths: Mapping[str, str]
+    metrics: Mapping[str, str]
+    routers: tuple[EvaluatedRouter, ...]
+    curve: tuple[tuple[int, str], ...]
+    temperatures: Mapping[str, tuple[str, float]]
+    longest: int
+
+
+def make_plan(
+    asked: GateEvaluation,
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    out: Path,
+) -> GatePlan:
+    """Everything is read and checked, and merged adapters are written into `out`, before any question is asked.
+
+    Raises:
+        TaskDataError, AnswerError, RouterFolderError: tasks, adapters and routers do not fit together.
+    """
+    root = Path(asked.tasks)
+    specs = [MergeSpec.parse(text) for text in asked.merges]
+    folders = _adapters(asked, names, specs, config, out)
+    routers, curve = _routers(asked, folders, config)
+    named = [JOINT] * (asked.joint is not None) + [spec.name for spec in specs]
+    fixed = [GateMethod("base"), *(GateMethod(name, single(folders.digests[name])) for name in named)]
+    of_curve = {rows: router_method(f"{router.label}, top 2", router, folders.digests, 2) for rows, router in curve}
+    methods = [oracle(names, folders.digests), *fixed, *_gated(asked, names, routers, folders), *of_curve.values()]
+    rows = read_held_out(root, names, asked.rows)
+    limits = answer_limits(tokenizer, root, names)
+    prompts = [(tokenise(tokenizer, row.example), limits[row.task]) for row in rows]
+    jobs = [task_job(method, rows, prompts) for method in methods]
+    metrics = {row.task: row.metric for row in rows}
+    heated = _Heated({})
+    for composites in read_composites(root, names, asked.composite_rows).values():
+        together = [*fixed, *heated.methods(asked, routers, folders, composites)]
+        jobs += _composite_jobs(together, composites, tokenizer, limits, metrics)
+    jobs.sort(key=lambda job: job.questions[0].gates is not None)  # captured steps serve rows without gates alone
+    return GatePlan(
+        jobs=tuple(jobs),
+        paths=folders.paths,
+        metrics=metrics,
+        routers=(*routers, *(router for _, router in curve)),
+        curve=tuple((count, method.name) for count, method in of_curve.items()),
+        temperatures=heated.temperatures,
+        longest=max(len(question.prompt) + question.max_tokens for job in jobs for question in job.questions),
+    )
+
+
+def _composite_jobs(
+    methods: Sequence[GateMethod],
+    composites: Sequence[Composite],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Mapping[str, int],
+    metrics: Mapping[str, str],
+) -> list[Job]:
+    """All methods answer all prompts, first freely and then item by item."""
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    stops = line_ends(tokenizer)
+    prompts = [_composite_prompt(tokenizer, composite, limits) for composite in composites]
+    free = [composite_job(method, composites, prompts, metrics) for method in methods]
+    return [*free, *(guided_job(method, composites, prompts, metrics, encode, stops) for method in methods)]
+
+
+def _adapters(
+    asked: GateEvaluation, names: Sequence[str], specs: Sequence[MergeSpec], config: ModelConfig, out: Path
+) -> AdapterFolders:
+    """All folders by the names that methods have for them; merges are made."""
+    if strangers := [name for name in (*asked.swapped, *filter(None, [asked.new])) if name not in names]:
+        raise AnswerError(f"{strangers[0]}: expected one of the evaluated tasks, {', '.join(names)}")
+    if asked.swapped and not asked.routers:
+        raise AnswerError("swapped: expected a router whose adapter is swapped")
+    given = {name: Path(asked.adapters) / name for name in names}
+    given |= {swapped_name(name): Path(path) for name, path in asked.swapped.items()}
+    given |= {} if asked.joint is None else {JOINT: Path(asked.joint)}
+    folders = AdapterFolders.of(given)
+    made = {spec.name: merged(spec, names, folders, config.linear_shape, out) for spec in specs}
+    return AdapterFolders.of(given | made)
+
+
+def _routers(
+    asked: GateEvaluation, folders: AdapterFolders, config: ModelConfig
+) -> tuple[list[EvaluatedRouter], list[tuple[int, EvaluatedRouter]]]:
+    def read(label: str, path: str) -> EvaluatedRouter:
+        router = read_router(label, Path(path), config.linear_shape, config.fingerprint())
+        check_trained_for(router, folders, config.linear_shape)
+        return router
+
+    routers = [read(label, path) for label, path in asked.routers.items()]
+    return routers, [(rows, read(f"{rows} rows a task", path)) for rows, path in sorted(asked.curve.items())]
+
+
+def _gated(
+    asked: GateEvaluation, names: Sequence[str], routers: Sequence[EvaluatedRouter], folders: AdapterFolders
+) -> list[GateMethod]:
+    """Every router with its one and its two best rows, and the first one with each adapter swapped."""
+    found = [
+        router_method(f"{router.label}, top {top_k}", router, folders.digests, top_k)
+        for router in routers
+        for top_k in (1, 2)
+    ]
+    for task in asked.swapped:
+        other = folders.digests[swapped_name(task)]
+        name = f"{routers[0].label}, top 2, {swapped_name(task)}"
+        found.append(router_method(name, routers[0], {**folders.digests, task: other}, 2))
+        found.append(oracle(names, {**folders.digests, task: other}, f"oracle, {swapped_name(task)}"))
+    return found
+
+
+@dataclass(frozen=True)
+class _Heated:
+    """Routers at the temperatures of composite prompts; `temperatures` is filled with (router, temperature) by name."""
+
+    temperatures: dict[str, tuple[str, float]]
+
+    def methods(
+        self,
+        asked: GateEvaluation,
+        routers: Sequence[EvaluatedRouter],
+        folders: AdapterFolders,
+        composites: Sequence[Composite],
+    ) -> list[GateMethod]:
+        """Those that have all adapters which the prompts need. Raises AnswerError for a label that is not there."""
+        labels = asked.composite_routers or tuple(router.label for router in routers[:1])
+        if strangers := sorted(set(labels) - {router.label for router in routers}):
+            raise AnswerError(f"composite routers: {strangers[0]}: there is no router of this label")
+        found = []
+        for router in (router for router in routers if router.label in labels):
+            if set(composites[0].tasks) <= {adapter.name for adapter in router.card.adapters}:
+                for temperature in asked.temperatures:
+                    name = f"{router.label}, top 2, T {temperature:g}"
+                    self.temperatures[name] = (router.label, temperature)
+                    found.append(router_method(name, router, folders.digests, 2, temperature))
+        return found
+
+
+def line_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens with a line end."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return frozenset(token for token, text in enumerate(texts) if "\n" in text)
+
+
+def _composite_prompt(tokenizer: PreTrainedTokenizerBase, composite: Composite, limits: Mapping[str, int]) -> Prompt:
+    """As one user message, with room for an answer of the longest to every sub-question."""
+    row = TaskRow("composite", "composite", composite.prompt, "", "-", 0)
+    return tokenise(tokenizer, row), sum(limits[task] - MARGIN + ITEM_TOKENS for task in composite.tasks)

@@ -1,0 +1,204 @@
+"""What token-level routers are worth beside single adapters, merges and one LoRA for everything:
+
+python -m routing.evaluate.gates --model DIR --tasks ROOT --adapters DIR --router FOLDER --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from routing.card_file import RouterFolderError
+from routing.evaluate.answers import WAITING, AnswerError
+from routing.evaluate.gate_jobs import carry_out, finished
+from routing.evaluate.gate_methods import MERGES
+from routing.evaluate.gate_plan import GateEvaluation, GatePlan, make_plan
+from routing.evaluate.gate_scores import Lines
+from routing.evaluate.gates_report import document, write_report
+from routing.train.data import TaskDataError
+from routing.train.many import task_names
+from server.engine.config import EngineConfig, EngineInfo, RequestError
+from server.engine.engine import Engine
+from server.model.config import ModelConfig, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Json = dict[str, Any]
+Say = Callable[[str], None]
+
+FAILURES = (AnswerError, ModelError, RequestError, RouterFolderError, TaskDataError)
+"""What `evaluate` raises for input that does not fit."""
+
+
+def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Json:
+    """Asks every method everything, and writes answers/, merges/, gates.json, gates.md and plots into `out`.
+
+    Each method's answers and a report of all that is there are written as soon as the method is done; methods whose
+    answers lie in `out` from an earlier run with the same questions are not asked again. Returns the content of
+    gates.json.
+
+    Raises:
+        TaskDataError, AnswerError, RouterFolderError: tasks, adapters and routers do not fit together.
+        ModelError: the model cannot be served.
+    """
+    started = time.perf_counter()
+    names = task_names(Path(asked.tasks), asked.group)
+    tokenizer, config = _tokenizer(asked.model), ModelConfig.from_folder(asked.model)
+    plan = make_plan(asked, names, tokenizer, config, out / "merges")
+    say(f"{len(plan.jobs)} methods and parts, {sum(len(job.questions) for job in plan.jobs)} questions")
+    engine = Engine.from_config(_engine_config(asked, plan))
+    info, lines = engine.info(), Lines([job.method for job in plan.jobs])
+    answers, model = out / "answers", f"{info.model_fingerprint} {info.dtype} {info.device}"
+    missing = []
+    for job in plan.jobs:
+        known = finished(job, answers, model)
+        if known is None:
+            missing.append(job)
+        else:
+            lines.add(job.part, job.method, known)
+            say(f"there already: {job.part}, {job.method}: {lines.shown(job.part, job.method)}")
+
+    def report() -> Json:
+        made = document(lines, plan.curve, plan.temperatures, asked.new, asked.seed)
+        circumstances = _circumstances(asked, plan, info, time.perf_counter() - started)
+        write_report(out, {**circumstances, **made})
+        return {**circumstances, **made}
+
+    found = report()
+    try:
+        for job, own in carry_out(missing, engine, tokenizer, plan.paths, WAITING * asked.batch, answers, model):
+            lines.add(job.part, job.method, own)
+            found = report()
+            shown = lines.shown(job.part, job.method)
+            say(f"{time.perf_counter() - started:6.0f} s  {job.part}, {job.method}: {shown}")
+    finally:
+        engine.close()
+    return found
+
+
+def _engine_config(asked: GateEvaluation, plan: GatePlan) -> EngineConfig:
+    return EngineConfig(
+        asked.model,
+        device=asked.device,
+        dtype=asked.dtype,
+        backend=asked.backend,
+        max_num_seqs=asked.batch,
+        max_batch_tokens=max(asked.batch_tokens, asked.batch),
+        max_model_len=plan.longest,
+        load_threads=asked.load_threads,
+        cuda_graphs="lazy",
+        gates="routing.token_router:TokenGateFactory",
+    )
+
+
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def _circumstances(asked: GateEvaluation, plan: GatePlan, info: EngineInfo, seconds: float) -> Json:
+    return {
+        "evaluation": "gates",
+        "arguments": asdict(asked),
+        "device": info.device,
+        "dtype": info.dtype,
+        "model_fingerprint": info.model_fingerprint,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "metrics": dict(plan.metrics),
+        "routers": {
+            router.label: {"sha256": router.card.sha256, "training": dict(router.card.training)}
+            for router in plan.routers
+        },
+        "seconds": round(seconds, 1),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Exit code 0 done, 2 the input does not fit."""
+    given = vars(_parser().parse_args(arguments))
+    out = given.pop("out")
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    try:
+        routers = labelled(given.pop("router") or (), "router")
+        swapped = labelled(given.pop("swapped") or (), "swapped")
+        curve = curve_of(given.pop("curve") or ())
+        rest = {name: value for name, value in given.items() if value is not None}
+        evaluate(GateEvaluation(routers=routers, swapped=swapped, curve=curve, **rest), out, say)
+    except FAILURES as error:
+        say(str(error))
+        return 2
+    sys.stdout.write((out / "gates.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def labelled(texts: Sequence[str], what: str) -> dict[str, str]:
+    """`name=folder`, or a folder that is called by its own name. Raises AnswerError for a name that comes twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        name, folder = (name, folder) if equals else (Path(text).resolve().name, text)
+        if not name or name in found:
+            raise AnswerError(f"{what} {text}: expected a name of its own, as in name=folder")
+        found[name] = folder
+    return found
+
+
+def curve_of(texts: Sequence[str]) -> Mapping[int, str]:
+    """`rows=folder`. Raises AnswerError."""
+    found = labelled(texts, "curve")
+    if wrong := [name for name in found if not name.isdecimal()]:
+        raise AnswerError(f"curve {wrong[0]}: expected training rows a task before the folder, as in 50=folder")
+    return {int(name): folder for name, folder in found.items()}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = (__doc__ or "").split(":")[0]
+    parser = argparse.ArgumentParser(prog="python -m routing.evaluate.gates", description=about)
+    parser.add_argument("--model", required=True, help="folder of the base model")
+    parser.add_argument("--tasks", required=True, help="folder of task folders")
+    parser.add_argument("--adapters", required=True, help="folder of PEFT folders by task")
+    parser.add_argument("--out", type=Path, required=True, help="folder of answers, tables and plots")
+    parser.add_argument("--group", help="tasks of this group of the manifest [all]")
+    parser.add_argument("--router", action="append", metavar="LABEL=FOLDER", help="a trained router; repeatable")
+    parser.add_argument("--curve", action="append", metavar="ROWS=FOLDER", help="one trained on so many rows a task")
+    parser.add_argument("--joint", help="PEFT folder of one adapter trained on all tasks")
+    parser.add_argument("--swapped", action="append", metavar="TASK=FOLDER", help="another adapter of a task")
+    parser.add_argument("--new", metavar="TASK", help="report this task apart from the others")
+    parser.add_argument("--merges", type=_words, help=f"of all adapters [{','.join(MERGES)}]; '' for none")
+    parser.add_argument("--rows", type=int, help="test rows of a task [all]")
+    parser.add_argument("--composite-rows", type=int, help="composite prompts of a size [all]")
+    parser.add_argument("--composite-routers", type=_words, metavar="LABELS", help="asked composites [the first]")
+    parser.add_argument("--temperatures", type=_numbers, help="of composite prompts [1,5,15,20,30]")
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", help="auto, float32 or bfloat16")
+    parser.add_argument("--backend", help="auto, reference or triton")
+    parser.add_argument("--batch", type=int, help="sequences of a step [64]")
+    parser.add_argument("--batch-tokens", type=int, help="token rows of a step [512]")
+    parser.add_argument("--load-threads", type=int, help="that read adapters [4]")
+    parser.add_argument("--seed", type=int, help="of the bootstrap")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

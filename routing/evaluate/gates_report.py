@@ -1,0 +1,165 @@
+"""An evaluation of token-level routers as JSON, Markdown tables and plots."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from routing.evaluate.gate_scores import ORACLE, Lines, apart, composite_scores, task_scores
+from routing.evaluate.svg import line_chart
+
+Json = dict[str, Any]
+
+
+def document(
+    lines: Lines,
+    curve: Sequence[tuple[int, str]],
+    temperatures: Mapping[str, tuple[str, float]],
+    new: str | None,
+    seed: int,
+) -> Json:
+    """Everything that follows from the answers.
+
+    Args:
+        curve: (training rows a task, method) of routers that were trained on so few.
+        temperatures: (router, temperature) of the methods of composite prompts that have one.
+        new: a task that is reported apart.
+    """
+    tasks = task_scores(lines.tasks, seed)
+    return {
+        "tasks": tasks,
+        "curve": [{"rows": rows, "method": method} for rows, method in curve if method in tasks],
+        "new": None if new is None else {"task": new, "methods": apart(tasks, new)},
+        "composites": {part: composite_scores(own, seed) for part, own in lines.composites.items()},
+        "temperatures": {method: {"router": label, "temperature": t} for method, (label, t) in temperatures.items()},
+    }
+
+
+def write_report(out: Path, found: Json) -> None:
+    """Writes gates.json, gates.md and the plots of what `document` made, with whatever else stands in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {"gates.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n", "gates.md": markdown(found)}
+    for name, text in (texts | plots(found)).items():
+        partial = out / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+
+
+def markdown(found: Json) -> str:
+    """The tables; figures are percent, for composite prompts numbers of answers a prompt."""
+    lines = [*_methods(found["tasks"]), *_curve(found), *_new(found["new"])]
+    for part, methods in found["composites"].items():
+        lines += _composites(part, methods)
+    return "\n".join([*lines, *_tasks(found["tasks"])]).strip() + "\n"
+
+
+def plots(found: Json) -> dict[str, str]:
+    """`curve.svg` over training rows, and a plot over temperatures for every router and composite part; from two points."""
+    charts: dict[str, str] = {}
+    curve, tasks = found["curve"], found["tasks"]
+    if len(curve) > 1:
+        lines = {"router, top 2": [tasks[point["method"]]["mean"] for point in curve]}
+        lines |= {name: [tasks[name]["mean"]] * len(curve) for name in (ORACLE, "base") if name in tasks}
+        positions = [str(point["rows"]) for point in curve]
+        charts["curve.svg"] = line_chart("Score over training rows a task, %", positions, lines)
+    for part, methods in found["composites"].items():
+        for router, points in _heated(methods, found["temperatures"]).items():
+            fixed = {name: _share(own) for name, own in methods.items() if name not in found["temperatures"]}
+            lines = {router: list(points.values()), **_best(fixed, len(points))}
+            title = f"Right answers over temperatures, {part}, %"
+            name = re.sub("[^a-z0-9]+", "-", f"{part} {router}".lower()).strip("-")
+            charts[f"{name}.svg"] = line_chart(title, [f"{temperature:g}" for temperature in points], lines)
+    return charts
+
+
+def _heated(methods: Mapping[str, Json], temperatures: Mapping[str, Json]) -> dict[str, dict[float, float]]:
+    """By router the share of right answers by temperature, in ascending order, where there are two or more."""
+    found: dict[str, dict[float, float]] = {}
+    for method, at in sorted(temperatures.items(), key=lambda item: float(item[1]["temperature"])):
+        if method in methods:
+            found.setdefault(at["router"], {})[at["temperature"]] = _share(methods[method])
+    return {router: points for router, points in found.items() if len(points) > 1}
+
+
+def _share(own: Json) -> float:
+    return float(own["correct"] / len(own["tasks"]))
+
+
+def _best(fixed: Mapping[str, float], points: int) -> dict[str, list[float]]:
+    """The four highest as level lines: a plot of all merges would hide the others."""
+    highest = sorted(fixed.items(), key=lambda item: -item[1])[:4]
+    return {name: [share] * points for name, share in highest}
+
+
+def _methods(tasks: Mapping[str, Json]) -> list[str]:
+    lines = _head(["method", "mean", "95 % interval", "above the oracle adapters", "exact match", "share of the own"])
+    for name, own in tasks.items():
+        above = own["above_oracle"]
+        better = "" if above is None else f"{100 * above['mean']:+.1f} ({_range(above['interval'], '+')})"
+        share = "" if own["share"] is None else _percent(own["share"])
+        cells = [name, _percent(own["mean"]), _range(own["interval"]), better, _percent(own["exact_match"]), share]
+        lines.append(_row(cells))
+    return lines
+
+
+def _curve(found: Json) -> list[str]:
+    if not found["curve"]:
+        return []
+    points = [found["tasks"][point["method"]] for point in found["curve"]]
+    return [
+        "",
+        *_head(["training rows a task", *(str(point["rows"]) for point in found["curve"])]),
+        _row(["mean", *(_percent(point["mean"]) for point in points)]),
+        _row(["95 % interval", *(_range(point["interval"]) for point in points)]),
+    ]
+
+
+def _new(new: Json | None) -> list[str]:
+    if new is None:
+        return []
+    lines = ["", *_head(["method", new["task"], "the other tasks"])]
+    for name, own in new["methods"].items():
+        lines.append(_row([name, _percent(own["own"]), "" if own["others"] is None else _percent(own["others"])]))
+    return lines
+
+
+def _composites(part: str, methods: Mapping[str, Json]) -> list[str]:
+    names = list(next(iter(methods.values()))["tasks"])
+    lines = ["", *_head([part, "attempts", "95 % interval", "correct", "95 % interval", *names])]
+    for name, own in methods.items():
+        counts = [f"{own['attempts']:.2f}", _plain(own["attempts_interval"])]
+        counts += [f"{own['correct']:.2f}", _plain(own["correct_interval"])]
+        lines.append(_row([name, *counts, *(_percent(own["tasks"][task]) for task in names)]))
+    return lines
+
+
+def _tasks(tasks: Mapping[str, Json]) -> list[str]:
+    if not tasks:
+        return []
+    names = list(next(iter(tasks.values()))["tasks"])
+    lines = ["", *_head(["method", *names])]
+    return [*lines, *(_row([name, *(_percent(own["tasks"][task]) for task in names)]) for name, own in tasks.items())]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _range(values: Sequence[float], sign: str = "") -> str:
+    low, high = (f"{100 * value:{sign}.1f}" for value in values)
+    return f"{low} to {high}"
+
+
+def _plain(values: Sequence[float]) -> str:
+    return f"{values[0]:.2f} to {values[1]:.2f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), "|" + "---|" * len(cells)]
