@@ -61,6 +61,7 @@ class Answer:
     number: int
     text: str
     shares: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ def answered(
             tokens[number] += output.tokens
             shares[number] += [output.shares] if output.shares else []
             if output.finish_reason is not None:
-                text = str(tokenizer.decode(tokens.pop(number), skip_special_tokens=True)).strip()
-                answer = Answer(number, text, _mean(shares.pop(number)))
+                said = tuple(tokens.pop(number))
+                text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+                answer = Answer(number, text, _mean(shares.pop(number)), said)
                 if (more := follow(answer)) is None:
                     yield answer
                 else:

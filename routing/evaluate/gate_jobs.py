@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Json = dict[str, Any]
+ITEM_TOKENS = 6
+"""Tokens of a list's number, of what follows it, and of the line's end."""
+
 Prompt = tuple[tuple[int, ...], int]
 """Tokens, and the most tokens of the answer."""
 
@@ -28,7 +31,8 @@ Prompt = tuple[tuple[int, ...], int]
 class Job:
     """One method's questions; `record` makes the line of answer `place` of them.
 
-    `part` is "tasks", "composite-n" or "composite-n, item by item". `follow`, told place and answer, may ask more.
+    `part` is "tasks", "composite-n" or "composite-n, item by item". `follow`, told place and answer, may ask more,
+    with prompts that are longer by `room` tokens at most.
     """
 
     part: str
@@ -36,6 +40,12 @@ class Job:
     questions: Sequence[Question]
     record: Callable[[int, Answer], Json]
     follow: Callable[[int, Answer], Question | None] | None = None
+    room: int = 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return self.room + max(len(question.prompt) + question.max_tokens for question in self.questions)
 
     @property
     def identity(self) -> str:
@@ -93,28 +103,27 @@ def guided_job(
 
     What an item says is the method's own, and later items see it. `stops` are the tokens with a line end.
     """
-    lists: list[list[str]] = [[] for _ in composites]
+    given: list[list[Answer]] = [[] for _ in composites]
 
     def question(place: int) -> Question:
         ids, limit = prompts[place]
-        begun = _numbered(lists[place]) + f"{len(lists[place]) + 1}. "
-        limit //= len(composites[place].tasks)
-        return Question((*ids, *tokenise(begun)), limit, method.mix, method.gates, stops)
+        before = [(*tokenise(f"{item}. "), *answer.tokens) for item, answer in enumerate(given[place], start=1)]
+        begun = [token for line in before for token in (*line, *tokenise("\n"))] + [*tokenise(f"{len(before) + 1}. ")]
+        return Question((*ids, *begun), limit // len(composites[place].tasks), method.mix, method.gates, stops)
 
     def follow(place: int, answer: Answer) -> Question | None:
-        lists[place].append(answer.text)
-        return question(place) if len(lists[place]) < len(composites[place].tasks) else None
+        given[place].append(answer)
+        return question(place) if len(given[place]) < len(composites[place].tasks) else None
 
     def record(place: int, _: Answer) -> Json:
-        return composite_line(composites[place], _numbered(lists[place]), metrics)
+        lines = [f"{item}. {answer.text}\n" for item, answer in enumerate(given[place], start=1)]
+        return composite_line(composites[place], "".join(lines), metrics)
 
     questions = [question(place) for place in range(len(composites))]
     part = f"composite-{len(composites[0].tasks)}, item by item"
-    return Job(part, method.name, questions, record, follow)
-
-
-def _numbered(texts: Sequence[str]) -> str:
-    return "".join(f"{number}. {text}\n" for number, text in enumerate(texts, start=1))
+    each = max(item.max_tokens for item in questions)
+    room = (len(composites[0].tasks) - 1) * (each + ITEM_TOKENS)
+    return Job(part, method.name, questions, record, follow, room)
 
 
 def composite_line(composite: Composite, answer: str, metrics: Mapping[str, str]) -> Json:
@@ -131,14 +140,14 @@ def composite_line(composite: Composite, answer: str, metrics: Mapping[str, str]
     }
 
 
-def finished(job: Job, folder: Path, model: str) -> list[Json] | None:
-    """The job's lines from an earlier run with the same questions on the same `model`, None without one."""
+def finished(job: Job, folder: Path, setting: Json) -> list[Json] | None:
+    """The job's lines from an earlier run with the same questions in the same `setting`, None without one."""
     path = folder / job.file_name
     try:
         head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return None
-    same = isinstance(head, dict) and head.get("identity") == job.identity and head.get("model") == model
+    same = isinstance(head, dict) and head.get("identity") == job.identity and head.get("setting") == setting
     return lines if same and len(lines) == len(job.questions) else None
 
 
@@ -149,7 +158,7 @@ def carry_out(
     paths: Mapping[str, str],
     at_once: int,
     folder: Path,
-    model: str,
+    setting: Json,
 ) -> Iterator[tuple[Job, list[Json]]]:
     """Answers all questions in one stream, so that the batch stays full from one job to the next.
 
@@ -173,7 +182,7 @@ def carry_out(
         own[place] = job.record(place, answer)
         if len(own) == len(job.questions):
             found = [own[number] for number in range(len(own))]
-            _write(folder / job.file_name, {"identity": job.identity, "model": model, "method": job.method}, found)
+            _write(folder / job.file_name, {"identity": job.identity, "setting": setting, "method": job.method}, found)
             yield job, json.loads(json.dumps(found))
 
 

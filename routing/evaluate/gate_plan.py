@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from routing.evaluate.answers import MARGIN, AdapterFolders, AnswerError, answer_limits, tokenise
 from routing.evaluate.composites import Composite, read_composites
-from routing.evaluate.gate_jobs import Job, Prompt, composite_job, guided_job, task_job
+from routing.evaluate.gate_jobs import ITEM_TOKENS, Job, Prompt, composite_job, guided_job, task_job
 from routing.evaluate.gate_methods import (
     MERGES,
     EvaluatedRouter,
@@ -28,10 +28,7 @@ from server.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 JOINT = "one LoRA for all tasks"
-ITEM_TOKENS = 4
-"""Tokens of a list's number and line end."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def make_plan(
         routers=(*routers, *(router for _, router in curve)),
         curve=tuple((count, method.name) for count, method in of_curve.items()),
         temperatures=heated.temperatures,
-        longest=max(len(question.prompt) + question.max_tokens for job in jobs for question in job.questions),
+        longest=max(job.longest for job in jobs),
     )
 
 

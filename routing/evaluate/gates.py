@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from routing.card_file import RouterFolderError
 from routing.evaluate.answers import WAITING, AnswerError
 from routing.evaluate.gate_jobs import carry_out, finished
@@ -23,8 +25,10 @@ from routing.evaluate.gate_scores import Lines
 from routing.evaluate.gates_report import document, write_report
 from routing.train.data import TaskDataError
 from routing.train.many import task_names
-from server.engine.config import EngineConfig, EngineInfo, RequestError
+from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
+from server.engine.memory import CPU_KV_MEMORY
+from server.engine.runner import choose_device, choose_dtype
 from server.model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
@@ -53,12 +57,10 @@ def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Jso
     tokenizer, config = _tokenizer(asked.model), ModelConfig.from_folder(asked.model)
     plan = make_plan(asked, names, tokenizer, config, out / "merges")
     say(f"{len(plan.jobs)} methods and parts, {sum(len(job.questions) for job in plan.jobs)} questions")
-    engine = Engine.from_config(_engine_config(asked, plan))
-    info, lines = engine.info(), Lines([job.method for job in plan.jobs])
-    answers, model = out / "answers", f"{info.model_fingerprint} {info.dtype} {info.device}"
-    missing = []
+    setting = _setting(asked, config)
+    lines, missing = Lines([job.method for job in plan.jobs]), []
     for job in plan.jobs:
-        known = finished(job, answers, model)
+        known = finished(job, out / "answers", setting)
         if known is None:
             missing.append(job)
         else:
@@ -67,13 +69,17 @@ def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Jso
 
     def report() -> Json:
         made = document(lines, plan.curve, plan.temperatures, asked.new, asked.seed)
-        circumstances = _circumstances(asked, plan, info, time.perf_counter() - started)
-        write_report(out, {**circumstances, **made})
-        return {**circumstances, **made}
+        found = {**_circumstances(asked, plan, setting, time.perf_counter() - started), **made}
+        write_report(out, found)
+        return found
 
     found = report()
+    if not missing:
+        return found
+    engine = Engine.from_config(_engine_config(asked, plan, config))
     try:
-        for job, own in carry_out(missing, engine, tokenizer, plan.paths, WAITING * asked.batch, answers, model):
+        answers = carry_out(missing, engine, tokenizer, plan.paths, WAITING * asked.batch, out / "answers", setting)
+        for job, own in answers:
             lines.add(job.part, job.method, own)
             found = report()
             shown = lines.shown(job.part, job.method)
@@ -83,7 +89,17 @@ def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Jso
     return found
 
 
-def _engine_config(asked: GateEvaluation, plan: GatePlan) -> EngineConfig:
+def _setting(asked: GateEvaluation, config: ModelConfig) -> Json:
+    """What decides the answers beside the questions."""
+    device = choose_device(asked.device)
+    dtype = str(choose_dtype(asked.dtype, device, config)).removeprefix("torch.")
+    return {"device": device.type, "dtype": dtype, "model_fingerprint": config.fingerprint()}
+
+
+def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -> EngineConfig:
+    tokens = asked.batch * plan.longest
+    needed = tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * torch.float32.itemsize
+    cpu = choose_device(asked.device).type == "cpu"
     return EngineConfig(
         asked.model,
         device=asked.device,
@@ -92,6 +108,7 @@ def _engine_config(asked: GateEvaluation, plan: GatePlan) -> EngineConfig:
         max_num_seqs=asked.batch,
         max_batch_tokens=max(asked.batch_tokens, asked.batch),
         max_model_len=plan.longest,
+        kv_memory=min(CPU_KV_MEMORY, needed) if cpu else None,
         load_threads=asked.load_threads,
         cuda_graphs="lazy",
         gates="routing.token_router:TokenGateFactory",
@@ -105,13 +122,11 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _circumstances(asked: GateEvaluation, plan: GatePlan, info: EngineInfo, seconds: float) -> Json:
+def _circumstances(asked: GateEvaluation, plan: GatePlan, setting: Json, seconds: float) -> Json:
     return {
         "evaluation": "gates",
         "arguments": asdict(asked),
-        "device": info.device,
-        "dtype": info.dtype,
-        "model_fingerprint": info.model_fingerprint,
+        **setting,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "metrics": dict(plan.metrics),
         "routers": {

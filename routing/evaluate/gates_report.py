@@ -57,7 +57,7 @@ def markdown(found: Json) -> str:
 
 
 def plots(found: Json) -> dict[str, str]:
-    """`curve.svg` over training rows, and a plot over temperatures for every router and composite part; from two points."""
+    """`curve.svg` over training rows, and plots over temperatures by composite part and router; from two points on."""
     charts: dict[str, str] = {}
     curve, tasks = found["curve"], found["tasks"]
     if len(curve) > 1:

@@ -202,5 +202,5 @@ def test_it_needs_no_server() -> None:
     """Training and evaluating run where nothing of the HTTP side is installed."""
     absent = "fastapi pydantic msgspec zmq rich typer sqlalchemy obstore starlette uvicorn sentence_transformers"
     code = f"import sys; sys.modules |= dict.fromkeys({absent.split()})\n"
-    code += "import routing.train.many, routing.train.adapter, routing.evaluate.composition"
+    code += "import routing.train.many, routing.train.adapter, routing.evaluate.composition, routing.evaluate.gates"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,214 @@
+"""The whole evaluation of gates on a tiny random model: answers are what the adapters would say by themselves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters_store.peft_format import read_adapter
+from adapters_store.peft_write import write_peft
+from adapters_store.types import TARGETS, AdapterWeights, LinearShape, LoraPair
+from routing.card_adapters import CardAdapter
+from routing.evaluate.gates import main
+from routing.gate_folder import GateCard, write_gates
+from routing.train.data import Task, TaskRow, read_rows, write_task
+from routing.train.exact_match import greedy_answers
+from server.model.config import ModelConfig
+
+NAMES = ("ab", "xyz")
+ROWS = 3
+
+
+@pytest.fixture(scope="module")
+def shape(chat_model: Path) -> LinearShape:
+    return ModelConfig.from_folder(chat_model).linear_shape
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in NAMES:
+        rows = [TaskRow(name, "toy", "Say", f"{name} {i}", name[-1] * 4, 0) for i in range(8)]
+        write_task(folder, Task(name, tuple(rows[:4]), tuple(rows[4:5]), tuple(rows[5:])))
+    line = {"prompt": "Both\n", "tasks": list(NAMES), "targets": ["bbbb", "zzzz"]}
+    (folder / "composite").mkdir()
+    (folder / "composite" / "composite_2.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+def make_adapter(folder: Path, shape: LinearShape, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        return 0.3 * torch.randn(rows, columns, generator=generator)
+
+    pairs = {
+        (layer, target): LoraPair(draw(2, shape.inputs[target]), draw(shape.outputs[target], 2), 2.0)
+        for layer in range(shape.num_layers)
+        for target in TARGETS
+    }
+    write_peft(folder, AdapterWeights("", pairs))
+
+
+@pytest.fixture(scope="module")
+def adapters(shape: LinearShape, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate((*NAMES, "other")):
+        make_adapter(folder / name, shape, seed)
+    return folder
+
+
+def make_router(folder: Path, names: Sequence[str], model: Path, adapters: Path, seed: int = 0) -> Path:
+    config = ModelConfig.from_folder(model)
+    shape = config.linear_shape
+    generator = torch.Generator().manual_seed(seed)
+    gates = {
+        (layer, target): torch.randn(len(names), shape.inputs[target], generator=generator)
+        for layer in range(shape.num_layers)
+        for target in TARGETS
+    }
+    rows = tuple(CardAdapter(name, read_adapter(adapters / name, shape).digest) for name in names)
+    card = GateCard(config.fingerprint(), "tiny", rows, tuple(TARGETS), 1, 1.0, has_null=False, sha256="")
+    write_gates(folder, card, gates)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def common(chat_model: Path, root: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments with two routers: of both adapters, and of one alone, which then always has weight 1."""
+    out = tmp_path_factory.mktemp("routers")
+    both = make_router(out / "both", NAMES, chat_model, adapters)
+    alone = make_router(out / "alone", NAMES[:1], chat_model, adapters)
+    found = ["--model", str(chat_model), "--tasks", str(root), "--adapters", str(adapters), "--device", "cpu"]
+    return [*found, "--router", str(both), "--router", f"one={alone}", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def out(common: list[str], adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    more = ["--joint", str(adapters / "other"), "--swapped", f"xyz={adapters / 'other'}", "--new", "xyz"]
+    router = common[common.index("--router") + 1]
+    more += ["--curve", f"4={router}", "--merges", "cat,ties:sum:0.5", "--temperatures", "1,20"]
+    assert main([*common, *more, "--out", str(folder)]) == 0
+    return folder
+
+
+def given(out: Path, method: str, part: str = "tasks") -> list[dict[str, Any]]:
+    for path in (out / "answers").iterdir():
+        head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if head["method"] == method and path.name.startswith(part):
+            return lines
+    raise AssertionError(method)
+
+
+def by_peft(model: Path, adapters: Path, root: Path, task: str, name: str | None) -> list[str]:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    causal: Any = base if name is None else PeftModel.from_pretrained(base, adapters / name)
+    rows = read_rows(root / task / "test.jsonl")
+    return greedy_answers(causal.eval(), tokenizer, rows, 4 + 8, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("base", (None, None)),
+        ("oracle", ("ab", "xyz")),
+        ("one LoRA for all tasks", ("other", "other")),
+        ("oracle, xyz swapped", ("ab", "other")),
+        ("one, top 1", ("ab", "ab")),
+        ("one, top 2", ("ab", "ab")),
+    ],
+)
+def test_answers_are_those_of_peft(
+    method: str, names: tuple[str | None, ...], out: Path, chat_model: Path, adapters: Path, root: Path
+) -> None:
+    lines = given(out, method)
+    assert [(line["task"], line["row"]) for line in lines] == [(task, row) for task in NAMES for row in range(ROWS)]
+    for task, name in zip(NAMES, names, strict=True):
+        own = [line["answer"] for line in lines if line["task"] == task]
+        assert own == by_peft(chat_model, adapters, root, task, name)
+
+
+def test_the_even_mixture_is_the_merge_by_concatenation(
+    out: Path, chat_model: Path, adapters: Path, root: Path
+) -> None:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
+    model = PeftModel.from_pretrained(base, adapters / "ab", adapter_name="ab")
+    model.load_adapter(adapters / "xyz", adapter_name="xyz")
+    model.add_weighted_adapter(["ab", "xyz"], [0.5, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    for task in NAMES:
+        own = [line["answer"] for line in given(out, "merge cat of 1/n each") if line["task"] == task]
+        assert own == greedy_answers(model.eval(), tokenizer, read_rows(root / task / "test.jsonl"), 12, batch_size=8)
+
+
+def test_the_document_says_what_was_asked_and_found(out: Path) -> None:
+    document = json.loads((out / "gates.json").read_text())
+    gated = [
+        "both, top 1",
+        "both, top 2",
+        "one, top 1",
+        "one, top 2",
+        "both, top 2, xyz swapped",
+        "4 rows a task, top 2",
+    ]
+    assert set(gated) < set(document["tasks"])
+    assert document["curve"] == [{"rows": 4, "method": "4 rows a task, top 2"}]
+    assert document["tasks"]["4 rows a task, top 2"]["mean"] == document["tasks"]["both, top 2"]["mean"]
+    assert document["new"]["task"] == "xyz"
+    assert document["routers"].keys() == {"both", "one", "4 rows a task"}
+    assert {"composite-2", "composite-2, item by item"} == document["composites"].keys()
+    hot = {"both, top 2, T 1", "both, top 2, T 20"}  # the router of one adapter has not what the prompt needs
+    assert hot <= document["composites"]["composite-2"].keys()
+    assert document["temperatures"].keys() == hot
+    assert document["composites"]["composite-2, item by item"]["base"]["attempts"] >= 0
+    assert (document["device"], document["dtype"]) == ("cpu", "float32")
+    shares = [line["share"] for line in given(out, "both, top 1")]
+    assert all(0 < share < 1 for share in shares)
+    assert "share" not in given(out, "one, top 1")[-1]  # of the other task, for which there is no row
+    assert {path.name for path in out.glob("*.svg")} == {"composite-2-both.svg", "composite-2-item-by-item-both.svg"}
+
+
+def test_what_is_there_is_not_asked_again(common: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*common, "--merges", "", "--temperatures", "1", "--out", str(out), "--rows", str(ROWS)]) == 0
+    printed = capsys.readouterr()
+    said = printed.err.splitlines()
+    assert said[0] == "10 methods and parts, 40 questions"
+    assert len([line for line in said if line.startswith("there already: ")]) == 10
+    assert len(said) == 11
+    assert printed.out == (out / "gates.md").read_text()
+
+
+def test_what_does_not_fit_is_one_line(
+    common: list[str], adapters: Path, chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(message: str, *more: str) -> None:
+        assert main([*common, "--out", str(tmp_path), *more]) == 2
+        assert message in capsys.readouterr().err
+
+    strange = make_router(tmp_path / "strange", ["other"], chat_model, adapters)
+    refused("router strange: adapter other is not among the evaluated ones", "--router", str(strange))
+    refused("expected a name of its own", "--router", f"one={strange}")
+    refused("curve many: expected training rows a task", "--curve", f"many={strange}")
+    refused("merge 'best': method is 'best'", "--merges", "best")
+    refused("merge 'ties': density is None", "--merges", "ties")
+    refused("no such file, expected a trained adapter for one LoRA for all tasks", "--joint", str(tmp_path))
+    refused("elsewhere: expected one of the evaluated tasks, ab, xyz", "--new", "elsewhere")
+    refused("composite routers: none: there is no router of this label", "--composite-routers", "none")
+    refused("there is no group 'none'", "--group", "none")
+
+
+def test_a_router_of_other_weights_is_refused(
+    common: list[str], adapters: Path, shape: LinearShape, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate(NAMES):
+        make_adapter(tmp_path / name, shape, seed + 7)
+    given = [str(tmp_path) if argument == str(adapters) else argument for argument in common]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    assert f"router both: {tmp_path / 'ab'} has other weights" in capsys.readouterr().err
