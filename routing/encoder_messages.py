@@ -4,7 +4,10 @@ import msgspec
 
 
 class Start(msgspec.Struct, tag=True):
-    """To the encoder, first: load the encoder in `folder` with `loader`, "module:attribute"."""
+    """To the encoder, first: load the encoder in `folder` with `loader`, "module:attribute", onto `device`.
+
+    The device `auto` is a GPU where there is one.
+    """
 
     folder: str
     device: str

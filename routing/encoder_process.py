@@ -149,9 +149,18 @@ def send(socket: "zmq.Socket[bytes]", message: FromEncoder) -> None:
     socket.send(encode(message))
 
 
-def load_models(start: Start) -> Models:
-    """Load the base. Raises what the loader raises."""
-    if start.gpu_share is not None and start.device != "cpu":
+def chosen_device(name: str) -> str:
+    """`auto` is a GPU where there is one."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_models(start: Start, device: str) -> Models:
+    """Load the base onto `device`. Raises what the loader raises."""
+    if start.gpu_share is not None and device != "cpu":
         import torch
 
         torch.cuda.set_per_process_memory_fraction(start.gpu_share)
@@ -159,7 +168,7 @@ def load_models(start: Start) -> Models:
     loader = attrgetter(path)(importlib.import_module(module))
 
     def load(change: str | None) -> Model:
-        model: Model = loader(Path(start.folder), None if change is None else Path(change), device=start.device)
+        model: Model = loader(Path(start.folder), None if change is None else Path(change), device=device)
         return model
 
     return Models(load)
@@ -187,12 +196,13 @@ def main() -> int:
         if not isinstance(start, Start):
             raise TypeError(f"the first message must be Start, got {type(start).__name__}")
         try:
-            models = load_models(start)
+            device = chosen_device(start.device)
+            models = load_models(start, device)
         except Exception as error:  # one sentence for whoever asks next, whatever a library raised
             send(socket, StartFailed(_sentence(error)))
             return 1
         send(socket, Ready())
-        EncoderLoop(models, Waiting(PassLimits.of(start.device, start.max_batch)), socket).run()
+        EncoderLoop(models, Waiting(PassLimits.of(device, start.max_batch)), socket).run()
     return 0
 
 

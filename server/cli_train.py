@@ -71,8 +71,10 @@ def train_retriever(
     samples: Annotated[int, typer.Option(min=1, help="Training rows of a task at most.")] = 200,
     forms: Annotated[str, typer.Option(metavar="input|instruction+input|mixed", help="Of the texts.")] = "mixed",
     prefix: Annotated[str | None, typer.Option(help="Instruction before every text [LoraRetriever's].")] = None,
-    steps: Annotated[int, typer.Option(min=0)] = 2000,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
+    steps: Annotated[int | None, typer.Option(min=0, help="[2000 for a head, else 1000]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="[2e-3 for a head, 5e-4 for lora, 2e-5 for full]")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of the contrastive loss.")] = 0.05,
     whitening: Annotated[float, typer.Option(help="Shrinkage of the head's start, 0 for none.")] = 0.1,
     keep: Annotated[float, typer.Option(min=0.0, help="Pull towards the untrained embeddings.")] = 0.0,
@@ -88,14 +90,14 @@ def train_retriever(
     from routing.train.retriever import RetrieverError, RetrieverRecipe, RetrieverRun
     from routing.train.retriever import train_retriever as run
 
-    recipe = RetrieverRecipe(
-        mode=mode,
+    usual = {"steps": steps, "learning_rate": learning_rate}
+    recipe = RetrieverRecipe.of(
+        mode,
+        **{field: value for field, value in usual.items() if value is not None},
         share=share,
         samples=samples,
         forms=forms,
         prefix=PREFIX if prefix is None else prefix,
-        steps=steps,
-        learning_rate=learning_rate,
         temperature=temperature,
         whitening=whitening or None,
         keep=keep,

@@ -159,16 +159,16 @@ class LimitSettings(BaseModel):
 class RoutingSettings(BaseModel):
     """How adapters are chosen from the prompt.
 
-    `encoder` is a pulled encoder, a sentence-transformers folder or hub id, or `none`. `gpu_share` is the most of the
-    GPU's memory that it may take; `min_score` None is what was calibrated for the encoder.
+    `encoder` is a pulled encoder, a sentence-transformers folder or hub id, or `none`; `device` auto is the engine's.
+    `gpu_share` is the most of the GPU's memory that it may take; `min_score` None is what was calibrated for it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     encoder: str = DEFAULT_ENCODER
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=1, ge=1)
-    gpu_share: float | None = Field(default=None, gt=0, le=1)
+    gpu_share: float = Field(default=0.05, gt=0, le=1)
     top_k: int = Field(default=3, ge=1, le=256)
     min_score: float | None = Field(default=None, ge=-1, le=1)
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -32,7 +32,7 @@ def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
         return None, str(error)
     process = EncoderProcess(
         folder,
-        device=routing.device,
+        device=settings.serve.device if routing.device == "auto" else routing.device,
         num_threads=routing.threads,
         cache_texts=routing.cached_texts,
         gpu_share=routing.gpu_share,

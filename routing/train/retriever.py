@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,14 @@ from routing.train.progress import Report, progress_bar
 from routing.train.whitening import whitening_head
 
 CHECKPOINT = "checkpoint.safetensors"
+
+USUAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "lora": MappingProxyType({"steps": 1000, "learning_rate": 5e-4}),
+        "full": MappingProxyType({"steps": 1000, "learning_rate": 2e-5}),
+    }
+)
+"""Where a mode differs from the recipe's defaults, which are a head's; docs/results.md has what they gave."""
 
 
 class RetrieverError(Exception):
@@ -66,6 +75,11 @@ class RetrieverRecipe:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     seed: int = 0
+
+    @classmethod
+    def of(cls, mode: str, **given: Any) -> RetrieverRecipe:
+        """The mode's usual steps and learning rate, unless they are given."""
+        return cls(**{"mode": mode, **USUAL.get(mode, {}), **given})
 
     def drawn_forms(self) -> tuple[str, ...]:
         """The query forms that occur in training."""

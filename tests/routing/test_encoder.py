@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest_asyncio.fixture
 async def make(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     made: list[EncoderProcess] = []
 
     def make(**options: Any) -> EncoderProcess:
@@ -91,6 +91,15 @@ async def test_embeddings_come_in_the_order_of_the_texts(make: Make) -> None:
     found[:] = 0  # the caller's own: the memory behind it stays as it was
     np.testing.assert_array_equal(await encoder.embed(texts), np.stack(expected))
     assert (await encoder.embed([])).shape == (0, WIDTH)
+
+
+async def test_the_device_auto_is_a_gpu_where_there_is_one(make: Make, folder: Folder) -> None:
+    import torch
+
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    for device, chosen in (("auto", expected), ("cpu", "cpu")):
+        await make(device=device).encoder().embed(["text"])
+        assert folder.lines("device")[-1] == chosen
 
 
 async def test_callers_share_passes(make: Make, folder: Folder) -> None:

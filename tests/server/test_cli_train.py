@@ -75,6 +75,42 @@ def test_a_router_is_trained_and_evaluated(
     assert [result["label"] for result in results] == ["untrained"] * 2 + ["router"] * 2
 
 
+@pytest.mark.parametrize(
+    ("given", "usual"),
+    [
+        (["--mode", "head"], (2000, 2e-3)),
+        (["--mode", "lora"], (1000, 5e-4)),
+        (["--mode", "full"], (1000, 2e-5)),
+        (["--mode", "full", "--steps", "7", "--learning-rate", "0.1"], (7, 0.1)),
+    ],
+)
+def test_each_mode_of_a_retriever_has_its_usual_recipe(
+    given: list[str],
+    usual: tuple[int, float],
+    tasks: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "routing"))
+    from tiny_encoder import make_encoder
+
+    from routing.train import retriever
+
+    asked: list[retriever.RetrieverRecipe] = []
+
+    def train(_folder: Path, _tasks: object, _out: Path, recipe: retriever.RetrieverRecipe, _run: object) -> None:
+        asked.append(recipe)
+        raise retriever.RetrieverError("only its recipe was wanted")
+
+    monkeypatch.setattr(retriever, "train_retriever", train)
+    encoder = make_encoder(tmp_path_factory.mktemp("base"))
+    arguments = ["--tasks", str(tasks), "--encoder", str(encoder), "--out", str(tmp_path / "out")]
+    done = runner.invoke(cli.app, ["train", "retriever", *arguments, *given])
+    assert (done.exit_code, "only its recipe" in done.output) == (1, True)
+    assert [(recipe.mode, (recipe.steps, recipe.learning_rate)) for recipe in asked] == [(given[1], usual)]
+
+
 @pytest.fixture
 def chat_folder(tiny_model: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "tiny-chat"
