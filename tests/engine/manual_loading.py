@@ -18,7 +18,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.plan import Chunk
 from server.engine.reads import page_check
-from server.engine.sequence import Output, Request, SamplingParams
+from server.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
 from tests.adapters_store.library import LIBRARY, PACKED, check_content, make_pool
 
 BYTES = max(packed.num_bytes for packed in PACKED.values())
@@ -93,6 +93,9 @@ class FakeLaunch:
 
     def shares(self) -> list[tuple[float, ...]]:
         return [()] * len(self.chunks)
+
+    def prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...]]:
+        return {}
 
 
 class FakeRunner:
