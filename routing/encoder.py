@@ -13,7 +13,7 @@ from routing.embedding_cache import EmbeddingCache, Key, text_key
 from routing.encoder_child import CLOSED, EncoderChild
 from routing.encoder_child import EncoderUnavailable as EncoderUnavailable
 from routing.encoder_messages import Embed, Embedded, Failed, Forget, Hurry, Start
-from routing.encoder_model import EncoderError, encoder_id
+from routing.encoder_model import EncoderError, encoder_id, plain_id
 from routing.encoder_width import encoder_width
 
 LOADER = "routing.encoder_model:EncoderModel.load"
@@ -39,12 +39,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedEncoder:
-    """One encoder of an EncoderProcess: the base, or the base with a trained router's change."""
+    """One encoder of an EncoderProcess: the base, or the base with a trained router's change.
+
+    A `plain` one puts no instruction before the texts: its embeddings are those that others know of this encoder.
+    """
 
     process: "EncoderProcess"
     id: str
     width: int
     change: Path | None
+    plain: bool = False
 
     async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
         """See `Encoder`. `bulk` texts are embedded when no query waits, and are not remembered."""
@@ -120,6 +124,11 @@ class EncoderProcess:
             raise EncoderUnavailable(str(error)) from error
         return ServedEncoder(self, identity, width, change)
 
+    def plain_encoder(self) -> ServedEncoder:
+        """The base encoder without routing's instruction before the texts. Raises EncoderUnavailable."""
+        base = self.encoder()
+        return ServedEncoder(self, plain_id(base.id), base.width, None, plain=True)
+
     async def embed(self, encoder: ServedEncoder, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
         """What `encoder.embed` does."""
         keys = [text_key(encoder.id, text) for text in texts]
@@ -176,7 +185,7 @@ class EncoderProcess:
             asked.append(entry)
         if fresh:
             change = None if encoder.change is None else str(encoder.change)
-            self._child.send(Embed(encoder.id, change, fresh, texts, bulk))
+            self._child.send(Embed(encoder.id, change, fresh, texts, bulk, encoder.plain))
         if hurried:
             self._child.send(Hurry(hurried))
         return asked

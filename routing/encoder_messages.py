@@ -19,7 +19,8 @@ class Start(msgspec.Struct, tag=True):
 class Embed(msgspec.Struct, tag=True):
     """To the encoder: texts, each with a number of its own, for the encoder of this id, which is base plus `change`.
 
-    Every number is answered once, by an `Embedded` or a `Failed`, unless a `Forget` came in time.
+    `plain` texts are embedded as they are, without the instruction that routing puts before them. Every number is
+    answered once, by an `Embedded` or a `Failed`, unless a `Forget` came in time.
     """
 
     encoder: str
@@ -27,6 +28,7 @@ class Embed(msgspec.Struct, tag=True):
     numbers: list[int]
     texts: list[str]
     bulk: bool
+    plain: bool = False
 
 
 class Hurry(msgspec.Struct, tag=True):

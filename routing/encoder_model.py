@@ -61,6 +61,10 @@ class EncoderModel:
             _apply(encoder.model, card.mode, _tensors(change / CHANGE_FILE))
         return encoder
 
+    def plain(self) -> EncoderModel:
+        """The same encoder without an instruction before the texts, which shares its weights."""
+        return EncoderModel(self.model, prefix="", identity=plain_id(self.id))
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of `texts`, (n, width) float32, L2-normalised; a text of no length is the prefix alone."""
         if not texts:
@@ -81,6 +85,11 @@ def encoder_id(folder: Path, change: Path | None = None, prefix: str = PREFIX) -
         EncoderError: as `EncoderModel.load`, as far as the files show it.
     """
     return _identify(folder, change, prefix)[0]
+
+
+def plain_id(encoder: str) -> str:
+    """The id of the encoder with this id when no instruction stands before the texts."""
+    return hashlib.sha256(f"{encoder}/plain".encode()).hexdigest()[:16]
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
@@ -193,6 +202,19 @@ def _files(folder: Path) -> dict[str, Any]:
     if "weights" not in found:
         raise EncoderError(f"{folder / 'modules.json'}: expected a module Transformer")
     return found
+
+
+def transformer_files(folder: Path) -> tuple[Path, int | None]:
+    """Where the transformer and its tokenizer lie, and how many tokens it reads, if the files say.
+
+    Raises EncoderError for a folder without such a module.
+    """
+    for module in _json(folder / "modules.json", list):
+        if isinstance(module, dict) and str(module.get("type", "")).endswith("Transformer"):
+            at = folder / str(module.get("path", ""))
+            limit = _token_limit(at)
+            return at, int(limit) if isinstance(limit, int | float) and 0 < limit < 1 << 31 else None
+    raise EncoderError(f"{folder / 'modules.json'}: expected a module Transformer")
 
 
 def _token_limit(at: Path) -> Any:

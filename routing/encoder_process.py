@@ -48,6 +48,8 @@ class Model(Protocol):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray: ...
 
+    def plain(self) -> "Model": ...
+
 
 class ChangedOnDisk(Exception):
     """A folder no longer holds the encoder that was asked for."""
@@ -62,8 +64,10 @@ class Models:
         self.base = load(None)
         self._changed: OrderedDict[str, Model] = OrderedDict()
 
-    def get(self, encoder: str, change: str | None) -> Model:
+    def get(self, encoder: str, change: str | None, plain: bool = False) -> Model:
         """The encoder with this id. Raises ChangedOnDisk and what the loader raises."""
+        if plain:
+            return _same(self.base.plain(), encoder, "the base encoder")
         if change is None:
             return _same(self.base, encoder, "the base encoder")
         model = self._changed.get(encoder)
@@ -103,7 +107,7 @@ class EncoderLoop:
         if isinstance(message, Embed):
             longest = self.models.base.max_tokens
             for number, text in zip(message.numbers, message.texts, strict=True):
-                entry = Text.of(number, message.encoder, message.change, text, longest)
+                entry = Text.of(number, message.encoder, message.change, text, longest, message.plain)
                 self.waiting.add(entry, bulk=message.bulk)
         elif isinstance(message, Hurry):
             self.waiting.hurry(message.numbers)
@@ -113,7 +117,7 @@ class EncoderLoop:
     def _answer(self, taken: list[Text]) -> None:
         numbers = [text.number for text in taken]
         try:
-            model = self.models.get(taken[0].encoder, taken[0].change)
+            model = self.models.get(taken[0].encoder, taken[0].change, taken[0].plain)
         except Exception as error:  # whatever is wrong with this encoder, others go on
             send(self.socket, Failed(numbers, _sentence(error)))
             return

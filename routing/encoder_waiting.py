@@ -17,20 +17,23 @@ SPECIAL_TOKENS = 12
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One text for the encoder `encoder`, which is the base plus the trained router in the folder `change`."""
+    """One text for the encoder `encoder`: the base plus the trained router in the folder `change`, or `plain`."""
 
     number: int
     encoder: str
     change: str | None
     text: str
     tokens: int
+    plain: bool = False
 
     @classmethod
-    def of(cls, number: int, encoder: str, change: str | None, text: str, max_tokens: int) -> "Text":
+    def of(
+        cls, number: int, encoder: str, change: str | None, text: str, max_tokens: int, plain: bool = False
+    ) -> "Text":
         """With its length estimated from its bytes: rough, but it only decides who shares a pass."""
         longest = max_tokens * BYTES_PER_TOKEN
         size = len(text[:longest].encode("utf-8", "replace")) // BYTES_PER_TOKEN
-        return cls(number, encoder, change, text, min(SPECIAL_TOKENS + size, max_tokens))
+        return cls(number, encoder, change, text, min(SPECIAL_TOKENS + size, max_tokens), plain)
 
 
 @dataclass(frozen=True, slots=True)

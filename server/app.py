@@ -38,12 +38,13 @@ from server.key_ring import KeyRing
 from server.local_only import LocalOnly
 from server.metrics import Metrics
 from server.model.config import ModelConfig
+from server.openai.embeddings import router as embeddings_router
 from server.openai.routes import router as openai_router
 from server.periodic import repeating
 from server.quotas import QuotaGate
 from server.rate_limit_headers import RateLimitHeaders
 from server.request_id import RequestIds
-from server.router_setup import encoder_process, router_service
+from server.router_setup import embedder_of, encoder_name, encoder_process, router_service
 from server.tenants import Keys, Tenants
 from server.tools.form import FORMS
 from server.usage import FLUSH_SECONDS, UsageLedger
@@ -79,6 +80,7 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
     )
     install_error_handlers(app)
     app.include_router(openai_router, tags=["OpenAI"])
+    app.include_router(embeddings_router, tags=["OpenAI"])
     app.include_router(admin_router)
     _add_operations(app)
     if settings.serve.is_open and not settings.serve.insecure:
@@ -105,7 +107,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     config = settings.serve.store_config(served_name, settings.data_dir, settings.sources.max_adapter_bytes)
     base, base_name = ModelConfig.from_folder(folder), folder.resolve().name if local else served_name
     tokenizer = ChatTokenizer.from_folder(folder, FORMS.get(settings.serve.tool_parser))
-    async with open_store(base.linear_shape, base_name, config, served_name) as store:
+    reserved = (served_name, *encoder_name(settings))
+    async with open_store(base.linear_shape, base_name, config, reserved) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
         engine_config = settings.serve.engine_config(folder, settings.data_dir)
         engine = EngineClient(engine_config)
@@ -128,10 +131,10 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
 
 @contextlib.asynccontextmanager
 async def open_store(
-    shape: LinearShape, base_name: str, config: StoreConfig, served_name: str
+    shape: LinearShape, base_name: str, config: StoreConfig, reserved: Sequence[str]
 ) -> AsyncIterator[AdapterStore]:
     """The adapters, until the block ends. Raises StoreOpenError."""
-    store = await asyncio.to_thread(AdapterStore.open, shape, base_name, config, time.time, (served_name,))
+    store = await asyncio.to_thread(AdapterStore.open, shape, base_name, config, time.time, reserved)
     try:
         yield store
     finally:
@@ -239,6 +242,7 @@ def assemble(
         catalog=catalog,
         routers=service,
         tokenizer=tokenizer,
+        embedder=embedder_of(settings, process),
         generator=generator,
         metrics=metrics,
         keys=keys,

@@ -151,6 +151,7 @@ class LimitSettings(BaseModel):
     body_bytes: int = Field(default=16 * 2**20, ge=1024)
     n: int = Field(default=16, ge=1)
     prompts: int = Field(default=128, ge=1)
+    inputs: int = Field(default=2048, ge=1)
     prompt_logprobs: int = Field(default=2**18, ge=1)
     adapters: int = Field(default=256, ge=1)
     uploads: int = Field(default=4, ge=1)

@@ -14,6 +14,7 @@ from server.catalog import Catalog, TieredEngine
 from server.chat import ChatTokenizer
 from server.choice import Engine
 from server.config import LimitSettings
+from server.embedder import Embedder
 from server.engine.config import EngineStats
 from server.errors import Unauthorized, Unavailable
 from server.generation import Generator
@@ -41,6 +42,7 @@ class Services:
     catalog: Catalog
     routers: RouterService
     tokenizer: ChatTokenizer
+    embedder: Embedder | None
     generator: Generator
     metrics: Metrics
     keys: Keys

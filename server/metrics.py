@@ -94,6 +94,10 @@ class Metrics:
     def route_failed(self, router: str) -> None:
         self._routes.labels(router, "error").inc()
 
+    def embedded(self, tenant: str, tokens: int) -> None:
+        """A request for embeddings was answered."""
+        self._embedding_tokens.labels(tenant).inc(tokens)
+
     def quota_rejected(self, tenant: str, kind: str) -> None:
         """A request was refused; `kind` is `requests`, `concurrency`, `tokens`, `adapters` or `bytes`."""
         self._quota_rejections.labels(tenant, kind).inc()
@@ -155,6 +159,7 @@ class Metrics:
             "loramux_route_similarity", "Score of the best candidate, chosen or not: shows drift.", SCORE, ["router"]
         )
         self._quota_rejections = self._counter("loramux_quota_rejections", "Requests refused.", ["tenant", "kind"])
+        self._embedding_tokens = self._counter("loramux_embedding_tokens", "Tokens embedded.", ["tenant"])
         self._by_adapter = (
             self._successes,
             self._prompt_tokens,

@@ -1,17 +1,24 @@
 """What routes prompts, made of the settings: the encoder's process and the service that keeps the routers."""
 
 import importlib.util
+import logging
 import time
+from pathlib import Path
 
 from adapters_store.store import AdapterStore
 from routing.calibrated import min_score as calibrated_score
-from routing.encoder import EncoderProcess
+from routing.encoder import EncoderProcess, EncoderUnavailable
+from routing.encoder_model import EncoderError
+from routing.encoder_tokenizer import EncoderTokenizer
 from routing.retriever import RetrieverDefaults
 from routing.router import Routers
 from server.checkpoint import CheckpointError, locate
 from server.config import DEFAULT_ENCODER, Settings
+from server.embedder import Embedder
 from server.gated_routers import GatedRouters
 from server.routers import RouterService
+
+logger = logging.getLogger(__name__)
 
 
 def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
@@ -38,6 +45,27 @@ def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
         gpu_share=routing.gpu_share,
     )
     return process, ""
+
+
+def encoder_name(settings: Settings) -> tuple[str, ...]:
+    """What clients call the encoder, if there is to be one: a folder's name, or the last part of a hub id."""
+    encoder = settings.routing.encoder
+    folder = Path(encoder).expanduser()
+    if encoder == "none":
+        return ()
+    return (folder.resolve().name if folder.is_dir() else encoder.rpartition("/")[2],)
+
+
+def embedder_of(settings: Settings, process: EncoderProcess | None) -> Embedder | None:
+    """What answers requests for embeddings; None, and a line in the log, where there is no usable encoder."""
+    if process is None:
+        return None
+    try:
+        (name,) = encoder_name(settings)
+        return Embedder(name, process.plain_encoder(), EncoderTokenizer.from_folder(process.folder))
+    except (EncoderError, EncoderUnavailable) as error:
+        logger.warning("there is no embedding model: %s", error)
+        return None
 
 
 def router_service(

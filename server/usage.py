@@ -58,17 +58,17 @@ class UsageLedger:
     def count(self, tenant: str, route: Route, prompt_tokens: int, generation_tokens: int) -> None:
         """One request that has ended."""
         now = self._clock()
-        adapter = route.label if route.adapters else ""
-        line = self._lines.setdefault((tenant, adapter, datetime.fromtimestamp(now, UTC).date()), _Counts())
-        line.requests += 1
-        line.prompt_tokens += prompt_tokens
-        line.generation_tokens += generation_tokens
+        self._add(tenant, route.label if route.adapters else "", now, prompt_tokens, generation_tokens)
         for owner, name in {(each.owner, each.name) for each in route.adapters}:
             uses = self._touched.setdefault((tenant, owner, name), _Uses())
             uses.requests += 1
             uses.last_used = max(uses.last_used, now)
             if self.on_use is not None:
                 self.on_use(tenant, owner, name)
+
+    def count_embeddings(self, tenant: str, model: str, tokens: int) -> None:
+        """One request to the embedding model, whose name no adapter has."""
+        self._add(tenant, model, self._clock(), tokens, 0)
 
     async def flush(self) -> bool:
         """Write what has been counted; whether it worked."""
@@ -95,6 +95,12 @@ class UsageLedger:
             lost = sum(line.requests for line in self._lines.values())
             logger.error("the registry is unavailable: %d requests are missing in the ledger", lost)
         self._thread.shutdown(wait=False)
+
+    def _add(self, tenant: str, label: str, now: float, prompt_tokens: int, generation_tokens: int) -> None:
+        line = self._lines.setdefault((tenant, label, datetime.fromtimestamp(now, UTC).date()), _Counts())
+        line.requests += 1
+        line.prompt_tokens += prompt_tokens
+        line.generation_tokens += generation_tokens
 
     async def _catch_up(self) -> None:
         clock = asyncio.get_running_loop().time

@@ -5,47 +5,23 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
 from server.ask import Ask
 from server.body import limits_of
 from server.choice import Piece, ScoredToken
 from server.engine.sequence import TokenLogprobs
 from server.openai.answer import Answer, Collected, Json
+from server.openai.inputs import INPUTS_SCHEMA, Inputs, inputs_of
 from server.openai.prompt_scores import echoed, token_name
 from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
 from server.tenants import Tenant
 
 
-def _prompts(value: object, info: ValidationInfo) -> tuple[str | tuple[int, ...], ...]:
-    """One prompt or many, as text or token ids, in one form."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not value:
-        raise PydanticCustomError("prompt_type", "expected a string, token ids, or a list of either, not empty")
-    if _is_ids(value):
-        return (tuple(value),)
-    most = limits_of(info).prompts
-    if len(value) > most:
-        raise PydanticCustomError("prompt_count", "expected at most {most} prompts", {"most": most})
-    if all(isinstance(prompt, str) for prompt in value):
-        return tuple(value)
-    if all(isinstance(prompt, list) and prompt and _is_ids(prompt) for prompt in value):
-        return tuple(tuple(prompt) for prompt in value)
-    raise PydanticCustomError("prompt_type", "expected all prompts to be strings, or all lists of token ids")
+def _prompts(value: object, info: ValidationInfo) -> Inputs:
+    return inputs_of(value, "prompt", limits_of(info).prompts)
 
 
-def _is_ids(value: list[Any]) -> bool:
-    return set(map(type, value)) <= {int}  # true and false are no token ids
-
-
-_IDS = {"type": "array", "items": {"type": "integer"}}
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-Prompts = Annotated[
-    Any,
-    BeforeValidator(_prompts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS}]}),
-]
+Prompts = Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(INPUTS_SCHEMA)]
 
 
 class CompletionRequest(GenerationRequest):

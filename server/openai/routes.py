@@ -76,12 +76,12 @@ async def list_models(
     limit: Annotated[int | None, Query(ge=1)] = None,
     cursor: Annotated[str | None, Query(max_length=256)] = None,
 ) -> Response:
-    """The base model, then the adapters by name: all of them or, as an addition to OpenAI's list, a part.
+    """The base model, the embedding model, then the adapters by name: all or, as an addition to OpenAI's list, a part.
 
-    The base model is in the first part only. `next` is the cursor of the following one.
+    What is no adapter is in the first part only. `next` is the cursor of the following one.
     """
     page = await services.store.models(caller.tenant.id, limit, cursor)
-    base = [_base(services)] if cursor is None else []
+    base = [_base(services), *_embedding(services)] if cursor is None else []
 
     def encode() -> bytes:
         data = base + [_adapter(row, services) for row in page.items]
@@ -95,6 +95,8 @@ async def list_models(
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Json:
     if model == services.served_name:
         return _base(services)
+    if services.embedder is not None and model == services.embedder.name:
+        return _embedding(services)[0]
     try:
         found = (await services.store.resolve(caller.tenant.id, [model]))[model]
         named = await services.store.get(caller.tenant.id, found.name)
@@ -205,9 +207,31 @@ def _base(services: Services) -> Json:
         "owned_by": "loramux",
         "root": services.served_name,
         "parent": None,
+        "kind": "base",
         "max_model_len": info.max_model_len if info is not None else None,
         "permission": [_permission(services.served_name, services.started)],
     }
+
+
+def _embedding(services: Services) -> list[Json]:
+    """The model of /v1/embeddings, if there is one."""
+    if services.embedder is None:
+        return []
+    name = services.embedder.name
+    return [
+        {
+            "id": name,
+            "object": "model",
+            "created": int(services.started),
+            "owned_by": "loramux",
+            "root": name,
+            "parent": None,
+            "kind": "embedding",
+            "max_model_len": services.embedder.max_tokens,
+            "dimensions": services.embedder.width,
+            "permission": [_permission(name, services.started)],
+        }
+    ]
 
 
 def _adapter(adapter: ModelRow, services: Services) -> Json:
@@ -218,6 +242,7 @@ def _adapter(adapter: ModelRow, services: Services) -> Json:
         "owned_by": "loramux" if adapter.public else adapter.tenant,
         "root": adapter.digest,
         "parent": services.served_name,
+        "kind": "adapter",
         "permission": [_permission(adapter.name, adapter.created)],
     }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from routing.encoder_model import plain_id
+
 WIDTH = 8
 LOADER = "fake_encoder:FakeEncoder.load"
 
@@ -55,6 +57,9 @@ class FakeEncoder:
         if "nan" in texts:
             return np.full((len(texts), WIDTH), np.nan, dtype=np.float32)
         return np.stack([vector(self.id, text) for text in texts])
+
+    def plain(self) -> "FakeEncoder":
+        return FakeEncoder(self.folder, plain_id(self.id))
 
     def note(self, line: object) -> None:
         with (self.folder / "log").open("a") as file:

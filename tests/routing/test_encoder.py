@@ -102,6 +102,20 @@ async def test_the_device_auto_is_a_gpu_where_there_is_one(make: Make, folder: F
         assert folder.lines("device")[-1] == chosen
 
 
+async def test_plain_texts_are_another_encoders(make: Make, folder: Folder) -> None:
+    process = make()
+    first = await busy(folder, process)
+    plain, routed = process.plain_encoder(), process.encoder()
+    asked = [asyncio.create_task(encoder.embed(["same"])) for encoder in (plain, routed)]
+    await asyncio.sleep(0)
+    folder.drop("hold")
+    rows = await asyncio.gather(*asked)
+    await first
+    for row, encoder in zip(rows, (plain, routed), strict=True):
+        np.testing.assert_array_equal(row[0], vector(encoder.id, "same"))
+    assert folder.passes[1:] == [["same"], ["same"]]
+
+
 async def test_callers_share_passes(make: Make, folder: Folder) -> None:
     process = make(max_batch=16)
     first = await busy(folder, process)

@@ -30,6 +30,7 @@ async def test_embeddings_equal_those_of_sentence_transformers(minilm: Path, cap
         encoder = process.encoder()
         found = await encoder.embed(TEXTS)
         bulk = await encoder.embed([f"{text} " for text in TEXTS], bulk=True)
+        plain = await process.plain_encoder().embed(TEXTS)
     finally:
         await process.close()
     assert capfd.readouterr() == ("", "")
@@ -42,6 +43,9 @@ async def test_embeddings_equal_those_of_sentence_transformers(minilm: Path, cap
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(bulk, expected, atol=1e-5)  # a space at the end is no token
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    as_they_are = [text[:5000].replace("\ud800", "?") for text in TEXTS]
+    expected = np.stack([original.encode(text, show_progress_bar=False) for text in as_they_are])
+    np.testing.assert_allclose(plain, expected, atol=1e-5)
 
 
 async def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:

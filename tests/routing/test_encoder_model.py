@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tiny_encoder import MAX_TOKENS, WIDTH, make_encoder
 
-from routing.encoder_model import PREFIX, EncoderError, EncoderModel, encoder_id, transformer
+from routing.encoder_model import PREFIX, EncoderError, EncoderModel, encoder_id, plain_id, transformer
 from routing.router_folder import RouterCard, write_router
 
 TEXTS = ["translate the word cat", "", "12 + 7", "Ünïcode, 漢字 ✓", "   "]
@@ -36,6 +36,15 @@ def test_embeddings_are_those_of_the_library_with_the_prefix(folder: Path) -> No
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     assert (encoder.width, encoder.max_tokens) == (WIDTH, MAX_TOKENS)
     assert encoder.embed([]).shape == (0, WIDTH)
+
+
+def test_plain_embeddings_are_those_of_the_library(folder: Path) -> None:
+    encoder = EncoderModel.load(folder)
+    plain = encoder.plain()
+    expected = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(plain.embed(TEXTS), expected, atol=1e-6)
+    assert plain.model is encoder.model
+    assert plain.id == plain_id(encoder.id) != encoder.id
 
 
 def test_texts_of_any_kind_have_finite_embeddings(folder: Path) -> None:

@@ -30,6 +30,9 @@ class WordEncoder:
             raise EncoderUnavailable("words cannot be trained")
         return self
 
+    def plain_encoder(self) -> "WordEncoder":
+        return self
+
     async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:  # noqa: ARG002
         if self.failure is not None:
             raise EncoderUnavailable(self.failure)
