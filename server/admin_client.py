@@ -4,7 +4,7 @@ import io
 import ipaddress
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,34 @@ class AdminClient:
         body["lora"] = {"explain": True, **options}
         answer: Json = self.call("POST", f"{self.url}/v1/chat/completions", body=body).body["lora"]
         return answer
+
+    def events(self, path: str, body: Mapping[str, object]) -> Generator[Json, None, None]:
+        """The objects of a stream of server-sent events. Closing the iteration closes the connection."""
+        options: dict[str, Any] = {"json": body, "timeout": httpx.Timeout(None, connect=_CONNECT_SECONDS)}
+        with self._reaching(), self._http.stream("POST", path, **options) as response:
+            if not response.is_success:
+                response.read()
+                raise AdminError(self._refusal(response))
+            is_done = False
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                is_done = is_done or data == "[DONE]"
+                if line.startswith("data:") and not is_done:
+                    yield self._event(data)
+            if not is_done:
+                raise AdminError(f"{self.url} ended its answer before it was complete")
+
+    def _event(self, data: str) -> Json:
+        try:
+            event = json.loads(data)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise AdminError(f"{self.url} answered with events that are no JSON objects: is a loramux server there?")
+        if "error" in event:
+            error = event["error"]
+            raise AdminError(f"{error['message']} ({error['code']})" if error.get("code") else str(error["message"]))
+        return event
 
     def pages(self, path: str, query: Mapping[str, object]) -> Json:
         """The whole list, as one page."""

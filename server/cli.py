@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from server import cli_admin, cli_train
+from server import cli_admin, cli_chat, cli_train
 
 if TYPE_CHECKING:
     from server.config import Settings
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(cli_train.train, name="train")
 app.add_typer(cli_train.evaluate, name="eval")
 app.add_typer(cli_admin.app)
+app.add_typer(cli_chat.app)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of models, adapters and the registry.")]
 Model = Annotated[str | None, typer.Option(help="Model folder, pulled model or hub id.")]
