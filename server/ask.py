@@ -18,8 +18,8 @@ class Ask:
     """One request to generate. Either `messages` or `prompts` (text or token ids) is given.
 
     `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
-    seed + i; `max_tokens` None is the rest of the context. `timeout`: seconds that the client gives it. `tools` None
-    means that none may be called.
+    seed + i; `max_tokens` None is the rest of the context. `timeout`: seconds that the client gives it. The smaller
+    its `priority`, the earlier it starts among those of its tenant that wait. `tools` None: none may be called.
     """
 
     tenant: Tenant
@@ -33,6 +33,7 @@ class Ask:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     timeout: float | None = None
+    priority: int = 0
     tools: ToolUse | None = None
 
     def of_form(self, form: ToolForm) -> "Ask":

@@ -268,6 +268,7 @@ class Generation:
                     weight=ask.tenant.weight,
                     gates=route.gates,
                     timeout=ask.timeout,
+                    priority=ask.priority,
                 )
                 stops = StopStrings(ask.stop)
                 waits = leader is not None and (len(prompt) > info.block_size or ask.params.prompt_logprobs is not None)

@@ -68,6 +68,7 @@ class Request:
     `cache_key`, the mix and `gates` root the prefix-cache hash chain: the KV of one such set is never read under
     another. `gates` weigh the adapters of the mix anew for every token. `weight` (> 0) is the share that is due to
     `tenant`, relative to those of others. `timeout`: seconds after its arrival when it ends, whatever it has by then.
+    The smaller its `priority`, the earlier it starts among the waiting requests of its tenant (fairness.py).
     """
 
     id: str
@@ -80,6 +81,7 @@ class Request:
     weight: float = 1.0
     gates: GateUse | None = None
     timeout: float | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:

@@ -35,7 +35,6 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "audio": (None,),
     "modalities": (None, ["text"]),
-    "priority": (None, 0),
 }
 """Fields that change the answer and are refused, with the values that change nothing."""
 
@@ -50,6 +49,7 @@ LONGEST_STOP = 4096
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 LONGEST_TIMEOUT = 86_400
+MOST_PRIORITY = 2**31 - 1
 
 
 def _stops(value: object) -> object:
@@ -95,6 +95,7 @@ class GenerationRequest(RequestModel):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
+    priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None
     timeout: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT)] | None = None
 
     adapter_id: Name | None = None
@@ -205,6 +206,7 @@ class GenerationRequest(RequestModel):
             max_tokens=self.longest_answer(),
             stop=tuple(self.stop or ()),
             timeout=self.timeout,
+            priority=_or(self.priority, 0),
         )
 
 

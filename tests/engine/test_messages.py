@@ -85,6 +85,7 @@ REQUEST = Request(
     weight=2.5,
     gates=GateUse("d" * 64, "/routers/d", ("a" * 64, None), 2, 0.5, null=True),
     timeout=1.5,
+    priority=-3,
 )
 OUTPUT = Output(
     request_id="r-1",

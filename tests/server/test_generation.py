@@ -115,3 +115,10 @@ async def test_end_all_gives_every_stream_its_ending(harness: Harness) -> None:
             await collect(pieces)
     assert sum(harness.endings().values()) == 3
     harness.check_all_given_back()
+
+
+async def test_what_the_engine_is_told_of_a_request(harness: Harness) -> None:
+    await collect(harness.services.generator.start(ask(priority=7, timeout=60.0)).pieces())
+    (request,) = harness.engine.requests
+    assert request.priority == 7
+    assert request.timeout is not None
