@@ -11,8 +11,10 @@ from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
@@ -42,7 +44,7 @@ from server.openai.embeddings import router as embeddings_router
 from server.openai.routes import router as openai_router
 from server.periodic import repeating
 from server.quotas import QuotaGate
-from server.rate_limit_headers import RateLimitHeaders
+from server.rate_limit_headers import RATE_LIMIT_HEADERS, RateLimitHeaders
 from server.request_id import RequestIds
 from server.router_setup import embedder_of, encoder_name, encoder_process, router_service
 from server.tenants import Keys, Tenants
@@ -51,6 +53,12 @@ from server.usage import FLUSH_SECONDS, UsageLedger
 
 logger = logging.getLogger(__name__)
 
+CORS: dict[str, Any] = {
+    "allow_methods": ("DELETE", "GET", "PATCH", "POST"),
+    "allow_headers": ("*",),
+    "expose_headers": ("x-request-id", "x-loramux-route", "retry-after", "traceresponse", *RATE_LIMIT_HEADERS),
+}
+"""What pages of the allowed origins may send and read; keys come in a header, never in cookies."""
 SWEEP_SECONDS = 600.0
 SWEEP_GRACE = 3600.0
 """Longer than any registration takes from its first file to its name."""
@@ -83,9 +91,12 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
     app.include_router(embeddings_router, tags=["OpenAI"])
     app.include_router(admin_router)
     _add_operations(app)
+    origins = settings.http.cors_origins
     if settings.serve.is_open and not settings.serve.insecure:
-        app.add_middleware(LocalOnly)
+        app.add_middleware(LocalOnly, origins=origins)
     app.add_middleware(RateLimitHeaders)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **CORS)
     app.add_middleware(RequestIds, new_id=_new_id)
     return app
 
@@ -250,6 +261,7 @@ def assemble(
         quotas=quotas,
         usage=usage,
         limits=settings.limits,
+        http=settings.http,
         metrics_public=serve.metrics_public,
         now=time.time,
         started=time.time(),

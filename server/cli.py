@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from server import cli_admin, cli_chat, cli_train
+from server.trace_context import LOG_FORMAT, RequestFilter
 
 if TYPE_CHECKING:
     from server.config import Settings
@@ -98,7 +99,9 @@ def serve(
     settings = _settings(locals())
     if settings.serve.model is None:
         _fail("no model is given: expected --model FOLDER, a pulled model or a hub id", code=2)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RequestFilter())
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names its plugins at every start
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that clients get wrong
     from adapters_store.blobs import BlobError

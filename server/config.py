@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -157,6 +166,29 @@ class LimitSettings(BaseModel):
     uploads: int = Field(default=4, ge=1)
 
 
+class HttpSettings(BaseModel):
+    """How answers travel. Seconds.
+
+    `cors_origins`: pages of these origins may call, `*` means all; none by default. `keep_alive`: a stream that was
+    silent for so long sends a comment, 0 sends none. `reader_timeout`: a stream whose reader took nothing for so long
+    ends.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    keep_alive: float = Field(default=15.0, ge=0, allow_inf_nan=False)
+    reader_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin} is no origin, expected * or the form https://app.example.com")
+        return value
+
+
 class RoutingSettings(BaseModel):
     """How adapters are chosen from the prompt.
 
@@ -202,6 +234,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "loramux")
     serve: ServeSettings = Field(default_factory=ServeSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    http: HttpSettings = Field(default_factory=HttpSettings)
     sources: SourceSettings = Field(default_factory=SourceSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
@@ -259,6 +292,7 @@ def _check_environment() -> None:
     groups: dict[str, type[BaseModel]] = {
         "serve": ServeSettings,
         "limits": LimitSettings,
+        "http": HttpSettings,
         "sources": SourceSettings,
         "routing": RoutingSettings,
     }

@@ -13,7 +13,7 @@ from server.accounts import AccountService
 from server.catalog import Catalog, TieredEngine
 from server.chat import ChatTokenizer
 from server.choice import Engine
-from server.config import LimitSettings
+from server.config import HttpSettings, LimitSettings
 from server.embedder import Embedder
 from server.engine.config import EngineStats
 from server.errors import Unauthorized, Unavailable
@@ -50,6 +50,7 @@ class Services:
     quotas: QuotaGate
     usage: UsageLedger
     limits: LimitSettings
+    http: HttpSettings
     metrics_public: bool
     now: Callable[[], float]
     started: float

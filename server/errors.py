@@ -34,6 +34,7 @@ from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import UnknownAdapter
 from adapters_store.types import AdapterError
+from server.absent_endpoints import no_endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     """What the framework itself raises: no such endpoint, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return error_response(NotFound("there is no such endpoint here; GET /docs lists all", code="unknown_endpoint"))
+        return error_response(NotFound(no_endpoint(request.url.path), code="unknown_endpoint"))
     refusal = BadRequest(f"{HTTPStatus(error.status_code).phrase}: {request.method} is not possible here")
     refusal.status = HTTPStatus(error.status_code)
     headers = dict(error.headers or {})

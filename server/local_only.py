@@ -1,6 +1,7 @@
 """What a server without keys does not do for pages of the web: everything here is allowed to whoever may connect."""
 
 import re
+from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,22 +17,24 @@ class LocalOnly:
     """ASGI middleware: refuses requests that a browser of this machine sends for somebody else.
 
     A page's name that was made to mean this machine shows in `Host`, another page's script in `Origin`. Browsers send
-    bodies of some content types, and of none, without asking first.
+    bodies of some content types, and of none, without asking first. Scripts of `origins` are welcome; `*` is not among
+    them, since it would mean every page of the web.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, origins: Collection[str] = ()) -> None:
         self._app = app
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = _refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        refusal = _refusal(Headers(scope=scope), self._origins) if scope["type"] == "http" else None
         app = self._app if refusal is None else error_response(refusal)
         await app(scope, receive, send)
 
 
-def _refusal(headers: Headers) -> ServerError | None:
+def _refusal(headers: Headers, origins: Collection[str]) -> ServerError | None:
     for name in ("host", "origin"):
         values = headers.getlist(name)
-        if not all(_is_local(value) for value in values):
+        if not all(_is_local(value) or (name == "origin" and value in origins) for value in values):
             return Forbidden(
                 f"without keys this server answers to its own machine only, and the header {name.title()} names"
                 " another one: expected http://localhost, or a server with --api-key or --admin-key"

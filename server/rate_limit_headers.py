@@ -3,6 +3,10 @@
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+RATE_LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
+
 
 class RateLimitHeaders:
     """ASGI middleware: adds what `rate_limits` of the request's state gives, as of the answer's beginning."""

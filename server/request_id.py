@@ -1,4 +1,4 @@
-"""Every response has a header `x-request-id`: the client's own, or a new one."""
+"""Every response has a header `x-request-id`: the client's own, or a new one. Traces of the caller's go on."""
 
 import asyncio
 import logging
@@ -9,6 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ServerError, Unavailable, error_response
+from server.trace_context import CURRENT, RequestContext, parse_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,9 @@ ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestIds:
     """ASGI middleware, the outermost one. Ids that are long or not plain ASCII are replaced, not echoed.
 
-    What no handler caught is a bug: it is logged with the id and answered with 500, traceback and all kept back. A
-    request that is cancelled because the server stops is answered with 503.
+    A caller's `traceparent` is named in the log, and answered with `traceresponse`. What no handler caught is a bug:
+    it is logged with the id and answered with 500, traceback and all kept back. A request that is cancelled because
+    the server stops is answered with 503. `new_id` gives hex digits, 16 at least.
     """
 
     def __init__(self, app: ASGIApp, new_id: Callable[[], str]) -> None:
@@ -31,18 +33,20 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(HEADER.encode(), b"")
-        request_id = given.decode() if ACCEPTED.fullmatch(given) else self._new_id()
-
+        context = self._context(scope)
+        added = {HEADER: context.request_id}
+        if context.trace is not None:
+            added["traceresponse"] = context.trace.response(self._new_id()[:16])
         has_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                MutableHeaders(scope=message)[HEADER] = request_id
+                MutableHeaders(scope=message).update(added)
             await send(message)
 
+        token = CURRENT.set(context)
         try:
             await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
@@ -53,5 +57,17 @@ class RequestIds:
         except Exception:
             if has_started:
                 raise
-            logger.exception("request %s failed", request_id)
+            logger.exception("a request failed")
             await error_response(ServerError())(scope, receive, send_with_id)
+        finally:
+            CURRENT.reset(token)
+
+    def _context(self, scope: Scope) -> RequestContext:
+        given, traces = b"", []
+        for name, value in scope["headers"]:
+            if name == b"traceparent":
+                traces.append(value)
+            elif name == HEADER.encode():
+                given = value
+        request_id = given.decode() if ACCEPTED.fullmatch(given) else self._new_id()
+        return RequestContext(request_id, parse_traceparent(traces))

@@ -15,6 +15,7 @@ from server.ask import Ask
 from server.body import document, json_body
 from server.chat import num_characters
 from server.choice import Piece
+from server.config import HttpSettings
 from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller, knock
 from server.errors import BadRequest, NotFound
 from server.generation import Generation, route_error
@@ -22,7 +23,7 @@ from server.openai.answer import Answer, Collected, Json, collect
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
 from server.openai.messages import plain
-from server.openai.stream import EventStream, unless_gone
+from server.openai.stream import EventStream, begun, unless_gone
 from server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from server.route_view import route_header
 from server.tenants import Tenant
@@ -49,7 +50,7 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
         tools=ask.tools,
         form=services.tokenizer.tool_form,
     )
-    return await _respond(request, generation, answer, bool(body.stream))
+    return await _respond(request, generation, answer, services.http if body.stream else None)
 
 
 @router.post("/v1/completions", dependencies=[Depends(knock)], openapi_extra=document(CompletionRequest))
@@ -66,7 +67,7 @@ async def completions(body: CompletionBody, request: Request, services: Services
         n=ask.n,
         echoes=await _echoes(ask, services) if body.echo else (),
     )
-    return await _respond(request, generation, answer, bool(body.stream))
+    return await _respond(request, generation, answer, services.http if body.stream else None)
 
 
 @router.get("/v1/models")
@@ -135,18 +136,24 @@ async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: Caller
     return {"prompt": await services.tokenizer.decode(body.tokens)}
 
 
-async def _respond(request: Request, generation: Generation, answer: Answer, streams: bool) -> Response:
-    """The answer as one body or as a stream. Errors before the first piece have a status of their own in both."""
+async def _respond(
+    request: Request, generation: Generation, answer: Answer, streaming: HttpSettings | None
+) -> Response:
+    """The answer as one body or as a stream. Errors before the first piece have a status of their own in both.
+
+    A stream whose first piece takes longer than the silence that the settings allow has begun before.
+    """
     pieces = generation.pieces()
     try:
-        if not streams:
+        if streaming is None:
             whole = await _encoded(answer, await unless_gone(request, collect(pieces)))
             return Response(whole, headers=_headers(generation), media_type="application/json")
-        first = await unless_gone(request, _first(pieces))
+        first = asyncio.create_task(_first(pieces))
+        await begun(request, first, lambda: generation.route is not None, streaming.keep_alive)
     except BaseException:
         await pieces.aclose()
         raise
-    return EventStream(answer, first, pieces, _headers(generation))
+    return EventStream(answer, first, pieces, _headers(generation), streaming)
 
 
 async def _encoded(answer: Answer, choices: list[Collected]) -> bytes:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,8 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.choice import Piece
+from server.config import HttpSettings
 from server.errors import ClientGone, ServerError
 from server.openai.answer import Answer
+from server.openai.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -34,58 +36,89 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await _end(working, leaving)
 
 
-class EventStream(Response):
-    """Server-sent events for the pieces of a generation, of which the first has come already.
+async def begun(request: Request, first: "asyncio.Task[Piece]", is_routed: Callable[[], bool], seconds: float) -> None:
+    """Returns when `first` is there, or is so late that the answer begins without it, once its route is known.
 
-    The response owns `pieces`: whatever happens, they are closed. An error after the headers is an event of its own,
-    the last one.
+    0 `seconds` wait as long as it takes. Raises ClientGone, and what `first` raises; it is cancelled then.
+    """
+    leaving = asyncio.create_task(_gone(request.receive))
+    try:
+        while not first.done():
+            await asyncio.wait((first, leaving), timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done() and not first.done():
+                raise ClientGone
+            if is_routed():
+                break
+        if first.done():
+            first.result()
+    except BaseException:
+        await _end(first)
+        raise
+    finally:
+        await _end(leaving)
+
+
+class EventStream(Response):
+    """Server-sent events for the pieces of a generation, of which the first has come already or is waited for.
+
+    The response owns `first` and `pieces`: whatever happens, they are closed. An error after the headers is an event
+    of its own, the last one.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None], headers: Mapping[str, str]
+        self,
+        answer: Answer,
+        first: "asyncio.Task[Piece]",
+        pieces: AsyncGenerator[Piece, None],
+        headers: Mapping[str, str],
+        http: HttpSettings,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._answer = answer
         self._first = first
         self._pieces = pieces
+        self._http = http
         self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending, leaving = asyncio.create_task(self._stream(send)), asyncio.create_task(_gone(receive))
+        pulse = Pulse(send, self._http.keep_alive, self._http.reader_timeout)
+        sending, leaving = asyncio.create_task(self._stream(send, pulse)), asyncio.create_task(_gone(receive))
+        beating = asyncio.create_task(pulse.beat())
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, leaving, beating), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
             else:
-                logger.info("499 %s: the client left its stream", scope.get("path"))
+                how = "left its stream" if leaving.done() else "does not read its stream"
+                logger.info("499 %s: the client %s", scope.get("path"), how)
         finally:
-            await _end(sending, leaving)
+            await _end(sending, leaving, beating, self._first)
             await self._pieces.aclose()
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, pulse: Pulse) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            await self._send_piece(send, self._first)
+            await self._send_piece(pulse, await self._first)
             async for piece in self._pieces:
-                await self._send_piece(send, piece)
+                await self._send_piece(pulse, piece)
             last = b"data: [DONE]\n\n"
         except ServerError as error:
             last = _event(error.body())
         except Exception:
             logger.exception("a stream failed")
             last = _event(ServerError().body())
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await pulse.end(last)
 
-    async def _send_piece(self, send: Send, piece: Piece) -> None:
+    async def _send_piece(self, pulse: Pulse, piece: Piece) -> None:
         def encode() -> bytes:
             return b"".join(map(_event, self._answer.events(piece)))
 
         body = await asyncio.to_thread(encode) if self._answer.is_long(piece) else encode()
         if body:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await pulse.send(body)
 
 
 def _event(data: object) -> bytes:

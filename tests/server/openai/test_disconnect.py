@@ -1,61 +1,17 @@
 """A client that leaves, in every phase: its work ends in the engine, and it is accounted for once."""
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
 import pytest
+from caller import Caller, until
 from fakes import Harness
 
+from routing.router import RouteQuery
+
 BODY = {"model": "sql", "prompt": "Hi", "max_tokens": 20}
-
-
-class Caller:
-    """One request on the ASGI interface itself, which can say at any moment that the client has left."""
-
-    def __init__(self, harness: Harness, url: str, body: dict[str, Any]) -> None:
-        self.sent: list[dict[str, Any]] = []
-        self._left = asyncio.Event()
-        self._body: list[bytes] = [json.dumps(body).encode()]
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": url,
-            "raw_path": url.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 2),
-        }
-        self.task = asyncio.create_task(harness.asgi(scope, self._receive, self._send))
-
-    def leave(self) -> None:
-        self._left.set()
-
-    @property
-    def num_events(self) -> int:
-        return sum(message.get("body", b"").count(b"data: ") for message in self.sent)
-
-    async def _receive(self) -> dict[str, Any]:
-        if self._body:
-            return {"type": "http.request", "body": self._body.pop(), "more_body": False}
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        self.sent.append(message)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -95,6 +51,61 @@ async def test_in_the_middle_of_a_whole_answer(harness: Harness) -> None:
     await asyncio.wait_for(caller.task, 20)
     assert list(harness.engine.ended.values()) == ["closed"]
     assert harness.endings() == {"abort": 1.0}
+    harness.check_all_given_back()
+
+
+async def test_in_the_middle_of_the_upload(harness: Harness) -> None:
+    caller = Caller(harness, "/v1/completions", BODY, uploaded=False)
+    await until(lambda: caller.has_uploaded)
+    caller.leave()
+    await asyncio.wait_for(caller.task, 20)
+    assert caller.sent[0]["status"] == 499
+    assert not harness.engine.requests
+    harness.check_all_given_back()
+
+
+class Held:
+    """Stands in front of a coroutine function: calls wait for ever, and are counted while they do."""
+
+    def __init__(self) -> None:
+        self.num_calls = self.num_waiting = 0
+
+    async def __call__(self, *_: Any, **__: Any) -> Any:
+        self.num_calls += 1
+        self.num_waiting += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.num_waiting -= 1
+
+
+def tokenizing(harness: Harness) -> tuple[Any, str]:
+    return harness.services.tokenizer, "encode"
+
+
+def routing(harness: Harness) -> tuple[Any, str]:
+    return harness.services.generator.routers.select(RouteQuery("default", "sql")), "route"
+
+
+def leasing(harness: Harness) -> tuple[Any, str]:
+    return harness.services.store, "lease"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("phase", [tokenizing, routing, leasing])
+async def test_before_the_engine_knows_of_it(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, phase: Callable[[Harness], tuple[Any, str]], stream: bool
+) -> None:
+    held, (owner, name) = Held(), phase(harness)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, held)
+        caller = Caller(harness, "/v1/completions", BODY | {"stream": stream})
+        await until(lambda: held.num_waiting)
+        caller.leave()
+        await asyncio.wait_for(caller.task, 20)
+    assert (held.num_calls, held.num_waiting) == (1, 0)
+    assert not harness.engine.requests
+    assert harness.services.quotas.running("default") == 0
     harness.check_all_given_back()
 
 
