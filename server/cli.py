@@ -67,7 +67,8 @@ def serve(
     ] = None,
     default_router: Annotated[str | None, typer.Option(help="What `auto` means [retriever].")] = None,
     tool_parser: Annotated[
-        str | None, typer.Option(metavar="auto|hermes|llama3_json", help="How the model writes tool calls [auto].")
+        str | None,
+        typer.Option(metavar="auto|hermes|llama3_json|mistral", help="How the model writes tool calls [auto]."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,

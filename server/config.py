@@ -88,7 +88,7 @@ class ServeSettings(BaseModel):
     metrics_public: bool = False
     metrics_max_adapters: int = Field(default=100, ge=1, le=10_000)
     default_router: str = "retriever"
-    tool_parser: Literal["auto", "hermes", "llama3_json"] = "auto"
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = "auto"
     max_num_seqs: int = Field(default=64, ge=1, le=4096)
     max_batch_tokens: int = Field(default=512, ge=1, le=MOST_BATCH_TOKENS)
     max_model_len: int | None = Field(default=None, ge=1)

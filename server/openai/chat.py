@@ -104,7 +104,7 @@ class ChatAnswer(Answer):
         parser = CallParser(self._form, tools.names, None if tools.is_parallel else 1)
         if tools.is_forced:
             parser.feed(self._form.beginning)
-        return ToolCalls(parser, lambda number: f"call_{self._generation.id[:24]}{index:02x}{number:02x}")
+        return ToolCalls(parser, lambda number: self._form.call_id(f"{self._generation.id}-{index}-{number}"))
 
     def _delta(self, index: int, delta: Json, tokens: tuple[ScoredToken, ...] = ()) -> Json:
         return {

@@ -96,7 +96,7 @@ class CallParser:
         return self._go(self._before_call)
 
     def _before_call(self) -> bool:
-        text = self._buffer.lstrip(WHITESPACE)
+        text = self._buffer.lstrip(WHITESPACE + ("[" if self._form.is_list else ""))
         self._opened += self._take(len(self._buffer) - len(text))
         if text.startswith("{"):
             self._scanner, self._is_begun = CallScanner(self._names), False

@@ -12,9 +12,18 @@ MOST_CALLS = 8
 """In a forced answer that may have several: small models do not find an end by themselves."""
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models are shown JSON. Where space is free, small ones write it until their tokens are used up."""
-_ALTERNATIVES = frozenset({"allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "dependentSchemas"})
-_OPEN = frozenset({"additionalProperties", "unevaluatedProperties", "patternProperties"})
-_DATA = frozenset({"const", "enum", "default", "examples"})
+_SCHEMAS = frozenset(
+    {
+        *("items", "additionalItems", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else"),
+        *("unevaluatedItems", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "prefixItems"),
+    }
+)
+"""Keywords whose value is a schema, or a list of some."""
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_WORDS = frozenset({"$id", "$schema", "$comment", "title", "description", "default", "examples"})
+"""Keywords that allow and forbid nothing. `$id` would give references another root."""
+_COMBINING = frozenset({"allOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
+"""Keywords by which one schema speaks of the properties of another."""
 
 
 def forced_calls(use: ToolUse, form: ToolForm) -> Constraint:
@@ -39,28 +48,42 @@ def _call_schema(tools: tuple[Tool, ...], key: str) -> dict[str, Any]:
         }
         for tool in tools
     ]
-    definitions = {tool.name: _moved(tool.parameters, f"#/$defs/{tool.name}") for tool in tools}
+    definitions = {}
+    for tool in tools:
+        closes = not _COMBINING & _keywords(tool.parameters)
+        definitions[tool.name] = _moved(tool.parameters, f"#/$defs/{tool.name}", closes)
     return {"x-guidance": _SPACING, "$defs": definitions, "anyOf": calls}
 
 
-def _moved(schema: object, root: str, *, closes: bool = True) -> Any:
-    """The schema with its references relative to where it stands now, in `root`.
+def _moved(schema: object, root: str, closes: bool) -> Any:
+    """The schema with its references relative to where it stands now, in `root`, and without what explains it.
 
-    Objects that name their properties, and do not say whether they have others, have no others: nobody asks for them,
-    and a small model would invent one after the other. Parts of an `allOf` may speak of each other's properties.
+    With `closes`, objects that name their properties and do not say whether they have others have no others: nobody
+    asks for them, and a small model would invent one after the other.
     """
     if isinstance(schema, list):
-        return [_moved(each, root, closes=closes) for each in schema]
+        return [_moved(each, root, closes) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
     moved: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "$ref" and isinstance(value, str) and value.startswith("#"):
             moved[key] = root + value[1:]
-        elif key in _DATA:
+        elif key in _SCHEMAS:
+            moved[key] = _moved(value, root, closes)
+        elif key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            moved[key] = {name: _moved(each, root, closes) for name, each in value.items()}
+        elif key not in _WORDS:
             moved[key] = value
-        elif key not in ("$id", "$schema"):
-            moved[key] = _moved(value, root, closes=closes and key != "allOf")
-    if closes and isinstance(schema.get("properties"), Mapping) and not (schema.keys() & (_ALTERNATIVES | _OPEN)):
+    if closes and "properties" in moved and "additionalProperties" not in moved and "patternProperties" not in moved:
         moved["additionalProperties"] = False
     return moved
+
+
+def _keywords(value: object) -> set[str]:
+    """All keys anywhere in it."""
+    if isinstance(value, list):
+        return set().union(*map(_keywords, value))
+    if not isinstance(value, Mapping):
+        return set()
+    return {*value, *set().union(*map(_keywords, value.values()))}

@@ -16,7 +16,7 @@ def instructions(tools: Sequence[Tool], form: ToolForm) -> str:
     """What the system tells of the tools, after Hermes (Nous Research, Hermes-Function-Calling)."""
     listed = "\n".join(json.dumps(tool.shown, ensure_ascii=False) for tool in tools)
     example = f'{{"name": <name of the function>, "{form.key}": <object with its arguments>}}'
-    call = f"{form.beginning}{example}\n{form.closing}".strip()
+    call = form.beginning + example + form.end
     return (
         "You can call functions. Each line between <tools> and </tools> describes one:\n"
         f"<tools>\n{listed}\n</tools>\n"

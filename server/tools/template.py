@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from server.tools.definition import Tool, ToolUse
-from server.tools.form import HERMES, LLAMA, ToolForm
+from server.tools.form import HERMES, LLAMA, MISTRAL, ToolForm
 from server.tools.instructions import Message, without_tools
 
 PROBE = Tool("loramux_probe", "A probe.", {"type": "object", "properties": {}})
@@ -43,18 +43,40 @@ class ChatTemplate:
     def form(self) -> ToolForm:
         if self._form is not None:
             return self._form
-        is_llama = HERMES.opening not in self._source and any(mark in self._source for mark in LLAMA_MARKS)
-        return LLAMA if is_llama and self.knows_tools else HERMES
+        if not self.knows_tools or HERMES.opening in self._source:
+            return HERMES
+        if MISTRAL.opening in self._source:
+            return MISTRAL
+        return LLAMA if any(mark in self._source for mark in LLAMA_MARKS) else HERMES
 
     def render(self, messages: Sequence[Message], use: ToolUse | None, add_generation_prompt: bool) -> str:
         """The prompt. Where a call is forced it ends with the beginning of one. Raises what the template raises."""
         tools = use.tools if use is not None else ()
         said = [_with_objects(message) for message in messages]
         if self.knows_tools:
+            said = _one_call_each(said) if self.form.has_one_call else said
             text = self._render(said, [tool.shown for tool in tools] or None, add_generation_prompt)
         else:
             text = self._render(without_tools(said, tools, self.form), None, add_generation_prompt)
         return text + self.form.beginning if use is not None and use.is_forced and add_generation_prompt else text
+
+
+def _one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several calls of one answer as an answer each, with its result behind it."""
+    results = {message.get("tool_call_id"): message for message in messages if message["role"] == "tool"}
+    apart: list[dict[str, Any]] = []
+    moved: set[object] = set()
+    for message in messages:
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            apart += [message] if message["role"] != "tool" or message.get("tool_call_id") not in moved else []
+            continue
+        for number, call in enumerate(calls):
+            apart.append({**message, "content": "" if number else message["content"], "tool_calls": [call]})
+            if call["id"] in results:
+                apart.append(results[call["id"]])
+                moved.add(call["id"])
+    return apart
 
 
 def _with_objects(message: Message) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from spoken import NAMES, Spoken, cut, read
 
 from server.tools.call_parser import Arguments, CallBegins, CallParser, Text
-from server.tools.form import FORMS, HERMES, LLAMA, ToolForm
+from server.tools.form import FORMS, HERMES, LLAMA, MISTRAL, ToolForm
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Rome"}}'
 ROME = ("weather", '{"city": "Rome"}')
@@ -81,7 +81,21 @@ LLAMA_EXAMPLES = {
     '<|python_tag|>weather.call(city="Rome")': Spoken('<|python_tag|>weather.call(city="Rome")'),
     '{"name": "weather", "parameters": {"city": "Rome",}} ?': Spoken("", (("weather", '{"city": "Rome",}} ?'),)),
 }
-EXAMPLES = [(HERMES, *each) for each in HERMES_EXAMPLES.items()] + [(LLAMA, *each) for each in LLAMA_EXAMPLES.items()]
+MISTRAL_EXAMPLES = {
+    f"[TOOL_CALLS] [{WEATHER}]": Spoken("", (ROME,)),
+    f"I look.[TOOL_CALLS][{WEATHER}, {WEATHER}] Done": Spoken("I look. Done", (ROME, ROME)),
+    f"[TOOL_CALLS]{WEATHER}": Spoken("", (ROME,)),
+    f"[TOOL_CALLS] [{WEATHER}": Spoken("", (ROME,)),
+    f"[{WEATHER}]": Spoken(f"[{WEATHER}]"),
+    "[TOOL_CALLS] []": Spoken("[TOOL_CALLS] []"),
+    "[TOOL_CALLS]now[ARGS]{}": Spoken("[TOOL_CALLS]now[ARGS]{}"),
+    "[TOOL_CALL [1, 2]": Spoken("[TOOL_CALL [1, 2]"),
+}
+EXAMPLES = [
+    (form, *each)
+    for form, examples in ((HERMES, HERMES_EXAMPLES), (LLAMA, LLAMA_EXAMPLES), (MISTRAL, MISTRAL_EXAMPLES))
+    for each in examples.items()
+]
 
 
 @pytest.mark.parametrize(("form", "text", "spoken"), EXAMPLES)
@@ -91,7 +105,23 @@ def test_examples(form: ToolForm, text: str, spoken: Spoken) -> None:
 
 
 FRAGMENTS = [
-    *("<tool_call>", "</tool_call>", "<|python_tag|>", "<tool", "_call>", "<", ">", "{", "}", "[", "]", ",", ":", ";"),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<|python_tag|>",
+        "[TOOL_CALLS]",
+        "<tool",
+        "_call>",
+        "<",
+        ">",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        ";",
+    ),
     *('"name"', '"arguments"', '"parameters"', '"type"', '"weather"', '"now"', '"a"', '"', "\\", '\\"', "\\u00e9"),
     *(" ", "\n", "\t", "1", "-", "0.5e3", "true", "null", "Hello", "漢", "\x00", "\N{NO-BREAK SPACE}"),
     *(WEATHER, NATIVE, '{"name": "now", "arguments": ', '{"arguments": {"a": 1}, '),
@@ -135,7 +165,7 @@ def test_calls_between_texts(said: list[tuple[str, tuple[str, dict]]], last: str
 def test_calls_alone_in_every_form(said: list[tuple[str, dict]], at: list[int]) -> None:
     for form in FORMS.values():
         objects = [json.dumps({"name": name, form.key: arguments}) for name, arguments in said]
-        text = form.beginning + form.between.join(objects) + form.closing
+        text = form.beginning + form.between.join(objects) + form.end
         for spoken, wanted in ((read(form, cut(text, at)), said), (read(form, [form.write(*said[0])]), said[:1])):
             assert spoken.content == ""
             assert [(name, json.loads(arguments)) for name, arguments in spoken.calls] == wanted

@@ -9,7 +9,7 @@ from fakes import TEMPLATE, byte_level_tokenizer
 from server.chat import ChatTokenizer
 from server.errors import BadRequest
 from server.tools.definition import Tool, ToolUse
-from server.tools.form import FORMS, HERMES, LLAMA, ToolForm
+from server.tools.form import FORMS, HERMES, LLAMA, MISTRAL, ToolForm
 
 HERMES_TEMPLATE = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>\n{% endif %}"
@@ -26,6 +26,13 @@ LLAMA_TEMPLATE = (
     '{"name": "{{ m.tool_calls[0].function.name }}", '
     '"parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
     "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MISTRAL_TEMPLATE = (
+    "{% for m in messages %}{% if loop.last and tools is not none %}"
+    "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('bad id') }}"
+    "{% endif %}{% endfor %}[TOOL_CALLS] {{ m.tool_calls | map(attribute='function') | list | tojson }}</s>"
+    "{% else %}<{{ m.role }}>{{ m.content }}</s>{% endif %}{% endfor %}"
 )
 CODE_TEMPLATE = "{% if tools %}{{ 1 / 0 }}{% endif %}" + TEMPLATE + "{# talks of tools and <tool_call> #}"
 WEATHER = Tool("weather", "Tells.", {"type": "object", "properties": {"city": {"type": "string"}}})
@@ -53,6 +60,8 @@ async def rendered(template: str, messages: list[dict[str, Any]], use: ToolUse |
     [
         (HERMES_TEMPLATE, None, HERMES),
         (LLAMA_TEMPLATE, None, LLAMA),
+        (MISTRAL_TEMPLATE, None, MISTRAL),
+        (TEMPLATE + "{# [TOOL_CALLS] #}", None, HERMES),
         (TEMPLATE, None, HERMES),
         (CODE_TEMPLATE, None, HERMES),
         (None, None, HERMES),
@@ -77,10 +86,26 @@ async def test_templates_that_know_tools_render_them() -> None:
 
 
 async def test_what_the_template_refuses_is_refused() -> None:
-    twice = [USER, {**TALK[1], "tool_calls": [CALL, CALL]}]
-    with pytest.raises(BadRequest, match="one call at a time") as refused:
-        await rendered(LLAMA_TEMPLATE, twice, USE)
+    with pytest.raises(BadRequest, match="the model's chat template refuses the messages: bad id") as refused:
+        await rendered(MISTRAL_TEMPLATE, TALK, USE)
     assert refused.value.param == "messages"
+
+
+async def test_ids_are_what_the_template_wants() -> None:
+    call = {**CALL, "id": MISTRAL.call_id("seed")}
+    assert "[TOOL_CALLS] [{" in await rendered(MISTRAL_TEMPLATE, [USER, {**TALK[1], "tool_calls": [call]}], USE)
+    for form in FORMS.values():
+        assert form.call_id("a") == form.call_id("a") != form.call_id("b")
+        assert len(form.call_id("a")) <= 40
+
+
+async def test_several_calls_where_the_template_takes_one() -> None:
+    """Each is an answer of its own then, with its result behind it."""
+    calls = [CALL, {**CALL, "id": "c2"}, {**CALL, "id": "c3"}]
+    results = [{**TALK[2], "content": text, "tool_call_id": key} for text, key in (("two", "c2"), ("one", "c1"))]
+    text = await rendered(LLAMA_TEMPLATE, [USER, {**TALK[1], "tool_calls": calls}, *results, USER], USE)
+    call = '<assistant>{"name": "weather", "parameters": {"city": "Rome"}}</s>'
+    assert text.endswith(f"{call}<ipython>one</s>{call}<ipython>two</s>{call}<user>Hello</s><assistant>")
 
 
 async def test_without_tools_everything_is_as_it_was() -> None:
