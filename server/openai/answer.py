@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from server.choice import Piece, ScoredToken
@@ -45,6 +46,14 @@ async def collect(pieces: AsyncIterator[Piece]) -> list[Collected]:
     ]
 
 
+class StreamedUsage(Enum):
+    """Which events of a stream say what was used."""
+
+    NONE = "none"
+    LAST = "last"
+    ALWAYS = "always"
+
+
 class Answer(ABC):
     """One response in the making. Endpoints say how a choice looks; `created` is in seconds since the epoch.
 
@@ -60,13 +69,13 @@ class Answer(ABC):
         generation: Generation,
         model: str,
         created: int,
-        includes_usage: bool = False,
+        streamed_usage: StreamedUsage = StreamedUsage.NONE,
         prompt_logprobs: int | None = None,
     ) -> None:
         self._generation = generation
         self._model = model
         self._created = created
-        self._includes_usage = includes_usage
+        self._streamed_usage = streamed_usage
         self._prompt_logprobs = prompt_logprobs
         self._num_ended = 0
 
@@ -85,7 +94,7 @@ class Answer(ABC):
         events = [self._event([delta]) for delta in self.deltas(piece)]
         self._num_ended += piece.finish_reason is not None
         if self._num_ended == len(self._generation.choices):
-            if self._includes_usage:
+            if self._streamed_usage is not StreamedUsage.NONE:
                 events.append(self._event([]) | {"usage": usage_object(self._generation.usage)})
             events[-1]["lora"] = self._lora()
         return events
@@ -105,7 +114,10 @@ class Answer(ABC):
 
     def _event(self, choices: list[Json]) -> Json:
         event = self._head(self.chunk_object) | {"choices": choices}
-        return event | {"usage": None} if self._includes_usage else event
+        if self._streamed_usage is not StreamedUsage.NONE:
+            is_told = self._streamed_usage is StreamedUsage.ALWAYS
+            event["usage"] = usage_object(self._generation.usage) if is_told else None
+        return event
 
     def _head(self, kind: str) -> Json:
         identity = f"{self.id_prefix}-{self._generation.id}"

@@ -12,7 +12,7 @@ from server.choice import Piece, ScoredToken
 from server.engine.sequence import TokenLogprobs
 from server.openai.answer import Answer, Collected, Json
 from server.openai.inputs import INPUTS_SCHEMA, Inputs, inputs_of
-from server.openai.prompt_scores import echoed, token_name
+from server.openai.prompt_scores import by_name, echoed, token_name
 from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
 from server.tenants import Tenant
 
@@ -94,7 +94,7 @@ class CompletionAnswer(Answer):
             "tokens": [token_name(token.data) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {token_name(data): value for data, value in (*token.top, (token.data, token.logprob))}
+                by_name((token_name(data), value) for data, value in (*token.top, (token.data, token.logprob)))
                 for token in tokens
             ],
             "text_offset": [len(text) + token.offset for token in tokens],

@@ -1,6 +1,6 @@
 """How likely a prompt's own tokens were, in the two forms that clients ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,14 @@ def token_name(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+def by_name(scored: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Log-probabilities by name. Of tokens that have the same name the first one counts, the most likely."""
+    named: dict[str, float] = {}
+    for name, value in scored:
+        named.setdefault(name, value)
+    return named
+
+
 def echoed(
     tokenizer: ChatTokenizer, prompt: Sequence[int], text: str, scores: Sequence[TokenLogprobs], most: int
 ) -> Json:
@@ -50,7 +58,7 @@ def echoed(
         "top_logprobs": [
             None,
             *(
-                {names[other]: value for other, value in score.top[:most]} | {names[token]: score.logprob}
+                by_name([*((names[other], value) for other, value in score.top[:most]), (names[token], score.logprob)])
                 for token, score in pairs
             ),
         ],

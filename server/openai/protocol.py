@@ -14,6 +14,7 @@ from server.body import RequestModel, limits_of, validate
 from server.config import LimitSettings
 from server.engine.sequence import SamplingParams
 from server.errors import BadRequest
+from server.openai.answer import StreamedUsage
 from server.openai.lora import LoraOptions
 from server.query_text import QueryScope
 from server.route_options import Name
@@ -35,14 +36,29 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "audio": (None,),
     "modalities": (None, ["text"]),
+    "web_search_options": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "logits_processors": (None, []),
+    "skip_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "truncate_prompt_tokens": (None,),
+    "add_special_tokens": (None,),
+    "prompt_embeds": (None,),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
 }
-"""Fields that change the answer and are refused, with the values that change nothing."""
+"""Fields that change the answer and are refused, OpenAI's first, with the values that change nothing."""
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(RequestModel):
+    """`continuous_usage_stats`, vLLM's: every event says what was used so far, if the usage is wanted at all."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 LONGEST_STOP = 4096
@@ -71,7 +87,7 @@ Stop = Annotated[
 
 
 class GenerationRequest(RequestModel):
-    """Fields of both generating endpoints, OpenAI's first, then vLLM's and our own."""
+    """Fields of both generating endpoints: OpenAI's, those of them that change nothing here, vLLM's, and our own."""
 
     model: Name | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -85,7 +101,15 @@ class GenerationRequest(RequestModel):
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
     user: str | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
 
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -159,8 +183,11 @@ class GenerationRequest(RequestModel):
         return self.prompt_logprobs
 
     @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def streamed_usage(self) -> StreamedUsage:
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return StreamedUsage.NONE
+        return StreamedUsage.ALWAYS if options.continuous_usage_stats else StreamedUsage.LAST
 
     def sampling(self) -> SamplingParams:
         """All but the seed and the length, which depend on the choice and the prompt."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.chat import ChatTokenizer
 from server.openai import answer as answers
-from server.openai.prompt_scores import text_offsets
+from server.openai.prompt_scores import by_name, text_offsets
 
 URL = "/v1/completions"
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -151,3 +151,8 @@ def test_offsets_lie_where_the_tokens_are(tokenizer: PreTrainedTokenizerFast, te
         assert offset == len(data.decode(errors="ignore"))
         data += chat.token_bytes(token)
     assert data.decode() == text
+
+
+def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
+    """A harness that compares a token with the likeliest must not take another one of its name for it."""
+    assert by_name([("a", -0.1), ("b", -1.0), ("a", -3.0)]) == {"a": -0.1, "b": -1.0}
