@@ -16,6 +16,7 @@ from kernels import meteora_forms
 from kernels.bench_cases import Case, Where
 from kernels.bench_einsum import peak_bytes
 from kernels.bench_lora import page_bytes, tiles_of
+from kernels.gate_rows import MASK_BITS, GateRows
 from kernels.mapping import RowSpan
 from kernels.shapes import Linear, ModelShape
 from kernels.tiles import PAGE_RANK
@@ -218,9 +219,8 @@ def _ours(
     yield OURS[1], True, dense
 
 
-def gate_rows(setting: Setting, num_gates: int, where: Where) -> Any:
-    """`GateRows` of rows that all use the one slot in the same way."""
-    from kernels.gates import MASK_BITS, GateRows
+def gate_rows(setting: Setting, num_gates: int, where: Where) -> GateRows:
+    """Rows that all use the one slot in the same way."""
 
     def same(value: int) -> Tensor:
         return where.ints([value]).repeat(setting.rows)
@@ -236,6 +236,7 @@ def gate_rows(setting: Setting, num_gates: int, where: Where) -> Any:
         touches=same(-1),
         shares=where.ints(range(setting.rows)),
         targets=where.ints([-1]),
+        counts=where.ints([setting.adapters]),
         adapters=where.ints([*range(setting.adapters), *[-2] * (num_gates - setting.adapters)]).view(1, -1),
         totals=torch.zeros(setting.rows, num_gates, device=where.device),
     )

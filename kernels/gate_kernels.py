@@ -10,6 +10,7 @@ def gate_logits_kernel(
     gates: tl.tensor,
     partials: tl.tensor,
     row_slots: tl.tensor,
+    slot_counts: tl.tensor,
     num_rows: tl.tensor,
     INPUTS: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -34,13 +35,14 @@ def gate_logits_kernel(
     k = tl.program_id(2) * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     gate = tl.arange(0, GATES)
     x_at = x + rows.to(tl.int64) * X_STRIDE
+    used = (gate < tl.load(slot_counts + slot))[:, None]
     gates_at = gates + slot.to(tl.int64) * SLOT_STRIDE + (part * GATES + gate) * INPUTS
     total = tl.zeros([ROWS, GATES], tl.float32)
     for step in range(STEPS):
         at = k + step * BLOCK_K
         inside = (at < INPUTS)[None, :]
         values = tl.load(x_at[:, None] + at[None, :], mask=own[:, None] & inside, other=0.0)
-        weights = tl.load(gates_at[:, None] + at[None, :], mask=inside, other=0.0)
+        weights = tl.load(gates_at[:, None] + at[None, :], mask=used & inside, other=0.0)
         total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
     out = ((tl.program_id(2) * num_rows + rows).to(tl.int64) * SLICES + part) * GATES
     tl.store(partials + out[:, None] + gate[None, :], total, mask=own[:, None])

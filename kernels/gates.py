@@ -11,38 +11,13 @@ import triton
 from torch import Tensor
 
 from kernels.gate_kernels import gate_logits_kernel, gate_weights_kernel
+from kernels.gate_rows import MASK_BITS, GateRows
 from kernels.lora_config import PROGRAMS
-
-MASK_BITS = 32
-"""Gates whose permissions are one word; the gates of a slot are a multiple of it."""
 
 SPLIT_INPUTS = 256
 """The fewest inputs that a program multiplies: below, its launch costs more than its products."""
 
 COLUMN_BLOCK = 32
-
-
-@dataclass(frozen=True, eq=False)
-class GateRows:
-    """Which rows of a step are weighed by which gates and how: arrays on the device, int32 unless said otherwise.
-
-    T rows; S slots for gates, N gates in each. slots [T]: the slot of each row's gates, -1 for rows without. top_k [T].
-    temperatures fp32[T], above 0. masks [T, N / 32]: bit j of word i: whether gate 32 i + j may be chosen.
-    touches [T]: bit g: whether any adapter of the row acts in target group g. shares [T]: the row of `totals` to which
-    the row's weights are added, or -1. targets [S]: bit t: whether the slot has gates for target t. adapters [S, N]:
-    the adapter of each gate, by numbers of the step that are not negative; below -1 for none.
-    totals fp32[any, N]: 0 before the step, then the sum of the weights over all linears in groups that the row touches.
-    """
-
-    slots: Tensor
-    top_k: Tensor
-    temperatures: Tensor
-    masks: Tensor
-    touches: Tensor
-    shares: Tensor
-    targets: Tensor
-    adapters: Tensor
-    totals: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +41,7 @@ def gate_config(num_rows: int, inputs: int, num_slices: int, itemsize: int) -> G
 def gate_scale(x: Tensor, gates: Tensor, rows: GateRows, columns: Tensor, group: int, first_target: int) -> Tensor:
     """fp32[S, T, U] for x [T, in]: how much of the page of each of the U columns each of the group's S linears takes.
 
-    gates [slots, S, N, in] in the dtype of x, the last two dimensions contiguous and those of unused slots finite.
+    gates [slots, S, N, in] in the dtype of x, every slot contiguous.
     columns int32[U]: the adapter that owns each column, in the numbers of `GateRows.adapters`, -1 for none. Rows
     without gates take all columns fully. group, first_target: the numbers of the group and of its first linear, which
     count the bits of `touches` and `targets`. Raises ValueError where a shape is another one.
@@ -88,6 +63,7 @@ def gate_scale(x: Tensor, gates: Tensor, rows: GateRows, columns: Tensor, group:
         gates,
         partials,
         rows.slots,
+        rows.counts,
         len(x),
         INPUTS=inputs,
         X_STRIDE=x.stride(0),

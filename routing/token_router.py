@@ -4,45 +4,25 @@ For a linear with input x and gates G (n, d_in): g = G x; the k highest logits a
 over the temperature; y = W x + sum_i w_i s_i B_i A_i x (MeteoRA, section 3.2).
 """
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from adapters_store.types import GROUPS, LinearShape
+from adapters_store.types import GROUPS, TARGETS, LinearShape
 from kernels.ops import Mapping as PageMapping
 from routing.card_file import RouterFolderError
 from routing.gate_folder import load_gates
-from server.engine.gates import GatePart
+from routing.token_gates import TokenGates
+from server.engine.gates import GatePart, GateShape
+
+if TYPE_CHECKING:
+    from routing.token_slots import TokenSlots
 
 SLICES = {group.name: len(group.targets) for group in GROUPS}
-
-
-class TokenGates:
-    """One router's gates. Linears that share an input are one product.
-
-    `groups`: by target group name [layers, S, n, d_in], in the model's dtype, for the S targets of the group. All
-    layers have gates on the same targets; where a group has targets without, its `present` [S, 1, 1] is 0 for them and
-    1 for the others: no adapter acts there.
-    """
-
-    def __init__(self, gates: Mapping[tuple[int, str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        """gates: [n, d_in] by (layer, target), as `load_gates` reads them."""
-        self.num_rows = len(next(iter(gates.values())))
-        self.groups: dict[str, Tensor] = {}
-        self.present: dict[str, Tensor] = {}
-        layers = 1 + max(layer for layer, _ in gates)
-        for group in GROUPS:
-            present = [target for target in group.targets if (0, target) in gates]
-            if not present:
-                continue
-            none = torch.zeros_like(gates[0, present[0]])
-            stacked = [[gates.get((layer, target), none) for target in group.targets] for layer in range(layers)]
-            self.groups[group.name] = torch.stack([torch.stack(own) for own in stacked]).to(device, dtype)
-            if len(present) < len(group.targets):
-                has = [float(target in present) for target in group.targets]
-                self.present[group.name] = torch.tensor(has, device=device).view(-1, 1, 1)
 
 
 class TokenRouter:
@@ -63,9 +43,9 @@ class TokenRouter:
             scale[:, part.rows] = self._weights(place, layer, group, x.index_select(0, part.rows))
         return scale
 
-    def shares(self) -> list[Tensor]:
-        """For each part fp32[R, n]: the mean weight of the gates' rows over the gates in groups that a row touches."""
-        return [total / total.sum(dim=1, keepdim=True).clamp(min=1.0) for total in self._totals]
+    def totals(self) -> list[Tensor]:
+        """For each part fp32[R, n]: the weights of its gates' rows, summed over gates in groups that a row touches."""
+        return self._totals
 
     def _weights(self, place: int, layer: int, group: str, x: Tensor) -> Tensor:
         """fp32[S, R, U] for the rows x [R, in] of a part."""
@@ -107,15 +87,39 @@ class TokenGateFactory:
         self._dtype = dtype
 
     def read(self, path: str) -> TokenGates:
-        """Raises ValueError for gates that do not fit the model, OSError."""
+        return self._read(path, self._device)
+
+    def read_for_slots(self, path: str) -> TokenGates:
+        return self._for_slots(self._read(path, torch.device("cpu")))
+
+    def random(self, num_rows: int, path: str) -> TokenGates:
+        """Logits of inputs of size 1 are of size 1."""
+        generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
+        sizes = {
+            (layer, target): self._shape.inputs[target] for layer in range(self._shape.num_layers) for target in TARGETS
+        }
+        gates = {
+            key: torch.randn(num_rows, inputs, generator=generator) * inputs**-0.5 for key, inputs in sizes.items()
+        }
+        return self._for_slots(TokenGates(gates, torch.device("cpu"), self._dtype))
+
+    def router(self, parts: Sequence[GatePart]) -> TokenRouter:
+        return TokenRouter(parts, self._device)
+
+    def slots(self, shape: GateShape) -> "TokenSlots":
+        from routing.token_slots import TokenSlots  # only a GPU's backend has Triton's kernels
+
+        return TokenSlots(self._shape, shape, self._device, self._dtype)
+
+    def _for_slots(self, gates: TokenGates) -> TokenGates:
+        return gates.pinned() if self._device.type == "cuda" else gates
+
+    def _read(self, path: str, device: torch.device) -> TokenGates:
         try:
             gates = load_gates(Path(path), self._shape)
         except RouterFolderError as error:
             raise ValueError(str(error)) from error
-        return TokenGates(gates, self._device, self._dtype)
-
-    def router(self, parts: Sequence[GatePart]) -> TokenRouter:
-        return TokenRouter(parts, self._device)
+        return TokenGates(gates, device, self._dtype)
 
 
 def _gates(part: GatePart) -> TokenGates:

@@ -86,6 +86,8 @@ def serve(
     kv_memory: Size = None,
     page_memory: Size = None,
     host_memory: Size = None,
+    gate_slots: Annotated[int | None, typer.Option(help="GPU: token-level routers that run at a time [4].")] = None,
+    gates_per_slot: Annotated[int | None, typer.Option(help="GPU: most adapters of such a router [64].")] = None,
     prefix_cache: Annotated[bool | None, typer.Option(help="Reuse the KV of equal prompt beginnings [on].")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine [all cores].")] = None,
     cuda_graphs: Annotated[

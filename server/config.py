@@ -95,6 +95,8 @@ class ServeSettings(BaseModel):
     kv_memory: Size = None
     page_memory: Size = None
     host_memory: Size = 4 * GIB
+    gate_slots: int = Field(default=4, ge=0, le=64)
+    gates_per_slot: int = Field(default=64, ge=1, le=256)
     prefix_cache: bool = True
     num_threads: int | None = Field(default=None, ge=1)
     cuda_graphs: Literal["capture", "lazy", "eager"] = "capture"
@@ -149,6 +151,8 @@ class ServeSettings(BaseModel):
             cuda_graphs=self.cuda_graphs,
             kernel_cache=str(self.kernel_cache or data_dir / "kernels"),
             gates="routing.token_router:TokenGateFactory",
+            gate_slots=self.gate_slots,
+            gates_per_slot=self.gates_per_slot,
         )
 
 

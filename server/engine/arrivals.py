@@ -10,7 +10,7 @@ Arrived = tuple[Sequence, RequestError | None]
 
 
 class Arrivals:
-    """Sequences whose adapters, or then whose gates, are not all in memory yet."""
+    """Sequences whose adapters, or then whose gates, are not all in memory yet, or wait for a slot for these."""
 
     def __init__(self, adapters: EngineAdapters, gates: GateBank | None) -> None:
         self._adapters = adapters
@@ -63,7 +63,7 @@ class Arrivals:
         gone = self._reading.pop(request.id, None) or self._gating.pop(request.id, None)
         self._adapters.leave(request)
         if request.gates is not None and self.gates is not None:
-            self.gates.leave(request.gates)
+            self.gates.leave(request.gates, seated=sequence.gates is not None)
         return gone is not None
 
     def check_integrity(self) -> None:
@@ -86,5 +86,8 @@ class Arrivals:
                 param="lora.router",
                 code="router_unavailable",
             )
-        sequence.gates = gates
-        return gates is not None
+        slot = None if gates is None else self.gates.take_slot(use.digest)
+        if slot is None:
+            return False
+        sequence.gates, sequence.gate_slot = gates, slot
+        return True

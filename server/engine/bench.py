@@ -22,6 +22,7 @@ from adapters_store.types import TARGETS
 from kernels.shapes import SHAPES
 from server.engine import peers
 from server.engine.bench_arrivals import latency, many_adapters
+from server.engine.bench_gated import gated
 from server.engine.bench_loads import loads
 from server.engine.bench_scenarios import Json, memory, steady_decode, throughput
 from server.engine.bench_session import Options, Session
@@ -35,6 +36,7 @@ SCENARIOS: Mapping[str, Callable[[Session], Json]] = MappingProxyType(
         "latency": latency,
         "many_adapters": many_adapters,
         "loads": loads,
+        "gated": gated,
         "memory": memory,
     }
 )
@@ -128,6 +130,12 @@ def _labels(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _gated(text: str) -> str:
+    if not Traffic.parse(text).top_k:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like top2of28")
+    return text
+
+
 def _targets(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in TARGETS]:
@@ -142,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapters", dest="traffic", type=_labels, help="kinds of traffic: off, 0, 8, mix3 (of 64), mix2of28"
     )
+    parser.add_argument("--gated", type=_gated, help="adapters behind the gates in gated, and how many a token uses")
     parser.add_argument("--rows", type=_numbers, help="sequences of a decode step [1,8,64]")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--seed", type=int)

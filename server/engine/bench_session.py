@@ -25,6 +25,8 @@ from server.engine.workload import Lengths, SyntheticAdapters, Traffic, Workload
 from server.model.config import ModelConfig
 
 BLOCK_SIZE = 16
+GATES = "routing.token_router:TokenGateFactory"
+"""A name, which the engine looks up: it knows no kind of router."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Options:
     seed: int = 0
     repeats: int = 2
     traffic: tuple[str, ...] = ("0", "1", "8", "64", "mix3")
+    gated: str = "top2of28"
     rows: tuple[int, ...] = (1, 8, 64)
     requests: int = 256
     concurrency: int = 64
@@ -149,6 +152,7 @@ class Session:
             seed=seed,
             arrivals=arrivals,
             num_adapters=traffic.adapters,
+            gates=traffic.gates(self.adapters),
         )
 
     def lengths(self, count: int) -> Lengths:
@@ -184,6 +188,7 @@ class Session:
             load_format="random",
             cuda_graphs=options.cuda_graphs,
             seed=options.seed,
+            gates=GATES if any(Traffic.parse(label).top_k for label in options.traffic) else None,
         )
         runner = Runner(config)
         self.adapters = SyntheticAdapters(
@@ -198,7 +203,8 @@ class Session:
         host = HostTier(self.adapters.num_bytes * (max(setup.adapters, options.many) + 1))
         loader = start_loader(config.load_threads, runner.device)
         adapters = EngineAdapters(host, runner.pool, loader, self.adapters.read, self.clock)
-        return Engine(config, runner, adapters, self.clock)
+        gates = runner.gate_bank(loader, random_gates=self.most_adapters)
+        return Engine(config, runner, adapters, self.clock, gates)
 
     def saturating_rate(self, engine: Engine, traffic: Traffic) -> float:
         """Requests a second that `throughput` served; measured now, with half the requests, where that has not run."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from adapters_store.types import GROUPS, QKV, TargetGroup
 from kernels.attention import QUERY_BLOCK
 from kernels.tiles import Kind, TilePlan, TileShape
+from server.engine.gates import GateShape
 from server.engine.staging import StepShape
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -21,6 +22,10 @@ DECODE_TILES = (8, 32, 64, 128, 512, 2048)
 MIXED_TILES = (16, 64, 256, 1024)
 """Tiles that graphs have room for. Unused ones are cheap: 256 for 8 in use cost 4 % of a step on an H100."""
 
+GATED_PAGES = (32, 64, 128)
+GATED_TILES = 4096
+"""Room for the pages that gates choose from, at most so many tiles of them. Any row may use any page."""
+
 KINDS: tuple[Kind, ...] = ("rows", "shared")
 
 COMMON_GROUPS = (GROUPS, (QKV,))
@@ -32,10 +37,14 @@ COMMON_TILES = 128
 
 @dataclass(frozen=True)
 class Capacities:
-    """The graphs of an engine whose steps have at most `max_batch_tokens` rows of `max_num_seqs` sequences."""
+    """The graphs of an engine whose steps have at most `max_batch_tokens` rows of `max_num_seqs` sequences.
+
+    gates: the slots for token-level routers, None for an engine without.
+    """
 
     max_num_seqs: int
     max_batch_tokens: int
+    gates: GateShape | None = None
 
     @cached_property
     def decode_shapes(self) -> tuple[StepShape, ...]:
@@ -53,18 +62,35 @@ class Capacities:
             for count in rows
         )
 
-    def smallest(self, rows: int, decoding: bool, plans: ReadOnlyDict[str, TilePlan]) -> StepShape | None:
-        """The first that holds `rows` token rows and these tiles; None where a step must do without a graph."""
+    def smallest(
+        self, rows: int, decoding: bool, plans: ReadOnlyDict[str, TilePlan], gated: bool = False
+    ) -> StepShape | None:
+        """The first that holds `rows` token rows and these tiles; None where a step must do without a graph.
+
+        gated: rows are routed by token; then the tiles are "shared".
+        """
         shapes = self.decode_shapes if decoding else self.mixed_shapes
         shape = next((shape for shape in shapes if shape.rows >= rows), None)
-        if shape is None or not plans:
+        if shape is None or not (plans or gated):
             return shape
-        kind = next(iter(plans.values())).shape.kind
-        for tiles in DECODE_TILES if decoding else MIXED_TILES:
-            capacity = self.tiles(shape, decoding, kind, tiles)
+        if gated:
+            shape = replace(shape, gates=self.gates)
+            capacities = list(self.gated_tiles(shape, decoding))
+        else:
+            kind = next(iter(plans.values())).shape.kind
+            capacities = [self.tiles(shape, decoding, kind, n) for n in (DECODE_TILES if decoding else MIXED_TILES)]
+        for capacity in capacities:
             if all(plan.fits(capacity) for plan in plans.values()):
                 return replace(shape, tiles=tuple((group, capacity) for group in plans))
         return None
+
+    def gated_tiles(self, shape: StepShape, decoding: bool) -> Iterator[TileShape]:
+        """Room for any rows to use any of so many pages, smallest first."""
+        block_rows = DECODE_BLOCK if decoding else MIXED_BLOCK
+        for pages in GATED_PAGES:
+            tiles = pages * -(-shape.rows // block_rows)
+            if pages == GATED_PAGES[0] or tiles <= GATED_TILES:
+                yield TileShape("shared", block_rows, tiles, 0, pages)
 
     def tiles(self, shape: StepShape, decoding: bool, kind: Kind, tiles: int) -> TileShape:
         """Room for `tiles` tiles. A block has a tile, but for those of rows without adapters; and each distinct set of
@@ -79,17 +105,22 @@ class Capacities:
     def words(self) -> int:
         """Words of metadata, without block tables, of the largest."""
         last = ((self.decode_shapes, True, DECODE_TILES), (self.mixed_shapes, False, MIXED_TILES))
-        return max(
-            self._with_tiles(shapes[-1], decoding, kind, tiles[-1]).words
+        plain = [
+            self._with_tiles(shapes[-1], self.tiles(shapes[-1], decoding, kind, tiles[-1]))
             for shapes, decoding, tiles in last
             for kind in KINDS
-        )
+        ]
+        return max(shape.words for shape in (*plain, *self._largest_gated()))
 
-    def _with_tiles(
-        self, shape: StepShape, decoding: bool, kind: Kind, tiles: int, groups: tuple[TargetGroup, ...] = GROUPS
-    ) -> StepShape:
-        """With that many tiles in each of these groups."""
-        capacity = self.tiles(shape, decoding, kind, tiles)
+    def _largest_gated(self) -> Iterator[StepShape]:
+        if self.gates is not None:
+            for shapes, decoding in ((self.decode_shapes, True), (self.mixed_shapes, False)):
+                for shape in shapes:
+                    largest = list(self.gated_tiles(shape, decoding))[-1]
+                    yield replace(self._with_tiles(shape, largest), gates=self.gates)
+
+    def _with_tiles(self, shape: StepShape, capacity: TileShape, groups: tuple[TargetGroup, ...] = GROUPS) -> StepShape:
+        """With that room for tiles in each of these groups."""
         return replace(shape, tiles=tuple((group.name, capacity) for group in groups))
 
     def common(self) -> Iterator[StepShape]:
@@ -98,7 +129,10 @@ class Capacities:
             sizes = [tiles for tiles in (DECODE_TILES if decoding else MIXED_TILES) if tiles <= COMMON_TILES]
             for shape in reversed(shapes):
                 yield shape
+                if self.gates is not None:
+                    fewest = next(self.gated_tiles(shape, decoding))
+                    yield replace(self._with_tiles(shape, fewest), gates=self.gates)
                 for tiles in sizes:
                     if tiles == sizes[0] or shape.rows > 8:
                         for groups in COMMON_GROUPS:
-                            yield self._with_tiles(shape, decoding, "rows", tiles, groups)
+                            yield self._with_tiles(shape, self.tiles(shape, decoding, "rows", tiles), groups)

@@ -26,7 +26,8 @@ class EngineConfig:
     weights of `seed`, for measuring. `cuda_graphs` "eager" captures none, "lazy" only what is needed, when it is.
     `kernel_cache`: folder of compiled kernels, which makes later starts fast; None: Triton's own. `load_threads` read
     and pack adapters beside the steps. `gates`: "module:class" of the `GateFactory` for token-level routers; None: such
-    requests are refused.
+    requests are refused. Where steps are captured, `gate_slots` such routers run at a time, with up to `gates_per_slot`
+    gates a linear each; others wait.
     """
 
     model: str
@@ -48,11 +49,13 @@ class EngineConfig:
     kernel_cache: str | None = None
     load_threads: int = 2
     gates: str | None = None
+    gate_slots: int = 4
+    gates_per_slot: int = 64
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the front end needs to know of a started engine. `memory` is bytes by kind: weights, kv, pages,
+    """What the front end needs to know of a started engine. `memory` is bytes by kind: weights, kv, pages, gates,
     and the workspace that steps are planned to need on a GPU."""
 
     model_fingerprint: str

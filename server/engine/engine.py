@@ -78,7 +78,7 @@ class Engine:
         check = page_check(runner.pool.num_pages)
         read = folder_reader(runner.model.linear_shape, runner.dtype, pinned=pinned, check=check)
         host, loader = HostTier(config.host_memory), start_loader(config.load_threads, runner.device)
-        gates = GateBank(loader, runner.gates.read) if runner.gates is not None else None
+        gates = runner.gate_bank(loader)
         return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock, gates)
 
     @property
@@ -152,6 +152,7 @@ class Engine:
                 "weights": runner.weight_bytes,
                 "kv": runner.kv_bytes,
                 "pages": runner.pool.num_bytes,
+                "gates": 0 if runner.slots is None else runner.slots.num_bytes,
                 "workspace": runner.workspace_bytes,
             },
         )

@@ -7,6 +7,7 @@ from functools import partial
 
 from adapters_store.loader import Loader
 from server.engine.config import RequestError
+from server.engine.gate_slots import GateSlots
 from server.engine.gates import Gates, GateUse
 
 KEPT = 4
@@ -16,12 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class GateBank:
-    """Gates in memory, by digest. Not thread-safe; `loader` runs `read`, and reports where the engine polls it."""
+    """Gates in memory, by digest. Not thread-safe; `loader` runs `read`, and reports where the engine polls it.
 
-    def __init__(self, loader: Loader, read: Callable[[str], Gates], kept: int = KEPT) -> None:
+    slots: where the gates in use are on a device whose steps are captured.
+    """
+
+    def __init__(
+        self, loader: Loader, read: Callable[[str], Gates], kept: int = KEPT, slots: GateSlots | None = None
+    ) -> None:
         self._loader = loader
         self._read = read
         self._kept = kept
+        self._slots = slots
         self._gates: dict[str, Gates | RequestError] = {}  # the least recently used first
         self._users: Counter[str] = Counter()
         self._reading: set[str] = set()
@@ -37,11 +44,15 @@ class GateBank:
             self._reading.add(use.digest)
             self._loader.submit(partial(self._read, use.path), partial(self._take, use.digest))
 
-    def leave(self, use: GateUse) -> None:
-        """A request has ended."""
+    def leave(self, use: GateUse, seated: bool = False) -> None:
+        """A request has ended; `seated`: it had taken its slot."""
         self._users[use.digest] -= 1
+        if self._slots is not None and seated:
+            self._slots.give_back(use.digest)
         if not self._users[use.digest]:
             del self._users[use.digest]
+            if self._slots is not None:
+                self._slots.withdraw(use.digest)
         self._forget()
 
     def get(self, digest: str) -> Gates | None:
@@ -50,6 +61,16 @@ class GateBank:
         if isinstance(found, RequestError):
             raise found
         return found
+
+    def take_slot(self, digest: str) -> int | None:
+        """The slot of gates that `get` has given, for one request more; None: it must wait. -1 where steps need none.
+
+        Raises RequestError for gates that no slot holds.
+        """
+        gates = self.get(digest)
+        if self._slots is None or gates is None:
+            return -1
+        return self._slots.take(digest, gates)
 
     def __len__(self) -> int:
         return len(self._gates)
@@ -62,6 +83,9 @@ class GateBank:
             raise RuntimeError(f"{len(self._reading)} gates are awaited, {self._loader.pending} tasks are pending")
         if len(self._gates.keys() - self._users.keys()) > self._kept:
             raise RuntimeError(f"{len(self._gates)} gates are kept, {len(self._users)} used")
+
+        if self._slots is not None:
+            self._slots.check_integrity()
 
     def _take(self, digest: str, found: Gates | Exception) -> None:
         self._reading.remove(digest)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from server.engine.gates import GateFactory, GatePart, Gates, GateUse, StepRouter
+from server.engine.gates import GateFactory, GatePart, Gates, GateUse, Shares, StepRouter
 from server.engine.plan import Chunk
 
 Columns = Mapping[str, tuple[int, ...]]
@@ -33,18 +33,18 @@ def gate_parts(chunks: list[Chunk], columns: Columns, device: torch.device) -> l
     return [_part(gates, own, row, columns, device) for gates, own in users.items()]
 
 
-def last_shares(chunks: list[Chunk], shares: Sequence[torch.Tensor]) -> list[tuple[float, ...]]:
-    """What `StepRouter.shares` says, on the host, of the last row of every chunk; nothing for rows without a router."""
+def part_shares(chunks: list[Chunk], router: StepRouter) -> Shares:
+    """The shares of the last row of every chunk, after a step with the router that `make_router` gave."""
     ends: dict[Gates, int] = {}
-    found: list[tuple[float, ...]] = []
+    places: list[tuple[int, int, int] | None] = []
     for chunk in chunks:
         gates = chunk.sequence.gates
         if gates is None:
-            found.append(())
+            places.append(None)
             continue
         end = ends[gates] = ends.get(gates, 0) + chunk.num_tokens
-        found.append(tuple(shares[list(ends).index(gates)][end - 1].tolist()))
-    return found
+        places.append((list(ends).index(gates), end - 1, gates.num_rows))
+    return Shares(router.totals(), places)
 
 
 def _part(

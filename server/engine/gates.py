@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from adapters_store.types import LinearShape
 from server.model.lora import LayerRouter
+
+if TYPE_CHECKING:
+    from server.engine.gate_stage import GateViews
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,21 @@ class GateUse:
 
 
 class Gates(Protocol):
-    """One router's gates on the device."""
+    """One router's gates. `num_rows` a linear; bit i of `targets`: whether there are any for TARGETS[i]."""
 
-    @property
-    def num_rows(self) -> int: ...
+    num_rows: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class GateShape:
+    """Room for the gates of `slots` routers at a time, each with up to `gates` of them a linear."""
+
+    slots: int
+    gates: int
+
+    def num_bytes(self, shape: LinearShape, itemsize: int) -> int:
+        return self.slots * self.gates * shape.num_layers * sum(shape.inputs.values()) * itemsize
 
 
 @dataclass(frozen=True)
@@ -74,10 +88,56 @@ class GatePart:
 class StepRouter(LayerRouter, Protocol):
     """Routes the rows of one step."""
 
-    def shares(self) -> Sequence[Tensor]:
-        """After the step, for each part fp32[R, n]: the weights of the gates' rows, on average over all gates in groups
+    def totals(self) -> Sequence[Tensor]:
+        """After the step, for each part fp32[R, n]: the weights of the gates' rows, summed over the gates in groups
         that the token row's adapters touch.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much the rows of gates counted for tokens, by chunk of a step.
+
+    totals: fp32[any, any], the weights summed over gates. places: by chunk the tensor, its row, and how many columns of
+    it are rows of the gates; None for chunks without.
+    """
+
+    totals: Sequence[Tensor]
+    places: Sequence[tuple[int, int, int] | None]
+
+    def to_host(self) -> "Shares":
+        """On its way to the host, behind all work that was launched before."""
+        return Shares([total.to("cpu", non_blocking=True) for total in self.totals], self.places)
+
+    def read(self) -> list[tuple[float, ...]]:
+        """`Output.shares` by chunk, from tensors on the host."""
+        sums = [total.numpy() for total in self.totals]
+        found: list[tuple[float, ...]] = []
+        for place in self.places:
+            if place is None:
+                found.append(())
+                continue
+            number, row, count = place
+            own = sums[number][row, :count]
+            found.append(tuple((own / max(own.sum(), 1.0)).tolist()))
+        return found
+
+
+class SlotMemory(Protocol):
+    """Gates of several routers at fixed addresses on the device."""
+
+    shape: GateShape
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def load(self, slot: int, gates: Gates) -> None:
+        """Put gates that `read_for_slots` gave into a slot, behind all steps that were launched."""
+        ...
+
+    def router(self, views: "GateViews") -> LayerRouter:
+        """Routes the rows of steps that are captured or launched with it, by what the staged views then say."""
         ...
 
 
@@ -85,10 +145,20 @@ class GateFactory(Protocol):
     """Makes gates and routers for one model on one device."""
 
     def read(self, path: str) -> Gates:
-        """The gates in a folder; may be called from any thread. Raises ValueError, OSError."""
+        """The gates in a folder, on the device; may be called from any thread. Raises ValueError, OSError."""
+        ...
+
+    def read_for_slots(self, path: str) -> Gates:
+        """As `read`, on the host."""
+        ...
+
+    def random(self, num_rows: int, path: str) -> Gates:
+        """Gates for measuring, as `read_for_slots` gives them; those of one path are always the same."""
         ...
 
     def router(self, parts: Sequence[GatePart]) -> StepRouter: ...
+
+    def slots(self, shape: GateShape) -> SlotMemory: ...
 
 
 def gate_factory(name: str, shape: LinearShape, device: torch.device, dtype: torch.dtype) -> GateFactory:

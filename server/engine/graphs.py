@@ -14,8 +14,8 @@ from torch import Tensor
 from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
-from server.engine.gate_parts import make_router
-from server.engine.gates import GateFactory, StepRouter
+from server.engine.gate_stage import staged_shares
+from server.engine.gates import Shares, SlotMemory
 from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, no_tiles
 from server.engine.scoring import score, spans_to_score
@@ -44,7 +44,7 @@ class GraphSteps:
         block_size: int,
         max_model_len: int,
         use_graphs: bool = True,
-        gates: GateFactory | None = None,
+        gates: SlotMemory | None = None,
     ) -> None:
         if not isinstance(decoder.ops, TritonOps):
             raise TypeError("captured steps need the Triton backend")
@@ -65,7 +65,7 @@ class GraphSteps:
         self._table_words = rows * -(-max_model_len // block_size)
         self._staging = Staging(self._table_words + capacities.words, device)
         self._eager_staging = self._staging
-        self._planner = TilePlanner()
+        self._planner = TilePlanner(None if gates is None else gates.shape)
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._without: set[StepShape] = set()
         self._pool: Any = None
@@ -77,18 +77,14 @@ class GraphSteps:
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Computed:
-        """Nothing waits for the device, but steps with rows that are routed by token: they run without a graph.
-
-        So do steps that score tokens of prompts, which wait for nothing.
-        """
+        """Nothing waits for the device. Steps that score tokens of prompts run without a graph."""
         rows = sum(chunk.num_tokens for chunk in chunks)
         decoding = rows == len(chunks)
         tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
-        shape = self.capacities.smallest(rows, decoding, tiles.plans)
-        router = self._router(chunks, tiles)
-        spans, scores = spans_to_score(chunks), None
-        if shape is None or router is not None or spans or not self.use_graphs:
-            hidden = self._run_eagerly(chunks, tiles, router)
+        shape = self.capacities.smallest(rows, decoding, tiles.plans, tiles.gates is not None)
+        spans, scores, staging = spans_to_score(chunks), None, self._staging
+        if shape is None or spans or not self.use_graphs:
+            staging, shape, hidden = self._run_eagerly(chunks, tiles)
             scores = score(self.decoder, hidden, spans) if spans else None
         else:
             graph = self._graphs.get(shape) or self._capture(shape)
@@ -98,7 +94,8 @@ class GraphSteps:
             else:
                 graph.replay()
         count = sum(chunk.samples for chunk in chunks)
-        return Computed(self._logits[:count], self._sampled[:count].clone(), router, scores)
+        shares = None if tiles.gates is None else self._shares(chunks, staging, shape)
+        return Computed(self._logits[:count], self._sampled[:count].clone(), shares, scores)
 
     def remember(self, tokens: Tensor) -> None:
         self._sampled[: len(tokens)].copy_(tokens)
@@ -114,18 +111,18 @@ class GraphSteps:
 
     def _stage(self, staging: Staging, shape: StepShape, chunks: list[Chunk], tiles: StepTiles) -> None:
         words = {group: tiles.words(group, capacity) for group, capacity in shape.tiles}
-        staging.send(fill(staging.begin(), shape, chunks, words, self.block_size))
+        staging.send(fill(staging.begin(), shape, chunks, words, self.block_size, tiles.gates))
 
-    def _router(self, chunks: list[Chunk], tiles: StepTiles) -> StepRouter | None:
-        columns = {}
-        for group, plan in tiles.plans.items():
-            pages = plan.pages.tolist()
-            columns[group] = (*pages, *[-1] * (plan.shape.padded_pages - len(pages)))
-        return make_router(self.gates, chunks, columns, self.decoder.device)
+    def _shares(self, chunks: list[Chunk], staging: Staging, shape: StepShape) -> Shares:
+        """A copy: the next step writes over them."""
+        views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
+        assert views.gates is not None, "a step with gated rows has room for gates"
+        return staged_shares(chunks, views.gates.rows.totals.clone())
 
-    def _run(self, staging: Staging, shape: StepShape, router: StepRouter | None = None) -> Hidden:
+    def _run(self, staging: Staging, shape: StepShape) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
+        router = None if views.gates is None or self.gates is None else self.gates.router(views.gates)
         ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
         batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, router)
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
@@ -134,18 +131,20 @@ class GraphSteps:
         self._logits[: len(logits)].copy_(logits)
         return hidden
 
-    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles, router: StepRouter | None) -> Hidden:
+    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles) -> tuple[Staging, StepShape, Hidden]:
         """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
         self.eager_steps += 1
         decodes = next((i for i, chunk in enumerate(chunks) if chunk.num_tokens > 1), len(chunks))
         blocks = len(query_blocks([(0, 0, chunk.num_tokens, chunk.start) for chunk in chunks[decodes:]]))
         samples = max(1, sum(chunk.samples for chunk in chunks))
         rows = sum(chunk.num_tokens for chunk in chunks)
-        shape = StepShape(rows, decodes, blocks, samples, tuple((g, plan.shape) for g, plan in tiles.plans.items()))
+        own = tuple((group, plan.shape) for group, plan in tiles.plans.items())
+        gates = None if tiles.gates is None else self.capacities.gates
+        shape = StepShape(rows, decodes, blocks, samples, own, gates)
         if shape.words + self._table_words > self._eager_staging.capacity:
             self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
         self._stage(self._eager_staging, shape, chunks, tiles)
-        return self._run(self._eager_staging, shape, router)
+        return self._eager_staging, shape, self._run(self._eager_staging, shape)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
         """Run once, which compiles, on padding that touches nothing; then capture.

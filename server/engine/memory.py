@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from adapters_store.types import GROUPS
+from kernels.gate_rows import MASK_BITS
 from server.engine.config import GIB, EngineConfig
+from server.engine.gates import GateShape
 from server.engine.scoring import SCORED_ROWS
 from server.model.config import ModelConfig, ModelError
 
@@ -19,11 +21,12 @@ FIXED_WORKSPACE = GIB // 2
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes for keys and values, for rank pages, and for everything that lives no longer than a step."""
+    """Bytes for keys and values, for rank pages, for everything that lives no longer than a step, and for gates."""
 
     kv: int
     pages: int
     workspace: int
+    gates: int = 0
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
@@ -34,15 +37,30 @@ def plan_memory(config: EngineConfig, model: ModelConfig, device: torch.device, 
     if device.type != "cuda":
         return MemoryPlan(config.kv_memory or CPU_KV_MEMORY, config.page_memory or CPU_PAGE_MEMORY, 0)
     workspace = workspace_bytes(model, dtype, config.max_num_seqs, config.max_batch_tokens)
-    free = int((torch.cuda.mem_get_info(device)[0] - workspace) * CUDA_SHARE)
+    slots = gate_shape(config)
+    gates = slots.num_bytes(model.linear_shape, dtype.itemsize) if slots is not None else 0
+    free = int((torch.cuda.mem_get_info(device)[0] - workspace - gates) * CUDA_SHARE)
     pages = config.page_memory or int((free - (config.kv_memory or 0)) * CUDA_PAGE_SHARE)
     kv = config.kv_memory or free - pages
     if kv <= 0 or pages <= 0 or kv + pages > free:
         raise ModelError(
             f"{kv:,} bytes of KV memory and {pages:,} of page memory do not fit: {max(free, 0):,} bytes are free beside"
-            f" the weights and a workspace of {workspace:,}"
+            f" the weights, a workspace of {workspace:,} and gates of {gates:,}"
         )
-    return MemoryPlan(kv, pages, workspace)
+    return MemoryPlan(kv, pages, workspace, gates)
+
+
+def gate_shape(config: EngineConfig) -> GateShape | None:
+    """The slots that the settings ask for, with room for a power of two of gates as the kernels need it.
+
+    Raises ModelError where they make no sense.
+    """
+    if config.gates is None or not config.gate_slots:
+        return None
+    slots, gates = config.gate_slots, config.gates_per_slot
+    if slots < 0 or gates < 1:
+        raise ModelError(f"gate_slots is {slots} and gates_per_slot {gates}, expected at least 0 and 1")
+    return GateShape(slots, max(MASK_BITS, 1 << (gates - 1).bit_length()))
 
 
 def workspace_bytes(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_batch_tokens: int) -> int:

@@ -10,15 +10,21 @@ from adapters_store.types import GROUPS
 from kernels.tile_planner import plan_tiles
 from kernels.tiles import Kind, TilePlan, TileShape, write_tiles
 from server.engine.batch import spans_of
+from server.engine.gate_stage import GateWords, Words, gate_words
+from server.engine.gates import GateShape
 from server.engine.plan import Chunk
-from server.engine.staging import Words
+from server.engine.sequence import Sequence
 
 
 @dataclass
 class StepTiles:
-    """The plans of a step by group name, for the groups in which any row uses a page, and their words by capacity."""
+    """The plans of a step by group name, for the groups in which any row uses a page, and their words by capacity.
+
+    gates: what the gates need to know, in steps with rows that are routed by token.
+    """
 
     plans: ReadOnlyDict[str, TilePlan]
+    gates: GateWords | None = None
     _words: dict[tuple[str, TileShape], Words] = field(default_factory=dict)
 
     def words(self, group: str, capacity: TileShape) -> Words:
@@ -30,25 +36,42 @@ class StepTiles:
 
 
 class TilePlanner:
-    """Plans tiles; while the same leases have as many rows as in the step before, that step's plan stays."""
+    """Plans tiles; while the same leases have as many rows as in the step before, that step's plan stays.
 
-    def __init__(self) -> None:
-        self._key: list[tuple[PageLease | None, int]] = []
+    gates: the slots of this engine, None where no row is routed by token.
+    """
+
+    def __init__(self, gates: GateShape | None = None) -> None:
+        self._gates = gates
+        self._key: list[tuple[PageLease | None, int, Sequence | None]] = []
         self._block_rows = 0
+        self._samples: list[bool] = []
         self._tiles = StepTiles({})
 
     def plan(self, chunks: list[Chunk], block_rows: int) -> StepTiles:
-        key = [(chunk.sequence.lease, chunk.num_tokens) for chunk in chunks]
+        key = [
+            (chunk.sequence.lease, chunk.num_tokens, chunk.sequence if chunk.sequence.gates is not None else None)
+            for chunk in chunks
+        ]
+        gated = self._gates is not None and any(routed is not None for _, _, routed in key)
+        samples = [chunk.samples for chunk in chunks] if gated else []
         if key != self._key or block_rows != self._block_rows:
-            self._key, self._block_rows = key, block_rows
-            self._tiles = StepTiles(_plan_groups(chunks, block_rows))
+            # what a gate will choose is not known here: any page of a set may meet any of its rows
+            plans = _plan_groups(chunks, block_rows, "shared" if gated else None)
+            self._key, self._block_rows, self._samples = key, block_rows, samples
+            self._tiles = StepTiles(plans, self._gate_words(chunks, plans) if gated else None)
+        elif samples != self._samples:
+            self._samples = samples
+            self._tiles.gates = self._gate_words(chunks, self._tiles.plans)
         return self._tiles
 
+    def _gate_words(self, chunks: list[Chunk], plans: ReadOnlyDict[str, TilePlan]) -> GateWords | None:
+        return None if self._gates is None else gate_words(chunks, plans, self._gates)
 
-def _plan_groups(chunks: list[Chunk], block_rows: int) -> dict[str, TilePlan]:
+
+def _plan_groups(chunks: list[Chunk], block_rows: int, kind: Kind | None) -> dict[str, TilePlan]:
     """All groups get the kind of tiles that suits the first: the sets of adapters are the same in all of them."""
     rows = sum(chunk.num_tokens for chunk in chunks)
-    kind: Kind | None = None
     plans: dict[str, TilePlan] = {}
     for group in GROUPS:
         spans = spans_of(group.name, chunks)

@@ -108,6 +108,17 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("p99", "ms_p99", _three),
         Column("slower", "slower", _percent),
     ),
+    "gated": (
+        Column("", "what"),
+        Column("rows", "rows"),
+        Column("adapters", "traffic"),
+        Column("ms a step", "ms", _three),
+        Column("p10", "ms_p10", _three),
+        Column("p90", "ms_p90", _three),
+        Column("output tokens/s", "tokens_per_second", _count),
+        Column("loss", "loss", _percent),
+        Column("GPU busy", "gpu_busy", _percent),
+    ),
     "memory": (
         Column("kind", "kind"),
         Column("planned GB", "planned", _gigabytes),
@@ -133,6 +144,7 @@ TITLES: Mapping[str, str] = {
     "latency": "Latency under Poisson arrivals",
     "many_adapters": "Many adapters, S-LoRA's synthetic workload",
     "loads": "Steady decoding while adapters come from host memory",
+    "gated": "Token-level routing beside the base model",
     "memory": "Memory",
 }
 
@@ -142,6 +154,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], Mapping[str, bool]]] = {
     "latency": (("traffic", "load"), {"ttft_p50_ms": False, "gap_p50_ms": False}),
     "many_adapters": (("traffic",), {"tokens_per_second": True}),
     "loads": (("rate",), {"ms": False}),
+    "gated": (("what", "rows", "traffic"), {"ms": False, "tokens_per_second": True}),
     "kernels": (("op", "case", "rows", "backend"), {"us_p50": False}),
 }
 """By table: the keys that name a row, and its figures that the gate watches; True where higher is better."""
@@ -176,6 +189,8 @@ def _remarks(name: str, scenario: Json) -> str:
         )
     if name == "decode":
         return f" ({scenario['context']} tokens of context, {scenario['steps']} steps)"
+    if name == "gated":
+        return f" (adapters of rank {scenario['rank']}, {scenario['context']} tokens of context)"
     if name == "many_adapters":
         pages = max(scenario["pages"].values())
         return f" ({scenario['host']} adapters of rank {scenario['rank']} in host memory, {pages} pages on the device)"
@@ -220,7 +235,7 @@ def figures(document: Json) -> dict[str, tuple[float, bool]]:
     for name, part in parts.items():
         keys, watched = FIGURES.get(name, ((), {}))
         for row in part["rows"]:
-            where = " ".join(f"{key} {row[key]}" for key in keys)
+            where = " ".join(f"{key} {row[key]}" for key in keys if key in row)
             found |= {
                 f"{name}: {where}: {figure}": (float(row[figure]), higher)
                 for figure, higher in watched.items()

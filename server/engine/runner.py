@@ -2,18 +2,20 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from adapters_store.loader import Loader
 from adapters_store.pages import plan_pages
 from adapters_store.pool import PagePool
 from kernels.ops import select_ops
 from server.engine.config import MOST_BATCH_TOKENS, EngineConfig
-from server.engine.gate_parts import last_shares
-from server.engine.gates import gate_factory
-from server.engine.memory import plan_memory
+from server.engine.gate_bank import GateBank
+from server.engine.gate_slots import GateSlots
+from server.engine.gates import Shares, SlotMemory, gate_factory
+from server.engine.memory import gate_shape, plan_memory
 from server.engine.plan import Chunk
 from server.engine.sampler import Sampled, sample
 from server.engine.scoring import Scores
@@ -37,7 +39,7 @@ class Launched:
     chunks: list[Chunk]
     sampled: Sampled
     done: torch.cuda.Event | None
-    routed: Sequence[torch.Tensor] = ()
+    routed: Shares | None = None
     scores: Scores | None = None
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
@@ -48,7 +50,7 @@ class Launched:
 
     def shares(self) -> list[tuple[float, ...]]:
         """`Output.shares` by chunk, after `wait`."""
-        return last_shares(self.chunks, self.routed)
+        return [()] * len(self.chunks) if self.routed is None else self.routed.read()
 
     def prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...] | None]:
         """`Output.prompt_logprobs` by the index of a chunk that has some, after `wait`; None: not finite."""
@@ -93,6 +95,7 @@ class Runner:
         self.kv_cache = self._allocate_kv(config.block_size)
         self.workspace_bytes = plan.workspace
         self.gates = gate_factory(config.gates, shape, self.device, self.dtype) if config.gates else None
+        self.slots = self._make_slots(config)
         logger.info(
             "%s GB for the keys and values of %d tokens, %s GB for %d rank pages of every group of linears",
             *(_gigabytes(self.kv_bytes), self.num_blocks * config.block_size),
@@ -106,8 +109,7 @@ class Runner:
 
     def launch(self, chunks: list[Chunk], eos_token_ids: frozenset[int]) -> Launched:
         """Start a step. With `lookahead`, the next one may be launched before its tokens have been waited for."""
-        logits, greedy, router, scores = self.steps.launch(chunks)
-        routed = () if router is None else router.shares()
+        logits, greedy, routed, scores = self.steps.launch(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = sample(logits, sequences, eos_token_ids, greedy)
         if sampled.tokens is not greedy:
@@ -117,7 +119,7 @@ class Runner:
         if self.device.type != "cuda":
             return Launched(chunks, sampled, None, routed, scores)
         host = sampled.to_host()
-        routed = [part.to("cpu", non_blocking=True) for part in routed]
+        routed = None if routed is None else routed.to_host()
         scores = None if scores is None else scores.to_host()
         done = torch.cuda.Event()
         done.record()
@@ -147,6 +149,25 @@ class Runner:
         self.weight_bytes = weights.num_bytes
         return Decoder(self.model, weights, ops)
 
+    def gate_bank(self, loader: Loader, random_gates: int = 0) -> GateBank | None:
+        """Where requests find the gates of their routers; None for an engine that has none.
+
+        random_gates: for measuring, every router has so many, of random numbers.
+        """
+        factory = self.gates
+        if factory is None or (self.slots is None and self.decoder.ops.captures):
+            return None
+        read = factory.read if self.slots is None else factory.read_for_slots
+        if random_gates:
+            read = partial(factory.random, random_gates)
+        return GateBank(loader, read, slots=None if self.slots is None else GateSlots(self.slots))
+
+    def _make_slots(self, config: EngineConfig) -> SlotMemory | None:
+        slots = gate_shape(config)
+        if self.gates is None or slots is None or not self.decoder.ops.captures:
+            return None
+        return self.gates.slots(slots)
+
     def _make_steps(self, config: EngineConfig) -> Steps:
         """Graphs for the Triton backend, which a plain CPU never imports; else one step after the other."""
         if config.cuda_graphs not in GRAPH_MODES:
@@ -157,7 +178,8 @@ class Runner:
         from server.engine.capacity import Capacities
         from server.engine.graphs import GraphSteps
 
-        capacities = Capacities(config.max_num_seqs, config.max_batch_tokens)
+        slots = None if self.slots is None else self.slots.shape
+        capacities = Capacities(config.max_num_seqs, config.max_batch_tokens, slots)
         steps = GraphSteps(
             self.decoder,
             self.kv_cache,
@@ -166,7 +188,7 @@ class Runner:
             block_size=config.block_size,
             max_model_len=self.max_model_len,
             use_graphs=config.cuda_graphs != "eager" and self.device.type == "cuda",
-            gates=self.gates,
+            gates=self.slots,
         )
         if steps.use_graphs and config.cuda_graphs == "capture":
             started = time.perf_counter()

@@ -158,6 +158,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     lease: PageLease | None = None
     gates: Gates | None = None
+    gate_slot: int = -1
     num_cached: int = 0
     num_hashed_blocks: int = 0
     num_unscored: int = 0

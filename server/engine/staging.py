@@ -7,14 +7,13 @@ from itertools import accumulate, chain
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.attention import PagedMeta, query_blocks
 from kernels.tiles import LoraTiles, TileShape, view_tiles
+from server.engine.gate_stage import GateViews, GateWords, Words, fill_gates, gate_sections, view_gates
+from server.engine.gates import GateShape
 from server.engine.plan import Chunk
-
-Words = NDArray[np.int32]
 
 ALIGNMENT = 32
 """Words. Sections start where Triton may take their addresses for aligned: others would compile a kernel anew."""
@@ -25,7 +24,8 @@ class StepShape:
     """What a step has room for; a captured graph is known by it.
 
     rows: tokens. decodes: sequences of one token, whose rows come first. query_blocks: pieces of longer chunks.
-    logits: rows that yield a token. tiles: by target group, for the groups in which any row uses a page.
+    logits: rows that yield a token. tiles: by target group, for the groups in which any row uses a page. gates: the
+    slots for gates, where rows may be routed by token.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class StepShape:
     query_blocks: int
     logits: int
     tiles: tuple[tuple[str, TileShape], ...] = ()
+    gates: GateShape | None = None
 
     @cached_property
     def sections(self) -> ReadOnlyDict[str, slice]:
@@ -41,6 +42,8 @@ class StepShape:
         sizes |= {"logit_rows": self.logits, "decode_lens": self.decodes}
         sizes |= {"table_starts": self.decodes + self.query_blocks, "query_blocks": 4 * self.query_blocks}
         sizes |= {group: shape.words for group, shape in self.tiles}
+        if self.gates is not None:
+            sizes |= gate_sections(self.gates, self.rows, self.logits, self.tiles)
         aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()]
         starts = accumulate(aligned, initial=0)
         return {name: slice(start, start + size) for (name, size), start in zip(sizes.items(), starts, strict=False)}
@@ -62,6 +65,7 @@ class StepViews:
     logit_rows: Tensor
     attention: PagedMeta
     mappings: ReadOnlyDict[str, LoraTiles]
+    gates: GateViews | None = None
 
     @classmethod
     def of(cls, words: Tensor, shape: StepShape, block_size: int, longest: int) -> "StepViews":
@@ -76,7 +80,8 @@ class StepViews:
             longest=longest,
         )
         mappings = {group: view_tiles(parts[group], tiles) for group, tiles in shape.tiles}
-        return cls(parts["ids"], parts["sources"], parts["positions"], parts["logit_rows"], attention, mappings)
+        gates = None if shape.gates is None else view_gates(parts, shape.gates)
+        return cls(parts["ids"], parts["sources"], parts["positions"], parts["logit_rows"], attention, mappings, gates)
 
 
 @dataclass
@@ -120,7 +125,14 @@ class Staging:
             slot.sent.record()
 
 
-def fill(out: Words, shape: StepShape, chunks: list[Chunk], tiles: ReadOnlyDict[str, Words], block_size: int) -> int:
+def fill(
+    out: Words,
+    shape: StepShape,
+    chunks: list[Chunk],
+    tiles: ReadOnlyDict[str, Words],
+    block_size: int,
+    gates: GateWords | None = None,
+) -> int:
     """Write a step into the array; returns the number of words. `tiles` are the groups' finished sections.
 
     Chunks of one token come first, and at most `shape.decodes` of them. What the shape has room for beyond the chunks
@@ -139,6 +151,8 @@ def fill(out: Words, shape: StepShape, chunks: list[Chunk], tiles: ReadOnlyDict[
     parts["logit_rows"][: len(logit_rows)] = logit_rows
     for group, words in tiles.items():
         parts[group][:] = words
+    if shape.gates is not None:
+        fill_gates(parts, gates or {})
     return _fill_tables(out, parts["table_starts"], shape, chunks, decodes)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import BatchBuilder
-from server.engine.gate_parts import make_router
-from server.engine.gates import GateFactory, StepRouter
+from server.engine.gate_parts import make_router, part_shares
+from server.engine.gates import GateFactory, Shares
 from server.engine.plan import Chunk
 from server.engine.scoring import Scores, score, spans_to_score
 from server.model.decoder import Decoder
@@ -20,11 +20,12 @@ Pages = ReadOnlyDict[str, tuple[Tensor, Tensor]]
 
 class Computed(NamedTuple):
     """Of a launched step: logits [R, vocab] of the chunks that yield a token, and their most likely tokens int64[R] if
-    these are known too; who routed its rows, if any are routed by token; and the scores of its prompts' tokens."""
+    these are known too; how much gates counted, if any rows are routed by token; and the scores of its prompts'
+    tokens."""
 
     logits: Tensor
     greedy: Tensor | None
-    router: StepRouter | None
+    shares: Shares | None
     scores: Scores | None = None
 
 
@@ -62,7 +63,8 @@ class EagerSteps:
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
         spans = spans_to_score(chunks)
         scores = score(self.decoder, hidden, spans) if spans else None
-        return Computed(self.decoder.logits(hidden, batch.logit_rows), None, router, scores)
+        shares = None if router is None else part_shares(chunks, router)
+        return Computed(self.decoder.logits(hidden, batch.logit_rows), None, shares, scores)
 
     def remember(self, tokens: Tensor) -> None:
         """The host knows all tokens before the next launch."""

@@ -17,9 +17,11 @@ import torch
 from adapters_store.pages import PackedAdapter, pack
 from adapters_store.types import AdapterWeights, LinearShape, LoraPair, Mix
 from kernels.shapes import ModelShape
+from server.engine.gates import GateUse
 from server.engine.sequence import Request, SamplingParams
 
-DIGITS = re.compile(r"(\d+)|mix(\d+)(?:of(\d+))?|off")
+DIGITS = re.compile(r"(\d+)|mix(\d+)(?:of(\d+))?|off|top(\d+)of(\d+)")
+ROUTER = "synthetic/router"
 MIX_POOL = 64
 
 
@@ -113,23 +115,30 @@ def _random_pairs(
 class Traffic:
     """Which adapters requests use: request i takes `per_request` of `adapters` ones; 0 adapters is the base model.
 
-    One a request: adapter i mod `adapters`. More: a random set with weights uniform in [0.2, 1].
+    One a request: adapter i mod `adapters`. More: a random set with weights uniform in [0.2, 1]. `top_k`: every
+    request has all of them behind gates, which choose so many for each token.
     """
 
     label: str
     adapters: int
     per_request: int
+    top_k: int = 0
 
     @classmethod
     def parse(cls, label: str) -> "Traffic":
-        """`0`, `8`, `mix3` (of 64), `mix2of28`, or `off`: the base model, with the smallest possible page pool.
+        """`0`, `8`, `mix3` (of 64), `mix2of28`, `top2of28`, or `off`: the base model, with the smallest possible page
+        pool.
 
         Raises ValueError for anything else.
         """
         match = DIGITS.fullmatch(label)
         if match is None:
-            raise ValueError(f"traffic is {label!r}, expected off, a number of adapters, mixK or mixKofN")
-        count, per_request, pool = (None if part is None else int(part) for part in match.groups())
+            raise ValueError(f"traffic is {label!r}, expected off, a number of adapters, mixK, mixKofN or topKofN")
+        count, per_request, pool, top_k, behind = (None if part is None else int(part) for part in match.groups())
+        if top_k is not None and behind is not None:
+            if not 1 <= top_k <= behind:
+                raise ValueError(f"traffic is {label!r}, expected at most {behind} and at least 1 adapters a token")
+            return cls(label, behind, behind, top_k)
         if per_request is not None:
             pool = MIX_POOL if pool is None else pool
             if not 1 <= per_request <= pool:
@@ -141,11 +150,20 @@ class Traffic:
         """The mix of each of `count` requests."""
         if not self.adapters:
             return [Mix()] * count
+        if self.top_k:
+            return [adapters.mix(range(self.adapters), [1.0] * self.adapters)] * count
         if self.per_request == 1:
             return [adapters.mix([i % self.adapters], [1.0]) for i in range(count)]
         rng = np.random.default_rng([seed, 2])
         chosen = [rng.choice(self.adapters, self.per_request, replace=False).tolist() for _ in range(count)]
         return [adapters.mix(indices, rng.uniform(0.2, 1.0, len(indices)).tolist()) for indices in chosen]
+
+    def gates(self, adapters: SyntheticAdapters) -> GateUse | None:
+        """What requests want of the router, if there is one."""
+        if not self.top_k:
+            return None
+        rows = tuple(adapters.digest(i) for i in range(self.adapters))
+        return GateUse(f"{ROUTER}-{self.adapters}", ROUTER, rows, self.top_k, 1.0)
 
     def distinct(self, rows: int) -> int:
         """The most adapters that `rows` requests can use at once."""
@@ -225,6 +243,7 @@ def make_workload(
     seed: int,
     arrivals: Rows[float] | None = None,
     num_adapters: int = 0,
+    gates: GateUse | None = None,
 ) -> Workload:
     """Greedy requests that ignore the end of text, with random prompts; all at once unless `arrivals` are given.
 
@@ -237,7 +256,8 @@ def make_workload(
         tokens = tuple(rng.integers(2, vocab_size, prompt).tolist())
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
         own = {digest: paths[digest] for digest in mix.digests}
-        requests.append(Request(f"{name}-{i}", tokens, params, mix, own, b"".join(d.encode() for d in mix.digests)))
+        key = b"".join(d.encode() for d in mix.digests)
+        requests.append(Request(f"{name}-{i}", tokens, params, mix, own, key, gates=gates))
     return Workload(tuple(requests), tuple(arrivals) if arrivals is not None else (0.0,) * len(requests))
 
 

@@ -55,6 +55,8 @@ CONFIG = EngineConfig(
     kernel_cache="/cache",
     load_threads=3,
     gates="package.module:Factory",
+    gate_slots=2,
+    gates_per_slot=32,
 )
 PARAMS = SamplingParams(
     temperature=0.3,

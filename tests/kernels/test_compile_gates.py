@@ -19,7 +19,8 @@ def logits_case(linear: Linear, rows: int, gates: int, dtype: str) -> Case:
     config = gate_config(rows, linear.inputs, len(linear.slices), SIZES[dtype])
     return Case(
         "kernels.gate_kernels:gate_logits_kernel",
-        {"x": f"*{dtype}", "gates": f"*{dtype}", "partials": "*fp32", "num_rows": "i32"} | ints("row_slots"),
+        {"x": f"*{dtype}", "gates": f"*{dtype}", "partials": "*fp32", "num_rows": "i32"}
+        | ints("row_slots", "slot_counts"),
         {
             "INPUTS": linear.inputs,
             "X_STRIDE": linear.inputs,

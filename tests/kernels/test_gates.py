@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gates import GateRows, gate_config, gate_scale
+from kernels.gate_rows import GateRows
+from kernels.gates import gate_config, gate_scale
 from tests.kernels.lora_pools import DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -36,6 +37,7 @@ def step(rows: int, slots: list[int], top_k: list[int], allowed: list[list[int]]
         touches=ints([1 << GROUP] * rows),
         shares=ints(list(range(rows))),
         targets=ints([0b1110000, 0b1010000]),
+        counts=ints([GATES, 5]),
         adapters=ints([[*own, *[-2] * (GATES - len(own))] for own in ADAPTERS]),
         totals=torch.zeros(rows, GATES, device=DEVICE),
     )
@@ -64,11 +66,12 @@ def formulas(x: Tensor, gates: Tensor, rows: GateRows) -> tuple[Tensor, Tensor]:
 
 
 def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """x, and the gates of two slots within those of three layers; the others are NaN."""
+    """x, and the gates of two slots within those of three layers; the others, and those behind the last, are NaN."""
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, INPUTS, generator=generator).to(DEVICE, dtype)
     layers = torch.full((2, 3, SLICES, GATES, INPUTS), float("nan"), dtype=dtype, device=DEVICE)
     layers[:, 1] = torch.randn(2, SLICES, GATES, INPUTS, generator=generator).to(DEVICE, dtype) * 0.4
+    layers[1, :, :, 5:] = float("nan")
     return x, layers[:, 1]
 
 
@@ -99,7 +102,7 @@ def test_more_rows_than_a_block_holds() -> None:
 
 def test_ties_go_to_the_first_and_no_permission_is_no_weight() -> None:
     x, gates = inputs(3)
-    gates[:] = 1.0
+    gates[:, :, :5] = 1.0
     rows = step(3, [0, 0, 1], [2, 2, 2], [[1, 2, 3], [], [1, 4]])
     scale = gate_scale(x, gates, rows, ints([0, 3, 5, 7]), GROUP, FIRST_TARGET).cpu()
     assert scale[0].tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0, 0], [0, 0.5, 0, 0.5]]
@@ -145,6 +148,7 @@ def test_more_than_32_gates() -> None:
         touches=ints([1, 1]),
         shares=ints([0, 1]),
         targets=ints([1]),
+        counts=ints([64]),
         adapters=ints([list(range(64))]),
         totals=torch.zeros(2, 64, device=DEVICE),
     )
