@@ -110,8 +110,8 @@ class PromptRouter:
 class PromptPool:
     """Pools one prompt's hidden states of one layer as they come, chunk by chunk; no operation waits for the device.
 
-    Attention (MiLoRA, equation 5): a = softmax over tokens of H w_sa, pooled = a^T H; as an online softmax, which
-    rescales what was summed whenever a chunk brings a higher score.
+    Attention is MiLoRA's self-attention pooler: a = softmax over tokens of H w_sa, pooled = a^T H; here as an online
+    softmax, which rescales what was summed whenever a chunk brings a higher score.
     """
 
     def __init__(self, pooling: str, norm: str, w_sa: Tensor | None = None) -> None:
@@ -181,7 +181,7 @@ def normed(hidden: Tensor, norm: str) -> Tensor:
 
 
 def rational(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Ra(x) = sum_j a_j x^j / (1 + |sum_i b_i x^i|), elementwise, j from 0, i from 1 (MiLoRA, equation 6)."""
+    """Ra(x) = sum_j a_j x^j / (1 + |sum_i b_i x^i|), elementwise, j from 0, i from 1 (MiLoRA)."""
     above, below = a[-1], b[-1]
     for coefficient in reversed(a[:-1].unbind()):
         above = above * x + coefficient

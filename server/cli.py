@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from server import cli_admin, cli_chat, cli_train
+from server import cli_admin, cli_chat, cli_train, cli_train_prompt
 from server.trace_context import LOG_FORMAT, RequestFilter
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # rich's own markup would swallow defaults in brackets
     help="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
 )
+cli_train.train.add_typer(cli_train_prompt.app)
 app.add_typer(cli_train.train, name="train")
 app.add_typer(cli_train.evaluate, name="eval")
 app.add_typer(cli_admin.app)

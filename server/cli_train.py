@@ -3,14 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from server.cli_session import fail
-
-if TYPE_CHECKING:
-    from routing.train.data import Task
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
@@ -48,8 +45,8 @@ def train_adapter(
     from routing.train.data import TaskDataError
     from server.checkpoint import CheckpointError, locate
 
-    with _failing(CheckpointError, TaskDataError, TrainError):
-        folder = locate(model, _data_dir(data_dir))
+    with failing(CheckpointError, TaskDataError, TrainError):
+        folder = locate(model, data_folder(data_dir))
         recipe = AdapterRecipe(rank=rank, alpha=alpha, steps=steps, learning_rate=learning_rate, seed=seed)
         result = run(folder, task, out, recipe, AdapterRun(device=device, base_name=folder.name))
     card = result.card
@@ -86,6 +83,7 @@ def train_retriever(
     """Train a router that chooses adapters by the prompt. The last line printed is its folder."""
     from routing.card_file import RouterFolderError
     from routing.encoder_model import PREFIX, EncoderError
+    from routing.evaluate.groups import chosen_tasks
     from routing.train.data import TaskDataError
     from routing.train.retriever import RetrieverError, RetrieverRecipe, RetrieverRun
     from routing.train.retriever import train_retriever as run
@@ -105,8 +103,8 @@ def train_retriever(
         alpha=2 * rank,
         seed=seed,
     )
-    with _failing(EncoderError, RetrieverError, RouterFolderError, TaskDataError):
-        found = _chosen_tasks(tasks, group)
+    with failing(EncoderError, RetrieverError, RouterFolderError, TaskDataError):
+        found = chosen_tasks(tasks, group)
         folder = _encoder_folder(encoder, data_dir)
         result = run(
             folder,
@@ -147,6 +145,7 @@ def train_meteora(
 ) -> None:
     """Train a router that chooses adapters for every token. The last line printed is its folder."""
     from routing.card_file import RouterFolderError
+    from routing.evaluate.groups import chosen_tasks
     from routing.train.adapter import TrainError
     from routing.train.adapter_folders import adapter_folders
     from routing.train.data import TaskDataError
@@ -166,9 +165,9 @@ def train_meteora(
         max_length=max_length,
         seed=seed,
     )
-    with _failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
-        found = _chosen_tasks(tasks, group)
-        folder = locate(model, _data_dir(data_dir))
+    with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
+        found = chosen_tasks(tasks, group)
+        folder = locate(model, data_folder(data_dir))
         own = adapter_folders(adapters, [task.name for task in found], narrowed=group is not None, null=null)
         without = [task.name for task in found if task.name not in own]
         typer.echo(f"{len(own)} adapters" + (f"; without one: {', '.join(without)}" if without else ""))
@@ -208,7 +207,7 @@ def eval_routing(
     from routing.train.progress import progress_bar
 
     plan = EvaluationPlan(samples=samples, rows=rows, curve=tuple(curve or ()), device=device)
-    with _failing(EncoderError, RouterFolderError, TaskDataError):
+    with failing(EncoderError, RouterFolderError, TaskDataError):
         found = read_tasks(tasks)
         folder = _encoder_folder(encoder, data_dir)
         groups = chosen_groups(tasks, {task.name for task in found}, group or ())
@@ -222,19 +221,7 @@ def eval_routing(
     typer.echo(out / "routing.md")
 
 
-def _chosen_tasks(root: Path, group: str | None) -> "list[Task]":
-    """All tasks, or those of a group. Raises TaskDataError."""
-    from routing.evaluate.groups import chosen_groups
-    from routing.train.data import read_tasks
-
-    found = read_tasks(root)
-    if group is None:
-        return found
-    chosen = next(iter(chosen_groups(root, {task.name for task in found}, [group]).values()))
-    return [task for task in found if task.name in chosen]
-
-
-def _data_dir(given: Path | None) -> Path:
+def data_folder(given: Path | None) -> Path:
     from server.config import SettingsError, load_settings
 
     try:
@@ -247,13 +234,13 @@ def _encoder_folder(name: str, data_dir: Path | None) -> Path:
     """A folder as it is given, else a pulled encoder's; raises EncoderError for one that is none."""
     from routing.encoder_model import encoder_id
 
-    folder = Path(name) if Path(name).is_dir() else _data_dir(data_dir) / "models" / name
+    folder = Path(name) if Path(name).is_dir() else data_folder(data_dir) / "models" / name
     encoder_id(folder)
     return folder
 
 
 @contextlib.contextmanager
-def _failing(*errors: type[Exception]) -> Iterator[None]:
+def failing(*errors: type[Exception]) -> Iterator[None]:
     """These errors mean that the command failed, not that it has a bug: one line, exit code 1."""
     try:
         yield

@@ -12,14 +12,25 @@ import torch
 
 from deploy.demo.tasks import SEED, TASKS, write_tasks
 from routing.gate_folder import load_gates, write_gates
+from routing.prompt_folder import load_prompt_router, write_prompt_router
+from routing.prompt_router import ADAPTERS
 from routing.train.adapter import AdapterRecipe, AdapterResult, AdapterRun, train_adapter
 from routing.train.data import read_tasks
 from routing.train.meteora import train_meteora
 from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.milora import train_milora
+from routing.train.moa import train_moa
+from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe, PromptRun
 
 RECIPE = AdapterRecipe()
 GATES = MeteoraRecipe(learning_rate=5e-3, steps=160, batch_size=8, packed=0.25, warmup_steps=10)
 """Of the token-level router; half an hour on two cores."""
+
+MOA = MoaRecipe(steps=60, batch_size=14)
+MILORA = MiloraRecipe(
+    experts=ADAPTERS, top_k=1, steps=60, batch_size=14, router_rate=4e-3, coefficients_every=5, warmup_steps=5
+)
+"""Of the routers by prompt."""
 
 
 def main(arguments: list[str]) -> int:
@@ -32,6 +43,12 @@ def main(arguments: list[str]) -> int:
         write_tasks(root, SEED)
         if options.gates is not None:
             train_gates(options, root)
+            return 0
+        if options.moa is not None:
+            train_prompt_router(options, root, options.moa, MOA)
+            return 0
+        if options.milora is not None:
+            train_prompt_router(options, root, options.milora, MILORA)
             return 0
         for name in options.only or TASKS:
             result = train_adapter(options.model, root / name, options.out / name, recipe, run)
@@ -48,6 +65,23 @@ def train_gates(options: argparse.Namespace, tasks: Path) -> None:
     write_gates(result.folder, result.card, load_gates(result.folder), dtype=torch.bfloat16)
     metrics = result.card.training["metrics"]
     sys.stdout.write(f"gates: right where answers are predicted {metrics['gate_accuracy_answer']:.1%}\n")
+
+
+def train_prompt_router(
+    options: argparse.Namespace, tasks: Path, folder: Path, recipe: MoaRecipe | MiloraRecipe
+) -> None:
+    """Trains a router by prompt over the adapters under `<out>`, into `folder`; it is stored in bf16."""
+    adapters = {name: options.out / name for name in TASKS}
+    run = PromptRun(device=options.device, progress=not options.plain, name=folder.name)
+    found = read_tasks(tasks)
+    if isinstance(recipe, MoaRecipe):
+        result = train_moa(options.model, found, adapters, folder, recipe, run)
+    else:
+        result = train_milora(options.model, found, adapters, folder, recipe, run)
+    _, router = load_prompt_router(folder)
+    write_prompt_router(folder, result.card, router.layers, dtype=torch.bfloat16)
+    accuracy = result.card.training["metrics"]["accuracy"]
+    sys.stdout.write(f"{folder.name}: the task's adapter is chosen {accuracy:.1%}, {result.seconds:.0f} s\n")
 
 
 def write_summary(out: Path) -> None:
@@ -75,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="where the adapters go, e.g. deploy/demo/adapters")
     parser.add_argument("--only", action="append", choices=sorted(TASKS), help="train this task (repeatable)")
     parser.add_argument("--gates", type=Path, help="train only the token-level router over the adapters, into here")
+    parser.add_argument("--moa", type=Path, help="train only the MoA router over the adapters, into here")
+    parser.add_argument("--milora", type=Path, help="train only the MiLoRA router over the adapters, into here")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)

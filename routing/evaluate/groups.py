@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from routing.train.data import TaskDataError
+from routing.train.data import Task, TaskDataError, read_tasks
 
 ALL = "all"
 
@@ -53,6 +53,15 @@ def chosen_groups(root: Path, names: Collection[str], given: Sequence[str] = ())
             raise TaskDataError(f"group {name}: expected name=task,task or one of {', '.join(known)}")
         found[name] = known[name]
     return found
+
+
+def chosen_tasks(root: Path, group: str | None) -> list[Task]:
+    """The tasks in `root`, all or those of one group as in `chosen_groups`. Raises TaskDataError."""
+    found = read_tasks(root)
+    if group is None:
+        return found
+    chosen = next(iter(chosen_groups(root, {task.name for task in found}, [group]).values()))
+    return [task for task in found if task.name in chosen]
 
 
 def _combined(

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from routing.train.batches import IGNORED, Batch, batch_rows, collate, encode
+from routing.train.batches import Batch, batch_rows, collate, encode
 from routing.train.card import AdapterCard, shown_examples, write_card, write_samples
 from routing.train.checkpoint import load_checkpoint, save_checkpoint
 from routing.train.data import Task, TaskRow, read_task
 from routing.train.exact_match import answer_limit, exact_match, greedy_answers
+from routing.train.language_loss import language_loss
 from routing.train.progress import Report, progress_bar
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -114,16 +115,8 @@ def train_adapter(
 
 
 def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answer tokens of a batch, fp32 scalar.
-
-    Only the hidden states that predict an answer token pass the vocabulary head, a small model's costliest product.
-    """
-    causal = model.get_base_model()
-    hidden = causal.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    labels = batch.labels[:, 1:]
-    counted = labels != IGNORED
-    logits = causal.get_output_embeddings()(hidden[:, :-1][counted])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[counted])
+    """Mean cross-entropy over the answer tokens of a batch, fp32 scalar."""
+    return language_loss(model.get_base_model(), batch.ids, batch.mask, batch.labels)
 
 
 def load_model(model_folder: Path, recipe: AdapterRecipe, device: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from adapters_store.linear_names import Module, module_path
 from adapters_store.types import TARGETS, AdapterWeights, LoraPair
 from routing.train.gate_tally import GateTally
+from routing.train.side_by_side import SideBySide
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,8 @@ def gate_weights(logits: Tensor, choice: GateChoice) -> Tensor:
 class GatedLinear(torch.nn.Module):
     """base(x) + sum_i w_i s_i B_i A_i x, with w from x by the gate.
 
-    `gate` (rows, in). The factors of all adapters that act here lie side by side in `a` (columns, in) and
-    `b` (out, columns), so that ranks may differ; `owners` (rows, columns) holds an adapter's scale s_i at its columns.
-    Rows without columns, adapters that do not act here and "no adapter", take their weight and add nothing.
+    `gate` (rows, in) has a row for each of the `experts`, and one for "no adapter" if there is one.
     """
-
-    a: Tensor
-    b: Tensor
-    owners: Tensor
 
     def __init__(
         self, base: torch.nn.Linear, pairs: Mapping[int, LoraPair], rows: int, choice: GateChoice, tally: GateTally
@@ -59,14 +54,7 @@ class GatedLinear(torch.nn.Module):
         self.base = base
         weight = base.weight
         self.gate = torch.nn.Parameter(torch.zeros(rows, base.in_features, device=weight.device))
-        self.register_buffer("a", _joined([pair.a for pair in pairs.values()], 0, weight), persistent=False)
-        self.register_buffer("b", _joined([pair.b for pair in pairs.values()], 1, weight), persistent=False)
-        owners = torch.zeros(rows, self.a.shape[0])
-        column = 0
-        for row, pair in pairs.items():
-            owners[row, column : column + pair.rank] = pair.scale
-            column += pair.rank
-        self.register_buffer("owners", owners.to(weight.device), persistent=False)
+        self.experts = SideBySide(pairs, rows, weight)
         self.choice = choice
         self.tally = tally
 
@@ -75,10 +63,10 @@ class GatedLinear(torch.nn.Module):
         y: Tensor = self.base(x)
         logits = torch.nn.functional.linear(x, self.gate).float()
         self.tally.add(logits)
-        if not self.a.shape[0]:
+        if not len(self.experts.a):
             return y
-        inner = torch.nn.functional.linear(x, self.a) * (gate_weights(logits, self.choice) @ self.owners)
-        return y + torch.nn.functional.linear(inner, self.b)
+        delta: Tensor = self.experts(x, gate_weights(logits, self.choice))
+        return y + delta
 
 
 def embed_adapters(
@@ -100,10 +88,3 @@ def embed_adapters(
             linears[layer, target] = GatedLinear(base, pairs, len(adapters) + null, choice, tally)
             causal.set_submodule(module_path(layer, target), linears[layer, target])
     return linears
-
-
-def _joined(factors: Sequence[Tensor], dim: int, weight: Tensor) -> Tensor:
-    """fp32, on the device of the base's `weight` (out, in)."""
-    if not factors:
-        return torch.zeros((0, weight.shape[1]) if dim == 0 else (weight.shape[0], 0), device=weight.device)
-    return torch.cat([factor.float() for factor in factors], dim=dim).to(weight.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 from routing.gate_folder import GateCard, check_card, write_gates
-from routing.train.adapter import TrainError, check_out
+from routing.train.adapter import check_out
 from routing.train.batches import Example, encode
-from routing.train.checkpoint import load_checkpoint, save_checkpoint
 from routing.train.data import Task, TaskDataError, TaskRow
+from routing.train.fitting import Fit, fit
 from routing.train.meteora_loss import both_losses, judge
 from routing.train.meteora_model import GatedModel, load_gated_model
 from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
@@ -103,42 +102,28 @@ def _fit(
     report: Report,
 ) -> list[tuple[float, float]]:
     gates, device = model.gates, torch.device(run.device)
-    optimizer = torch.optim.AdamW(gates.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    identity = _identity(model, recipe, tasks)
+    groups = [{"params": list(gates.values()), "peak": recipe.learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     mixture = Mixture(examples, recipe.batch_size, recipe.seed, recipe.packed, recipe.max_length)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    losses: list[torch.Tensor] = []
-    for step in range(load_checkpoint(checkpoint, gates, optimizer, identity), recipe.steps):
+
+    def losses(step: int) -> torch.Tensor:
         samples = mixture.samples(step)
         batch = collate_mixed(samples, model.tokenizer.pad_token_id, device, prompts_count=recipe.prompts_count)
         with autocast:
             language, gate = both_losses(model, batch, recipe.gate_positions, smoothing=recipe.smoothing)
-        torch.autograd.backward(language + recipe.beta * gate)
-        torch.nn.utils.clip_grad_norm_(gates.values(), recipe.gradient_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(torch.stack((language, gate)).detach())
-        if (step + 1) % 10 == 0 or step + 1 == recipe.steps:  # reading the loss waits for the device
-            _report_loss(losses[-1], step, recipe, report)
-        if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.steps:
-            _check_finite(gates, step)
-            if step + 1 < recipe.steps:
-                save_checkpoint(checkpoint, gates, optimizer, step + 1, identity)
-    return [(language, gate) for language, gate in torch.stack(losses).tolist()]
+        return torch.stack((language + recipe.beta * gate, language, gate))
 
-
-def _report_loss(losses: torch.Tensor, step: int, recipe: MeteoraRecipe, report: Report) -> None:
-    language, gate = losses.tolist()
-    if not math.isfinite(language + gate):
-        raise TrainError(f"the loss is {language + recipe.beta * gate} at step {step + 1}; lower the learning rate")
-    report(f"loss {language:.3f}, of the gates {gate:.3f}", (step + 1, recipe.steps))
-
-
-def _check_finite(gates: Mapping[str, torch.nn.Parameter], step: int) -> None:
-    if not all(bool(torch.isfinite(gate).all()) for gate in gates.values()):
-        raise TrainError(f"the gates are not finite after step {step + 1}; lower the learning rate")
+    settings = Fit(
+        recipe.steps,
+        recipe.share,
+        recipe.gradient_clip,
+        checkpoint,
+        run.checkpoint_every,
+        _identity(model, recipe, tasks),
+        ("loss", "of the answers", "of the gates"),
+    )
+    return [(language, gate) for _, language, gate in fit(gates, optimizer, losses, settings, report)]
 
 
 def _identity(model: GatedModel, recipe: MeteoraRecipe, tasks: Sequence[Task]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from routing.train.batches import IGNORED, Example
+from routing.train.language_loss import language_loss
 from routing.train.meteora_model import GatedModel
 from routing.train.meteora_recipe import ALL, ANSWER
 from routing.train.mixed_batches import MixedBatch, collate_mixed
@@ -30,20 +31,14 @@ def both_losses(
 ) -> tuple[Tensor, Tensor]:
     """L_LM and L_gate of a batch, fp32 scalars: means over the tokens, and over gates and positions, that count.
 
-    Only the hidden states that predict a counted token pass the vocabulary head, a small model's costliest product.
-
     Args:
         positions: as `gate_labels`.
         smoothing: share of a gate's label that is spread over all its rows.
         hits: the tally says where gates are right, too.
     """
-    base = model.causal.base_model
     with model.tally.counting(gate_labels(batch, model.labels, positions), smoothing=smoothing, hits=hits):
-        hidden = base(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    labels = batch.labels[:, 1:]
-    counted = labels != IGNORED
-    logits = model.causal.get_output_embeddings()(hidden[:, :-1][counted])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[counted]), model.tally.loss
+        language = language_loss(model.causal, batch.ids, batch.mask, batch.labels)
+    return language, model.tally.loss
 
 
 @torch.no_grad()

@@ -56,12 +56,12 @@ class MeteoraRecipe:
     gradient_clip: float = 1.0
     seed: int = 0
 
-    def rate(self, step: int) -> float:
-        """The learning rate of step `step`, from 0."""
+    def share(self, step: int) -> float:
+        """The part of the peak learning rate at `step`, from 0."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     def check(self, adapters: int) -> None:
         """Raise TrainError for the first field that cannot be, with so many adapters."""

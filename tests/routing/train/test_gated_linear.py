@@ -83,8 +83,8 @@ def test_every_layer_has_the_same_gates_and_only_they_learn(chat_model: Path) ->
     linears = embed_adapters(causal, [one, two], False, GateChoice(2, 1.0), GateTally())
     assert list(linears) == [(0, "q_proj"), (0, "down_proj"), (1, "q_proj"), (1, "down_proj")]
     assert [tuple(linear.gate.shape) for linear in linears.values()] == [(2, 32), (2, 64)] * 2
-    assert [linear.a.shape[0] for linear in linears.values()] == [2, 0, 0, 4]
-    assert linears[1, "down_proj"].owners.tolist() == [[0.0] * 4, [3.0] * 4]
+    assert [len(linear.experts.a) for linear in linears.values()] == [2, 0, 0, 4]
+    assert linears[1, "down_proj"].experts.owners.tolist() == [[0.0] * 4, [3.0] * 4]
     learning = {name for name, weight in causal.named_parameters() if weight.requires_grad}
     assert learning == {name for name, _ in causal.named_parameters() if name.endswith(".gate")}
     assert len(learning) == 4

@@ -148,8 +148,8 @@ def test_labels_are_the_rows_of_the_tasks_adapters(
     turned = load_gated_model(chat_model, [three[2], three[0], three[1]], adapters, SHORT, "cpu")
     assert turned.labels == (0, 2, 1)
     assert [adapter.name for adapter in turned.adapters] == ["xyz", "ab"]
-    assert turned.linears[1, "o_proj"].owners.shape == (3, 0)
-    assert turned.linears[0, "o_proj"].owners.bool().any(-1).tolist() == [True, False, False]
+    assert turned.linears[1, "o_proj"].experts.owners.shape == (3, 0)
+    assert turned.linears[0, "o_proj"].experts.owners.bool().any(-1).tolist() == [True, False, False]
 
 
 def test_only_gates_get_gradients_and_adapters_stay(
@@ -158,7 +158,7 @@ def test_only_gates_get_gradients_and_adapters_stay(
     model = load_gated_model(chat_model, tasks, adapters, RECIPE, "cpu")
     frozen = {name: tensor.clone() for name, tensor in model.causal.state_dict().items() if not name.endswith(".gate")}
     factors = {name: tensor.clone() for name, tensor in model.causal.named_buffers()}
-    assert sum(name.endswith((".a", ".b")) for name in factors) == 12
+    assert sum(name.endswith((".a", ".b")) for name in frozen) == 12
     examples = encode(model.tokenizer, tasks[0].train, 80)
     batch = collate_mixed([((0, example),) for example in examples], 258, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.causal.parameters(), lr=0.1)
@@ -256,5 +256,5 @@ def test_an_adapter_of_another_model_and_a_model_without_template_are_refused(
 
 
 def test_rate_warms_up_and_decays_by_a_cosine() -> None:
-    recipe = MeteoraRecipe(learning_rate=1.0, steps=12, warmup_steps=4)
-    assert [recipe.rate(step) for step in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
+    recipe = MeteoraRecipe(steps=12, warmup_steps=4)
+    assert [recipe.share(step) for step in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])

@@ -123,7 +123,7 @@ def test_gates_that_are_not_finite_replace_no_router(
         return language, gate
 
     monkeypatch.setattr(training, "both_losses", overflowing)
-    with pytest.raises(TrainError, match=f"^the gates are not finite after step {step}; lower the learning rate$"):
+    with pytest.raises(TrainError, match=f"^the weights are not finite after step {step}; lower the learning rate$"):
         train("router", run=replace(RUN, checkpoint_every=every))
     left = {path.name: path.read_bytes() for path in good.folder.iterdir()}
     assert left == files

@@ -1,0 +1,180 @@
+"""A base model with prompt-level routers, and the experts they choose from: what their training needs, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters_store.linear_names import Module, module_path
+from adapters_store.peft_format import read_adapter
+from adapters_store.peft_write import write_peft
+from adapters_store.types import TARGETS, AdapterWeights, LinearShape, LoraPair
+from routing.card_adapters import CardAdapter
+from routing.train.adapter import TrainError, check_device, load_causal
+from routing.train.card import write_samples
+from routing.train.data import Task
+from routing.train.fused_norm import fuse_norms
+from routing.train.layer_routers import LayerRouters, RoutedLinear, embed_experts, fresh_routers, router_weights
+from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
+from routing.train.task_adapters import check_names, model_config, named_adapters, read_adapters, row_labels
+
+ADAPTERS_FOLDER = "adapters"
+"""Below a router's folder: the adapters that were trained with it, one PEFT folder each."""
+
+Pairs = dict[Module, dict[int, LoraPair]]
+"""Factors by linear and expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptModel:
+    """The model in fp32, all of it frozen but the routers and, where they are trained too, the experts.
+
+    `adapters` are in the order of the routers' experts; over modules there is none yet. `labels` is the expert of every
+    task's own adapter, that of "no adapter" for tasks without one; empty over modules. `linears` are those on which
+    experts act; empty if none needs to act in training.
+    """
+
+    causal: Any
+    tokenizer: Any
+    shape: LinearShape
+    fingerprint: str
+    adapters: tuple[CardAdapter, ...]
+    labels: tuple[int, ...]
+    routers: LayerRouters
+    linears: Mapping[Module, RoutedLinear]
+
+    @property
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by name: routers, then experts."""
+        factors = {
+            f"{module_path(*module)}.{name}": weight
+            for module, linear in self.linears.items()
+            for name, weight in linear.experts.named_parameters()
+        }
+        every = {**router_weights(self.routers.routers), **factors}
+        return {name: weight for name, weight in every.items() if weight.requires_grad}
+
+
+def load_over_adapters(
+    model_folder: Path,
+    tasks: Sequence[Task],
+    adapters: Mapping[str, Path],
+    recipe: MoaRecipe | MiloraRecipe,
+    device: str,
+    *,
+    spread: float,
+    acting: bool,
+    trainable: bool = False,
+) -> PromptModel:
+    """Loads the model and, if they are `acting`, embeds the adapters of `tasks`, by the tasks' names.
+
+    spread: of the routers' first matrices (`fresh_routers`). trainable: the adapters, too.
+
+    Raises:
+        TrainError: model, device, chat template or an adapter is missing or does not fit, or the recipe cannot be.
+    """
+    named = named_adapters(tasks, adapters, recipe.null)
+    experts = len(named) + recipe.null
+    recipe.check(experts)
+    check_device(device)
+    config = model_config(model_folder)
+    files = read_adapters(named, adapters, config)
+    pairs: Pairs = {}
+    for expert, file in enumerate(files.values()):
+        for module, pair in file.weights.pairs.items() if acting else ():
+            pairs.setdefault(module, {})[expert] = pair
+    causal, tokenizer = _load(model_folder, device)
+    routers = _routers(causal, recipe, config.linear_shape, experts, spread, device)
+    return PromptModel(
+        causal=causal,
+        tokenizer=tokenizer,
+        shape=config.linear_shape,
+        fingerprint=config.fingerprint(),
+        adapters=tuple(CardAdapter(name, file.digest) for name, file in files.items()),
+        labels=row_labels(tasks, named),
+        routers=routers,
+        linears=embed_experts(causal, pairs, experts, routers, trainable=trainable),
+    )
+
+
+def load_over_modules(
+    model_folder: Path, tasks: Sequence[Task], recipe: MiloraRecipe, device: str, *, spread: float
+) -> PromptModel:
+    """Loads the model and gives all seven linears of every layer a fresh LoRA, each an expert of its layer.
+
+    As in PEFT, A is uniform within 1 / sqrt(in_features) and B zero: at first the model is the base model.
+
+    Raises:
+        TrainError: model, device or chat template is missing, a task comes twice, or the recipe cannot be.
+    """
+    check_names(tasks)
+    recipe.check(len(TARGETS))
+    check_device(device)
+    config = model_config(model_folder)
+    shape = config.linear_shape
+    generator = torch.Generator().manual_seed(recipe.seed + 1)  # on the CPU: the same on every device
+    pairs: Pairs = {}
+    for layer in range(shape.num_layers):
+        for expert, target in enumerate(TARGETS):
+            a = torch.rand(recipe.rank, shape.inputs[target], generator=generator)
+            a = (2 * a - 1) / math.sqrt(shape.inputs[target])
+            b = torch.zeros(shape.outputs[target], recipe.rank)
+            pairs[layer, target] = {expert: LoraPair(a, b, recipe.alpha / recipe.rank)}
+    causal, tokenizer = _load(model_folder, device)
+    routers = _routers(causal, recipe, shape, len(TARGETS), spread, device)
+    linears = embed_experts(causal, pairs, len(TARGETS), routers, trainable=True)
+    return PromptModel(causal, tokenizer, shape, config.fingerprint(), (), (), routers, linears)
+
+
+def round_experts(model: PromptModel) -> None:
+    """To bf16, in which trained experts are stored."""
+    with torch.no_grad():
+        for linear in model.linears.values():
+            for weight in linear.experts.parameters():
+                weight.copy_(weight.bfloat16())
+
+
+def write_experts(
+    model: PromptModel, folder: Path, names: Mapping[str, Sequence[Task]], base_name: str
+) -> tuple[CardAdapter, ...]:
+    """Writes trained experts, in bf16, as PEFT folders below `folder`/adapters; returns them as a card names them.
+
+    Args:
+        names: of the adapters, in the experts' order, each with the tasks whose prompts are its samples. A single one
+            has all experts.
+    """
+    found: list[CardAdapter] = []
+    for expert, (name, tasks) in enumerate(names.items()):
+        pairs: dict[Module, LoraPair] = {}
+        for module, linear in model.linears.items():
+            for owner, pair in linear.experts.pairs(torch.bfloat16).items():
+                if owner == expert or len(names) == 1:
+                    pairs[module] = pair
+        own = folder / ADAPTERS_FOLDER / name
+        write_peft(own, AdapterWeights("", pairs), base_name)
+        shuffled = [row for rows in zip(*(task.train for task in tasks), strict=False) for row in rows]
+        write_samples(own, shuffled)
+        found.append(CardAdapter(name, read_adapter(own, model.shape).digest))
+    return tuple(found)
+
+
+def _load(model_folder: Path, device: str) -> tuple[Any, Any]:
+    causal, tokenizer = load_causal(model_folder)
+    causal.to(device).eval().requires_grad_(False)
+    fuse_norms(causal)
+    return causal, tokenizer
+
+
+def _routers(
+    causal: Any, recipe: MoaRecipe | MiloraRecipe, shape: LinearShape, experts: int, spread: float, device: str
+) -> LayerRouters:
+    form = recipe.form(shape.num_layers, experts)
+    if form.num_counted > shape.num_layers:
+        raise TrainError(f"depth {form.depth}: expected at most {shape.num_layers}, the layers of the model")
+    routers = fresh_routers(form, shape.inputs["q_proj"], device, spread, recipe.seed)
+    return LayerRouters(form, routers, causal.base_model.layers)
