@@ -2,13 +2,14 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from fakes import MODEL, Harness
+from in_process_encoder import InProcess
 from openai import AsyncOpenAI
 from sentence_transformers import SentenceTransformer
 from tiny_encoder import MAX_TOKENS, WIDTH, make_encoder
@@ -16,41 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from adapters_store.registry import Quotas, TenantRow
 from adapters_store.store import AdapterStore
-from routing.encoder import EncoderUnavailable
-from routing.encoder_model import EncoderModel
 from routing.encoder_tokenizer import EncoderTokenizer
 from server.config import RoutingSettings, Settings
 from server.openai import embeddings as module
 
 TEXTS = ["what is 7 * 8?", "translate to french: good morning", "what is 7 * 8?"]
-
-
-class InProcess:
-    """Stands for the encoder's process and for the encoder; waits while `gate` is cleared, and notes its calls."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = EncoderModel.load(folder).plain()
-        self.id, self.width = self.model.id, self.model.width
-        self.calls: list[tuple[int, bool]] = []
-        self.cancelled = 0
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.failure: str | None = None
-
-    def plain_encoder(self) -> "InProcess":
-        return self
-
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
-        self.calls.append((len(texts), bulk))
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        if self.failure is not None:
-            raise EncoderUnavailable(self.failure)
-        return self.model.embed(texts)
 
 
 @pytest.fixture(scope="module")
