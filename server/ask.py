@@ -1,5 +1,6 @@
 """What a client asks for, out of HTTP."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from routing.router import RouteQuery
@@ -8,7 +9,7 @@ from server.engine.sequence import SamplingParams
 from server.query_text import QueryScope, of_messages, of_prompts
 from server.tenants import Tenant
 from server.tools.definition import ToolUse
-from server.tools.forced import forced_calls
+from server.tools.forced import answer_or_calls, forced_calls
 from server.tools.form import ToolForm
 from server.tools.instructions import Message
 
@@ -36,11 +37,18 @@ class Ask:
     priority: int = 0
     tools: ToolUse | None = None
 
-    def of_form(self, form: ToolForm) -> "Ask":
-        """The same, with the constraint that a forced call needs of a model that writes calls in this form."""
-        if self.tools is None or not self.tools.is_forced:
-            return self
-        return replace(self, params=replace(self.params, constraint=forced_calls(self.tools, form)))
+    def of_form(self, form: ToolForm, tokens: Mapping[str, int]) -> "Ask":
+        """The same for a model that writes calls in this form: its constraint takes the calls that it must or may make.
+
+        `tokens` are the ids of the form's markers that are special tokens. A forced call is no answer, so what was said
+        of the answer does not count.
+        """
+        constraint = self.params.constraint
+        if self.tools is not None and self.tools.is_forced:
+            constraint = forced_calls(self.tools, form, tokens)
+        elif self.tools is not None and constraint is not None:
+            constraint = answer_or_calls(constraint, self.tools, form, tokens)
+        return replace(self, params=replace(self.params, constraint=constraint))
 
     @property
     def sequences(self) -> int:

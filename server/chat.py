@@ -71,6 +71,12 @@ class ChatTokenizer:
         """How the model writes tool calls."""
         return self._template.form
 
+    @cached_property
+    def special_markers(self) -> dict[str, int]:
+        """Ids of those markers of its calls that are special tokens."""
+        ids = {marker: self._backend.token_to_id(marker) for marker in self.tool_form.markers}
+        return {marker: token for marker, token in ids.items() if token in self._special_ids}
+
     async def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: ToolUse | None = None
     ) -> list[int]:

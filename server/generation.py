@@ -90,7 +90,8 @@ class Generation:
         self.prompts: tuple[tuple[int, ...], ...] = ()
         self.choices: tuple[Choice, ...] = ()
         self._generator = generator
-        self._ask = ask.of_form(generator.services.tokenizer.tool_form)
+        tokenizer = generator.services.tokenizer
+        self._ask = ask.of_form(tokenizer.tool_form, tokenizer.special_markers)
         self._arrival = generator.services.clock()
         self._charged: Counter[int] = Counter()  # tokens by choice
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -34,7 +35,7 @@ class ChatRequest(GenerationRequest):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
-        self.tool_use()
+        _ = self.tool_use  # here, where a large body does not stop the event loop
 
     def longest_answer(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -43,8 +44,9 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def ask(self, tenant: Tenant) -> Ask:
-        return replace(super().ask(tenant), messages=plain(self.messages), tools=self.tool_use())
+        return replace(super().ask(tenant), messages=plain(self.messages), tools=self.tool_use)
 
+    @cached_property
     def tool_use(self) -> ToolUse | None:
         """The tools that may be called. Raises BadRequest."""
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)

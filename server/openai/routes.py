@@ -110,7 +110,7 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
 async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     await _check_model(body.model, services, caller.tenant)
     if body.messages is not None:
-        messages, tools = plain(body.messages), body.tool_use()
+        messages, tools = plain(body.messages), body.tool_use
         _check_length(len(messages), services, "messages")
         _check_characters(num_characters(messages, tools), services, "messages")
         tokens = await services.tokenizer.encode_chat(messages, body.add_generation_prompt, tools)

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize: their requests."""
 
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 from pydantic import Field
@@ -29,9 +30,10 @@ class TokenizeRequest(RequestModel):
         request = validate(cls, data, limits)
         if (request.prompt is None) == (request.messages is None):
             raise BadRequest("prompt: expected either prompt or messages", param="prompt")
-        request.tool_use()
+        _ = request.tool_use
         return request
 
+    @cached_property
     def tool_use(self) -> ToolUse | None:
         """Raises BadRequest."""
         return tool_use(self.tools, None, None)

@@ -12,6 +12,8 @@ from server.tools.definition import Tool, ToolUse
 T = TypeVar("T")
 
 MOST_TOOLS = 128
+MOST_FORCED = 100_000
+"""Characters of tools that become a grammar."""
 DEEPEST_SCHEMA = 64
 """Levels of objects and lists. What is far deeper would exhaust the stack of whoever walks through it."""
 
@@ -110,14 +112,18 @@ def tool_use(tools: list[FunctionTool] | None, choice: ToolChoice | None, parall
         if name in names[:index]:
             param = f"tools.{index}.function.name"
             raise BadRequest(f"{param}: there is another function called {name}", param=param)
-    if choice is None or choice.type == "none":
-        return ToolUse(given, names, is_parallel=parallel is not False) if given and choice is None else None
+    if (choice is not None and choice.type == "none") or (choice is None and not given):
+        return None
     if not given:
         raise BadRequest("tool_choice: only allowed when there are tools", param="tool_choice")
-    allowed = names if choice.names is None else choice.names
+    allowed = (choice.names if choice is not None else None) or names
     if absent := [name for name in allowed if name not in names]:
         raise BadRequest(f"tool_choice: none of the tools is called {absent[0]}", param="tool_choice")
-    return ToolUse(given, allowed, choice.is_forced, is_parallel=parallel is not False)
+    use = ToolUse(given, allowed, choice is not None and choice.is_forced, is_parallel=parallel is not False)
+    if use.length > MOST_FORCED and use.is_forced:
+        message = f"tools: have {use.length} characters, expected at most {MOST_FORCED} where one has to be called"
+        raise BadRequest(message, param="tools")
+    return use
 
 
 def _depth(value: object) -> int:

@@ -51,11 +51,11 @@ class CallParser:
         self._buffer = ""
         self._has_ended = False
         self._step: Callable[[], bool] = self._start if form.is_bare else self._in_text
-        self._opened = ""  # what was read of a call that may turn out to be none
+        self._opened: list[str] = []  # what was read of a call that may turn out to be none, or behind one
         self._scanner = CallScanner(names)
         self._is_begun = False  # the call that is being read
         self._is_shown = False
-        self._space = ""
+        self._space: list[str] = []
         self._has_text = False
 
     def feed(self, text: str) -> list[Said]:
@@ -71,16 +71,18 @@ class CallParser:
         self._has_ended = True
         said = self.feed("")
         if self._space and not self.num_calls:
-            said.append(Text(self._space))
+            said.append(Text("".join(self._space)))
         return said
 
     # Steps take something of the buffer, or choose the next step; False waits for more text.
 
     def _start(self) -> bool:
+        """An object, behind space, is a call without an opening."""
         text = self._buffer.lstrip(WHITESPACE)
-        if not text and not self._has_ended:
-            return False
-        return self._open(len(self._buffer) - len(text)) if text.startswith("{") else self._go(self._in_text)
+        self._opened.append(self._take(len(self._buffer) - len(text)))
+        if text.startswith("{"):
+            return self._go(self._before_call)
+        return bool(text or self._has_ended) and self._is_no_call()
 
     def _in_text(self) -> bool:
         opening = self._form.opening
@@ -92,12 +94,12 @@ class CallParser:
         return False
 
     def _open(self, length: int) -> bool:
-        self._opened = self._take(length)
+        self._opened = [self._take(length)]
         return self._go(self._before_call)
 
     def _before_call(self) -> bool:
         text = self._buffer.lstrip(WHITESPACE + ("[" if self._form.is_list else ""))
-        self._opened += self._take(len(self._buffer) - len(text))
+        self._opened.append(self._take(len(self._buffer) - len(text)))
         if text.startswith("{"):
             self._scanner, self._is_begun = CallScanner(self._names), False
             return self._go(self._in_call)
@@ -112,8 +114,9 @@ class CallParser:
         if scanner.is_certain:
             self._call(scanner)
         else:
-            self._opened += taken
+            self._opened.append(taken)
         if progress is Progress.DONE or (progress is Progress.BROKEN and scanner.is_whole):
+            self._opened = []
             return self._go(self._after_call)
         if progress is Progress.BROKEN:
             return self._go(self._in_broken_arguments) if scanner.is_certain else self._is_no_call()
@@ -122,15 +125,15 @@ class CallParser:
     def _after_call(self) -> bool:
         """Space, separators, and then the closing marker, another call, or text."""
         form, text = self._form, self._buffer.lstrip(WHITESPACE + self._form.separators)
-        for marker in form.markers - {form.opening}:
-            if text.startswith(marker):
-                self._take(len(self._buffer) - len(text) + len(marker))
-                return self._go(self._in_text)
+        self._opened.append(self._take(len(self._buffer) - len(text)))
+        if form.closing and text.startswith(form.closing):
+            self._take(len(form.closing))
+            return self._go(self._in_text)
         if text.startswith("{"):
-            return self._open(len(self._buffer) - len(text))
+            return self._go(self._before_call)
         if not self._has_ended and (not text or any(marker.startswith(text) for marker in form.markers)):
             return False
-        return self._go(self._in_text)
+        return self._is_no_call()
 
     def _in_broken_arguments(self) -> bool:
         """All up to the closing marker, but the brace that closes the call."""
@@ -146,7 +149,7 @@ class CallParser:
         return is_end and self._go(self._in_text)
 
     def _is_no_call(self) -> bool:
-        self._say(self._opened)
+        self._say("".join(self._opened))
         return self._go(self._in_text)
 
     def _go(self, step: Callable[[], bool]) -> bool:
@@ -181,8 +184,8 @@ class CallParser:
         """Text without the space at its end, which is said when more follows."""
         body = text.rstrip(WHITESPACE)
         if not body:
-            self._space += text
+            self._space += [text] if text else []
             return
         is_after_calls = self.num_calls and not self._has_text
-        self._said.append(Text(body.lstrip(WHITESPACE) if is_after_calls else self._space + body))
-        self._space, self._has_text = text[len(body) :], True
+        self._said.append(Text(body.lstrip(WHITESPACE) if is_after_calls else "".join(self._space) + body))
+        self._space, self._has_text = [text[len(body) :]] if body != text else [], True

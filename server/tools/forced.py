@@ -1,7 +1,9 @@
-"""The constraint that makes an answer calls and nothing else."""
+"""The constraints of answers that have to be calls, or may be."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from server.engine.constraint import Constraint, ConstraintKind
@@ -26,16 +28,41 @@ _COMBINING = frozenset({"allOf", "not", "if", "dependentSchemas", "unevaluatedPr
 """Keywords by which one schema speaks of the properties of another."""
 
 
-def forced_calls(use: ToolUse, form: ToolForm) -> Constraint:
+def forced_calls(use: ToolUse, form: ToolForm, tokens: Mapping[str, int]) -> Constraint:
     """One call of one of the tools that may be called, or several where both the request and the form have several.
 
-    For llguidance, whose grammars take a JSON schema as a rule. The text begins behind `form.beginning`.
+    For llguidance, whose grammars take a JSON schema as a rule. The text begins behind `form.beginning`. `tokens` are
+    the ids of those markers that are special tokens: no text is one, so a grammar names them by their id.
     """
-    schema = json.dumps(_call_schema(use.callable, form.key))
-    more = "" if form.has_one_call or not use.is_parallel else f"(next call){{0,{MOST_CALLS - 1}}}"
-    rules = [f"start: call {more}", f"call: %json {schema}"]
-    rules += [f"next: {json.dumps(form.between)}"] if more else []
-    return Constraint(ConstraintKind.GRAMMAR, "\n".join(rules))
+    rules = _rules(use, form, tokens)
+    return Constraint(ConstraintKind.GRAMMAR, "\n".join(["start: calls", *rules]))
+
+
+def answer_or_calls(answer: Constraint, use: ToolUse, form: ToolForm, tokens: Mapping[str, int]) -> Constraint:
+    """What the answer must be, or calls in its place. Only JSON can be told from calls; other answers stay alone."""
+    if answer.kind not in (ConstraintKind.JSON_OBJECT, ConstraintKind.JSON_SCHEMA):
+        return answer
+    schema = json.loads(answer.source) if answer.kind is ConstraintKind.JSON_SCHEMA else {"type": "object"}
+    if not isinstance(schema, dict):
+        return answer
+    start = f"start: answer | {_literal(form.beginning, tokens)} calls {_literal(form.end, tokens)}"
+    answered = f"answer: %json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+    return replace(answer, kind=ConstraintKind.GRAMMAR, source="\n".join([start, answered, *_rules(use, form, tokens)]))
+
+
+def _rules(use: ToolUse, form: ToolForm, tokens: Mapping[str, int]) -> list[str]:
+    call = f"call: %json {json.dumps(_call_schema(use.callable, form.key))}"
+    if form.has_one_call or not use.is_parallel:
+        return ["calls: call", call]
+    return [f"calls: call (next call){{0,{MOST_CALLS - 1}}}", call, f"next: {_literal(form.between, tokens)}"]
+
+
+def _literal(text: str, tokens: Mapping[str, int]) -> str:
+    """The text in Lark's notation, its special tokens by their ids."""
+    if not tokens:
+        return json.dumps(text)
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    return " ".join(f"<[{tokens[part]}]>" if part in tokens else json.dumps(part) for part in parts if part)
 
 
 def _call_schema(tools: tuple[Tool, ...], key: str) -> dict[str, Any]:

@@ -75,6 +75,7 @@ LLAMA_EXAMPLES = {
     f"I look. <|python_tag|>{NATIVE}; {NATIVE}": Spoken("I look.", (ROME, ROME)),
     f"{NATIVE};{NATIVE}": Spoken("", (ROME, ROME)),
     f"{NATIVE}; and so on": Spoken("; and so on", (ROME,)),
+    f'{NATIVE} ; {{"a": 1}} .': Spoken('; {"a": 1} .', (ROME,)),
     f"Here: {NATIVE}": Spoken(f"Here: {NATIVE}"),
     '{"name": "Bob", "age": 7}': Spoken('{"name": "Bob", "age": 7}'),
     '{"age": 7, "name": "now"}': Spoken('{"age": 7, "name": "now"}'),
@@ -131,7 +132,7 @@ forms = st.sampled_from(list(FORMS.values()))
 places = st.lists(st.integers(0, 2000), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(forms, texts, places, st.sampled_from([None, 1, 2]))
 def test_however_it_is_cut_the_same_comes_out(form: ToolForm, text: str, at: list[int], most: int | None) -> None:
     assert read(form, cut(text, at), most) == read(form, [text], most) == read(form, text, most)
@@ -146,7 +147,7 @@ calls = st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(), values, max
 words = st.text(st.characters(exclude_characters="<{")).filter(lambda text: text.strip(" \t\r\n;,") == text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(words, calls), max_size=4), words, places, st.booleans())
 def test_calls_between_texts(said: list[tuple[str, tuple[str, dict]]], last: str, at: list[int], ascii: bool) -> None:
     """What is written in a form is read back: every text, and every call with the very arguments."""
@@ -160,7 +161,7 @@ def test_calls_between_texts(said: list[tuple[str, tuple[str, dict]]], last: str
     assert [(name, json.loads(arguments)) for name, arguments in spoken.calls] == [call for _, call in said]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(calls, min_size=1, max_size=3), places)
 def test_calls_alone_in_every_form(said: list[tuple[str, dict]], at: list[int]) -> None:
     for form in FORMS.values():
@@ -171,7 +172,7 @@ def test_calls_alone_in_every_form(said: list[tuple[str, dict]], at: list[int]) 
             assert [(name, json.loads(arguments)) for name, arguments in spoken.calls] == wanted
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts)
 def test_without_a_call_no_character_is_lost(text: str) -> None:
     for form in FORMS.values():
@@ -203,8 +204,12 @@ def test_what_follows_the_most_calls_is_dropped() -> None:
     assert read(HERMES, [text], most=2).calls == (ROME, ROME)
 
 
-def test_long_arguments_take_time_by_their_length() -> None:
-    """A megabyte in pieces of a token's size; squared time would take minutes."""
+def test_long_space_and_arguments_take_time_by_their_length() -> None:
+    """Megabytes in pieces of a token's size; squared time would take minutes."""
+    for form in FORMS.values():
+        space = " " * 200_000
+        text = space + form.write("now", {}) + space + "Done."
+        assert read(form, [text[start : start + 10] for start in range(0, len(text), 10)]).calls == (("now", "{}"),)
     long = "x" * 1_000_000
     text = tagged(
         json.dumps({"arguments": {"a": long}, "name": "now"}), json.dumps({"name": "now", "arguments": {"a": long}})

@@ -43,7 +43,7 @@ def refuse(name: str) -> None:
 decoder = json.JSONDecoder(strict=False, parse_constant=refuse)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from("{["), texts)
 @example("[", "01]")
 @example("[", "-]")
@@ -66,7 +66,7 @@ def test_it_is_done_where_python_is(bracket: str, rest: str) -> None:
         assert (count, progress) == (end, Progress.DONE)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.one_of(st.lists(values), st.dictionaries(st.text(), values)), st.sampled_from([None, 1]))
 def test_all_beginnings_of_json_are_open(value: object, indent: int | None) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=False)
