@@ -3,6 +3,8 @@
 from server.engine.adapters import EngineAdapters
 from server.engine.config import RequestError
 from server.engine.gate_bank import GateBank
+from server.engine.prompt_routers import PromptRouter
+from server.engine.router_bank import RouterBank
 from server.engine.sequence import Sequence
 
 Arrived = tuple[Sequence, RequestError | None]
@@ -10,20 +12,24 @@ Arrived = tuple[Sequence, RequestError | None]
 
 
 class Arrivals:
-    """Sequences whose adapters, or then whose gates, are not all in memory yet, or wait for a slot for these."""
+    """Sequences whose adapters, or then whose router, are not all in memory yet, or wait for a slot for its gates.
 
-    def __init__(self, adapters: EngineAdapters, gates: GateBank | None) -> None:
+    `routers`: the prompt-level ones.
+    """
+
+    def __init__(
+        self, adapters: EngineAdapters, gates: GateBank | None, routers: RouterBank[PromptRouter] | None
+    ) -> None:
         self._adapters = adapters
         self.gates = gates
+        self.routers = routers
         self._reading: dict[str, Sequence] = {}
         self._gating: dict[str, Sequence] = {}  # their adapters are there
+        self._deciding: set[str] = set()  # requests whose prompts a router has still to read
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
         return (*self._reading.values(), *self._gating.values())
-
-    def __len__(self) -> int:
-        return len(self._reading) + len(self._gating)
 
     def add(self, sequence: Sequence) -> bool:
         """Begin to read. True: it may be queued at once; else `poll` gives it. `leave` must be called at its end.
@@ -34,9 +40,8 @@ class Arrivals:
         if request.gates is not None and self.gates is None:
             raise RequestError("this engine has no token-level routers", param="lora.router")
         has_adapters = not request.mix.entries or self._adapters.arrive(request)
-        if request.gates is not None and self.gates is not None:
-            self.gates.enter(request.gates)
-        if has_adapters and request.gates is None:
+        self._enter_routers(sequence)
+        if has_adapters and request.gates is None and not sequence.undecided:
             return True
         (self._gating if has_adapters else self._reading)[request.id] = sequence
         return False
@@ -51,7 +56,7 @@ class Arrivals:
                 self._gating[request.id] = self._reading.pop(request.id)
         for sequence in tuple(self._gating.values()):
             try:
-                if self._has_gates(sequence):
+                if self._has_router(sequence):
                     arrived.append((self._gating.pop(sequence.request.id), None))
             except RequestError as error:
                 arrived.append((sequence, error))
@@ -64,30 +69,53 @@ class Arrivals:
         self._adapters.leave(request)
         if request.gates is not None and self.gates is not None:
             self.gates.leave(request.gates, seated=sequence.gates is not None)
+        self.forget_router(sequence)
         return gone is not None
+
+    def forget_router(self, sequence: Sequence) -> None:
+        """The router of a sequence has decided, or its request has ended."""
+        use = sequence.asked.prompt_router
+        if use is not None and self.routers is not None and sequence.asked.id in self._deciding:
+            self._deciding.remove(sequence.asked.id)
+            self.routers.leave(use)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless everyone here waits for something."""
         if len(self._reading) != self._adapters.num_arriving:
             raise RuntimeError("the arriving sequences are not the requests whose adapters are being read")
-        if any(sequence.request.gates is None for sequence in self._gating.values()):
-            raise RuntimeError("a sequence waits for gates though it has none")
-        if self.gates is not None:
-            self.gates.check_integrity()
+        if any(sequence.request.gates is None and not sequence.undecided for sequence in self._gating.values()):
+            raise RuntimeError("a sequence waits for a router though it has none")
+        for bank in (self.gates, self.routers):
+            if bank is not None:
+                bank.check_integrity()
 
-    def _has_gates(self, sequence: Sequence) -> bool:
-        use = sequence.request.gates
-        if use is None or self.gates is None:
+    def _enter_routers(self, sequence: Sequence) -> None:
+        request, use = sequence.request, sequence.asked.prompt_router
+        if request.gates is not None and self.gates is not None:
+            self.gates.enter(request.gates)
+        if use is not None and sequence.undecided and self.routers is not None:
+            self._deciding.add(request.id)
+            self.routers.enter(use)
+
+    def _has_router(self, sequence: Sequence) -> bool:
+        use, prompt_use = sequence.request.gates, sequence.asked.prompt_router
+        if use is not None and self.gates is not None:
+            gates = self.gates.get(use.digest)
+            if gates is not None and gates.num_rows != len(use.allowed):
+                raise _unfit(f"the router's gates have {gates.num_rows} rows, expected {len(use.allowed)}")
+            slot = None if gates is None else self.gates.take_slot(use.digest)
+            if slot is None:
+                return False
+            sequence.gates, sequence.gate_slot = gates, slot
             return True
-        gates = self.gates.get(use.digest)
-        if gates is not None and gates.num_rows != len(use.allowed):
-            raise RequestError(
-                f"the router's gates have {gates.num_rows} rows, expected {len(use.allowed)}",
-                param="lora.router",
-                code="router_unavailable",
-            )
-        slot = None if gates is None else self.gates.take_slot(use.digest)
-        if slot is None:
-            return False
-        sequence.gates, sequence.gate_slot = gates, slot
+        if prompt_use is not None and sequence.undecided and self.routers is not None:
+            router = self.routers.get(prompt_use.digest)
+            if router is not None and (router.num_rows, router.layered) != (len(prompt_use.rows), prompt_use.layered):
+                raise _unfit(f"the router has {router.num_rows} adapters, expected {len(prompt_use.rows)}")
+            sequence.router = router
+            return router is not None
         return True
+
+
+def _unfit(message: str) -> RequestError:
+    return RequestError(message, param="lora.router", code="router_unavailable")

@@ -1,5 +1,6 @@
 """What a request must be for an engine to take it."""
 
+from adapters_store.types import Mix
 from server.engine.config import RequestError
 from server.engine.sequence import Request
 
@@ -29,3 +30,17 @@ def check_tokens(request: Request, vocabulary: int, longest: int) -> None:
             param="prompt",
             code="context_length_exceeded",
         )
+
+
+def check_prompt_router(request: Request, has_routers: bool) -> None:
+    """Raise RequestError for a prompt-level router that this engine cannot serve as the request wants it."""
+    use = request.prompt_router
+    if use is None:
+        return
+    if not has_routers:
+        raise RequestError("this engine has no prompt-level routers", param="lora.router")
+    if request.gates is not None:
+        raise RequestError("a request has one router", param="lora.router")
+    rows = {row for row in use.rows if row is not None}
+    if use.top_k < 1 or not rows or request.mix != Mix(tuple((row, 1.0) for row in sorted(rows))):
+        raise RequestError("expected a mix of the router's adapters, each with weight 1", param="lora.adapters")

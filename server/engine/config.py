@@ -25,9 +25,9 @@ class EngineConfig:
     `backend` is "auto", or the name of the kernels' backend. `load_format` "random" takes config.json alone and makes
     weights of `seed`, for measuring. `cuda_graphs` "eager" captures none, "lazy" only what is needed, when it is.
     `kernel_cache`: folder of compiled kernels, which makes later starts fast; None: Triton's own. `load_threads` read
-    and pack adapters beside the steps. `gates`: "module:class" of the `GateFactory` for token-level routers; None: such
-    requests are refused. Where steps are captured, `gate_slots` such routers run at a time, with up to `gates_per_slot`
-    gates a linear each; others wait.
+    and pack adapters beside the steps. `gates`: "module:class" of the `GateFactory` for token-level routers,
+    `prompt_routers` of the `PromptRouterFactory`; None: such requests are refused. Where steps are captured,
+    `gate_slots` token-level routers run at a time, with up to `gates_per_slot` gates a linear each; others wait.
     """
 
     model: str
@@ -51,6 +51,7 @@ class EngineConfig:
     gates: str | None = None
     gate_slots: int = 4
     gates_per_slot: int = 64
+    prompt_routers: str | None = None
 
 
 @dataclass(frozen=True)

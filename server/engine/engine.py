@@ -18,12 +18,17 @@ from adapters_store.tiers import HostTier, folder_reader
 from server.engine.adapters import EngineAdapters
 from server.engine.arrivals import Arrivals
 from server.engine.blocks import BlockPool
-from server.engine.checks import check_tokens
+from server.engine.checks import check_prompt_router, check_tokens
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
 from server.engine.deadlines import Deadlines
+from server.engine.deciding import Deciding
+from server.engine.decisions import Decision
 from server.engine.gate_bank import GateBank
+from server.engine.intake import Intake
 from server.engine.plan import Chunk
+from server.engine.prompt_routers import PromptRouter, Verdict
 from server.engine.reads import page_check
+from server.engine.router_bank import RouterBank
 from server.engine.runner import Launched, Runner
 from server.engine.sampler import stop_ids
 from server.engine.scheduler import Scheduler
@@ -38,7 +43,7 @@ LOADING_SECONDS = 1e-3
 class Engine:
     """Continuous batching over one model. Not thread-safe. `waited`: seconds spent waiting for the device.
 
-    Without `gates` requests with token-level routers are refused.
+    Without `gates` requests with token-level routers are refused, without `routers` those with prompt-level ones.
     """
 
     def __init__(
@@ -48,11 +53,13 @@ class Engine:
         adapters: EngineAdapters,
         clock: Clock,
         gates: GateBank | None = None,
+        routers: RouterBank[PromptRouter] | None = None,
     ) -> None:
         self.config = config
         self.runner = runner
         self.adapters = adapters
-        self.arrivals = Arrivals(adapters, gates)
+        self.arrivals = Arrivals(adapters, gates, routers)
+        self.deciding = Deciding()
         self.clock = clock
         self.eos_token_ids = frozenset(runner.model.eos_token_ids)
         blocks = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
@@ -63,6 +70,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             clock=clock,
         )
+        self.intake = Intake(self.arrivals, self.deciding, self.scheduler)
         self.waited = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._endings: list[Output] = []
@@ -79,7 +87,8 @@ class Engine:
         read = folder_reader(runner.model.linear_shape, runner.dtype, pinned=pinned, check=check)
         host, loader = HostTier(config.host_memory), start_loader(config.load_threads, runner.device)
         gates = runner.gate_bank(loader)
-        return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock, gates)
+        routers = RouterBank(loader, runner.prompt_routers.read) if runner.prompt_routers is not None else None
+        return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock, gates, routers)
 
     @property
     def has_work(self) -> bool:
@@ -94,13 +103,12 @@ class Engine:
         if request.id in self._sequences:
             raise RequestError(f"request {request.id} is already running", param="id")
         check_tokens(request, self.runner.model.vocab_size, self.runner.max_model_len)
+        check_prompt_router(request, self.arrivals.routers is not None)
         sequence = Sequence.of(request, arrival=self.clock())
-        may_queue = self.arrivals.add(sequence)
+        self.intake.add(sequence)
         self._sequences[request.id] = sequence
         if request.timeout is not None:
             self._deadlines.add(sequence, request.timeout)
-        if may_queue:
-            self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown or ended ones are left alone. Its ending comes with the next step."""
@@ -163,7 +171,7 @@ class Engine:
         steps, self._steps = tuple(self._steps), []
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self.arrivals),
+            waiting=len(scheduler.waiting) + len(self.intake.waiting),
             kv_used_blocks=scheduler.blocks.num_used,
             kv_blocks=scheduler.blocks.num_blocks,
             pages=pool.pages_by_state(),
@@ -177,7 +185,7 @@ class Engine:
             adapters_host=len(self.adapters.host),
             adapters_device=len(pool.residents),
             running_adapters=_digests(scheduler.running),
-            waiting_adapters=_digests(chain(scheduler.waiting, self.arrivals.sequences)),
+            waiting_adapters=_digests(chain(scheduler.waiting, self.intake.waiting)),
             steps=steps,
         )
 
@@ -189,17 +197,14 @@ class Engine:
         """Raise unless every pool accounts for all it owns."""
         self.scheduler.check_integrity()
         self.adapters.check_integrity()
-        self.arrivals.check_integrity()
+        self.intake.check_integrity()
         if len(self._deadlines) != sum(s.request.timeout is not None for s in self._sequences.values()):
             raise RuntimeError("deadlines are kept of other sequences than those that have one")
 
     def _move_adapters(self) -> None:
-        """Let what is being loaded go on, and queue the requests whose adapters and gates have all been read."""
-        for sequence, error in self.arrivals.poll(idle=not self._sequences):
-            if error is not None:
-                self._fail(sequence, error)
-            else:
-                self.scheduler.add(sequence)
+        """Let what is being loaded go on, and queue the requests whose adapters and routers have all been read."""
+        for sequence, error in self.intake.poll(idle=not self._sequences):
+            self._fail(sequence, error)
 
     def _launch(self, chunks: list[Chunk]) -> Launched:
         launched = self.runner.launch(chunks, self.eos_token_ids)
@@ -230,7 +235,22 @@ class Engine:
                 outputs.append(self._output(sequence, token, logprob, shares, scored))
             elif scored:
                 outputs.append(Output(sequence.request.id, prompt_logprobs=scored))
+        for sequence, verdict in launched.verdicts:
+            if self._sequences.get(sequence.request.id) is sequence and sequence.undecided:
+                self._decide(sequence, verdict)
         return outputs
+
+    def _decide(self, sequence: Sequence, verdict: Verdict) -> None:
+        """A router has decided for the prompt of a sequence that has not ended."""
+        use, started = sequence.asked.prompt_router, sequence.first_scheduled
+        assert use is not None
+        assert started is not None
+        decision = Decision.of(use, sequence.asked.mix, verdict, self.clock() - started)
+        if decision is None:
+            self._end(sequence, forget=True)
+            self._endings.append(_not_finite(sequence))
+            return
+        self.intake.decide(sequence, decision)
 
     def _output(
         self,
@@ -256,9 +276,10 @@ class Engine:
             logprobs=(logprob,) if said and logprob is not None else (),
             finish_reason=reason,
             timings=self._timings(sequence) if first else None,
-            cached_tokens=sequence.num_cached if first else 0,
+            cached_tokens=(sequence.num_cached or 0) if first else 0,
             shares=shares if said else (),
             prompt_logprobs=scored,
+            decided=sequence.decision.told if first and sequence.decision is not None else None,
         )
 
     def _timings(self, sequence: Sequence) -> Timings:
@@ -280,8 +301,7 @@ class Engine:
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
         del self._sequences[sequence.request.id]
         self._deadlines.remove(sequence)
-        if not self.arrivals.leave(sequence):
-            self.scheduler.remove(sequence, forget=forget)
+        self.intake.remove(sequence, forget=forget)
 
 
 def start_loader(num_threads: int, device: torch.device) -> Loader:

@@ -70,13 +70,14 @@ class FairQueue:
         _insert(self._queue(request.tenant), sequence)
         if not request.mix.entries:
             _insert(self._plain[request.tenant], sequence)
-        self._weights[request.tenant] = min(max(request.weight, LEAST_WEIGHT), MOST_WEIGHT)
+        self._weights[request.tenant] = _bounded(request.weight)
 
     def push_front(self, sequence: Sequence) -> None:
-        """Queue a sequence that is being preempted ahead of its tenant's others. It still counts as running."""
+        """Queue a sequence ahead of its tenant's others. One that is being preempted still counts as running."""
         self._queue(sequence.request.tenant).appendleft(sequence)
         if not sequence.request.mix.entries:
             self._plain[sequence.request.tenant].appendleft(sequence)
+        self._weights.setdefault(sequence.request.tenant, _bounded(sequence.request.weight))
 
     def remove(self, sequence: Sequence) -> None:
         tenant = sequence.request.tenant
@@ -197,3 +198,7 @@ def _insert(queue: deque[Sequence], sequence: Sequence) -> None:
             break
         index -= 1
     queue.insert(index, sequence)
+
+
+def _bounded(weight: float) -> float:
+    return min(max(weight, LEAST_WEIGHT), MOST_WEIGHT)

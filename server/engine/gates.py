@@ -163,6 +163,12 @@ class GateFactory(Protocol):
 
 def gate_factory(name: str, shape: LinearShape, device: torch.device, dtype: torch.dtype) -> GateFactory:
     """The factory that `name`, "module:class", stands for: the engine knows no kind of router by itself."""
-    module, _, attribute = name.partition(":")
-    factory: GateFactory = getattr(import_module(module), attribute)(shape, device, dtype)
+    factory: GateFactory = load_class(name)(shape, device, dtype)
     return factory
+
+
+def load_class(name: str) -> type:
+    """The class that `name`, "module:class", stands for."""
+    module, _, attribute = name.partition(":")
+    found: type = getattr(import_module(module), attribute)
+    return found

@@ -14,10 +14,12 @@ from torch import Tensor
 from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
+from server.engine.decided_rows import DecidedBuilder
 from server.engine.gate_stage import staged_shares
 from server.engine.gates import Shares, SlotMemory
 from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, no_tiles
+from server.engine.prompt_routing import PromptRouting, prompt_routing
 from server.engine.scoring import score, spans_to_score
 from server.engine.staging import Staging, StepShape, StepViews, fill
 from server.engine.steps import Computed, KvCache, Pages
@@ -66,6 +68,7 @@ class GraphSteps:
         self._staging = Staging(self._table_words + capacities.words, device)
         self._eager_staging = self._staging
         self._planner = TilePlanner(None if gates is None else gates.shape)
+        self._decided = DecidedBuilder(device)
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._without: set[StepShape] = set()
         self._pool: Any = None
@@ -77,14 +80,18 @@ class GraphSteps:
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Computed:
-        """Nothing waits for the device. Steps that score tokens of prompts run without a graph."""
+        """Nothing waits for the device.
+
+        Steps that score tokens of prompts, or with rows of prompt-level routers, run without a graph.
+        """
         rows = sum(chunk.num_tokens for chunk in chunks)
         decoding = rows == len(chunks)
         tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
         shape = self.capacities.smallest(rows, decoding, tiles.plans, tiles.gates is not None)
+        routing = self._routing(chunks, tiles)
         spans, scores, staging = spans_to_score(chunks), None, self._staging
-        if shape is None or spans or not self.use_graphs:
-            staging, shape, hidden = self._run_eagerly(chunks, tiles)
+        if shape is None or spans or routing is not None or not self.use_graphs:
+            staging, shape, hidden = self._run_eagerly(chunks, tiles, routing)
             scores = score(self.decoder, hidden, spans) if spans else None
         else:
             graph = self._graphs.get(shape) or self._capture(shape)
@@ -119,19 +126,30 @@ class GraphSteps:
         assert views.gates is not None, "a step with gated rows has room for gates"
         return staged_shares(chunks, views.gates.rows.totals.clone())
 
-    def _run(self, staging: Staging, shape: StepShape) -> Hidden:
+    def _routing(self, chunks: list[Chunk], tiles: StepTiles) -> PromptRouting | None:
+        columns = {}
+        for group, plan in tiles.plans.items():
+            pages = plan.pages.tolist()
+            columns[group] = (*pages, *[-1] * (plan.shape.padded_pages - len(pages)))
+        return prompt_routing(chunks, columns, self._decided)
+
+    def _run(self, staging: Staging, shape: StepShape, routing: PromptRouting | None = None) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
         router = None if views.gates is None or self.gates is None else self.gates.router(views.gates)
         ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
         batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, router)
+        if routing is not None:
+            routing.act(batch)
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
         logits = self.decoder.logits(hidden, views.logit_rows)
         self._sampled[: len(logits)].copy_(self.ops.greedy(logits))
         self._logits[: len(logits)].copy_(logits)
         return hidden
 
-    def _run_eagerly(self, chunks: list[Chunk], tiles: StepTiles) -> tuple[Staging, StepShape, Hidden]:
+    def _run_eagerly(
+        self, chunks: list[Chunk], tiles: StepTiles, routing: PromptRouting | None
+    ) -> tuple[Staging, StepShape, Hidden]:
         """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
         self.eager_steps += 1
         decodes = next((i for i, chunk in enumerate(chunks) if chunk.num_tokens > 1), len(chunks))
@@ -144,7 +162,7 @@ class GraphSteps:
         if shape.words + self._table_words > self._eager_staging.capacity:
             self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
         self._stage(self._eager_staging, shape, chunks, tiles)
-        return self._eager_staging, shape, self._run(self._eager_staging, shape)
+        return self._eager_staging, shape, self._run(self._eager_staging, shape, routing)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
         """Run once, which compiles, on padding that touches nothing; then capture.

@@ -14,22 +14,30 @@ MISSED, MISSED_BY_TENANT = 256, 128  # sequences passed over for their pages in 
 class Chunk:
     """Tokens start .. start + num_tokens of a sequence, its next uncomputed ones.
 
-    `samples`: the chunk reaches the end of the sequence, so that its last row yields a token.
+    `samples`: the chunk reaches the end of the sequence, so that its last row yields a token. Where a router has still
+    to choose from the prompt it `decides` instead.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    decides: bool = False
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> "Chunk":
         start = sequence.num_computed
-        return cls(sequence, start, num_tokens, start + num_tokens == len(sequence))
+        is_last, undecided = start + num_tokens == len(sequence), sequence.undecided
+        return cls(sequence, start, num_tokens, is_last and not undecided, is_last and undecided)
 
     @property
     def stop(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def scores(self) -> bool:
+        """Whether rows of the prompt may still have to tell how likely the tokens behind them were."""
+        return self.sequence.num_unscored > 0 and not self.sequence.undecided
 
 
 @dataclass

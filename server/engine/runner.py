@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +18,11 @@ from server.engine.gate_slots import GateSlots
 from server.engine.gates import Shares, SlotMemory, gate_factory
 from server.engine.memory import gate_shape, plan_memory
 from server.engine.plan import Chunk
+from server.engine.prompt_reading import verdicts
+from server.engine.prompt_routers import Verdict, prompt_router_factory
 from server.engine.sampler import Sampled, sample
 from server.engine.scoring import Scores
+from server.engine.sequence import Sequence as Routed
 from server.engine.sequence import TokenLogprobs
 from server.engine.steps import EagerSteps, KvCache, Steps
 from server.model.config import ModelConfig, ModelError
@@ -34,13 +38,14 @@ GRAPH_MODES = ("capture", "lazy", "eager")
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way: its chunks, and the copies of its tokens, its routers' shares and its scores to the host."""
+    """A step under way: its chunks, and what of its tokens, scores and routers is being copied to the host."""
 
     chunks: list[Chunk]
     sampled: Sampled
     done: torch.cuda.Event | None
     routed: Shares | None = None
     scores: Scores | None = None
+    verdicts: Sequence[tuple[Routed, Verdict]] = ()
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
@@ -96,6 +101,11 @@ class Runner:
         self.workspace_bytes = plan.workspace
         self.gates = gate_factory(config.gates, shape, self.device, self.dtype) if config.gates else None
         self.slots = self._make_slots(config)
+        self.prompt_routers = (
+            prompt_router_factory(config.prompt_routers, shape, self.device, self.dtype)
+            if config.prompt_routers
+            else None
+        )
         logger.info(
             "%s GB for the keys and values of %d tokens, %s GB for %d rank pages of every group of linears",
             *(_gigabytes(self.kv_bytes), self.num_blocks * config.block_size),
@@ -110,6 +120,7 @@ class Runner:
     def launch(self, chunks: list[Chunk], eos_token_ids: frozenset[int]) -> Launched:
         """Start a step. With `lookahead`, the next one may be launched before its tokens have been waited for."""
         logits, greedy, routed, scores = self.steps.launch(chunks)
+        decided = verdicts(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = sample(logits, sequences, eos_token_ids, greedy)
         if sampled.tokens is not greedy:
@@ -117,13 +128,14 @@ class Runner:
         for row, sequence in enumerate(sequences):
             sequence.sampled_row = row
         if self.device.type != "cuda":
-            return Launched(chunks, sampled, None, routed, scores)
+            return Launched(chunks, sampled, None, routed, scores, decided)
         host = sampled.to_host()
         routed = None if routed is None else routed.to_host()
         scores = None if scores is None else scores.to_host()
+        decided = [(sequence, verdict.to_host()) for sequence, verdict in decided]
         done = torch.cuda.Event()
         done.record()
-        return Launched(chunks, host, done, routed, scores)
+        return Launched(chunks, host, done, routed, scores, decided)
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of keys and values of one block over all layers."""

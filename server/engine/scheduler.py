@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from server.engine.blocks import BlockPool
 from server.engine.config import RequestError
-from server.engine.fairness import OUTPUT_PRICE, FairQueue
+from server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, FairQueue
 from server.engine.plan import Chunk, Plan
 from server.engine.sequence import Sequence
 from server.engine.shares import PATIENCE, QUANTUM, Shares
@@ -57,8 +57,12 @@ class Scheduler:
         self.preemptions = 0
         self.yielded = 0  # of the preemptions, those in favour of another tenant that waited
 
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.push(sequence)
+    def add(self, sequence: Sequence, *, first: bool = False) -> None:
+        """Queue a sequence, `first`: ahead of its tenant's others."""
+        if first:
+            self.waiting.push_front(sequence)
+        else:
+            self.waiting.push(sequence)
 
     def schedule(self) -> Plan:
         plan = Plan(self.max_batch_tokens)
@@ -74,7 +78,7 @@ class Scheduler:
         sequence = chunk.sequence
         sequence.num_computed += chunk.num_tokens
         sequence.num_pending += chunk.samples
-        if sequence.num_unscored:
+        if chunk.scores:
             sequence.num_unscored = min(sequence.num_unscored, max(0, sequence.num_prompt - 1 - chunk.stop))
 
     def commit(self, chunk: Chunk, token: int | None) -> None:
@@ -98,6 +102,15 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
             self.starvation.left(sequence)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Take a sequence out whose prompt a router has read as rows of the base model: it will be added once more.
+
+        Its tenant pays for both times.
+        """
+        self.waiting.charge(sequence, sequence.num_prompt, INPUT_PRICE)
+        self.remove(sequence)
+        sequence.forget_computed()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless exactly the running sequences hold blocks and pages, each as many as it needs."""
@@ -203,7 +216,7 @@ class Scheduler:
 
         The tenants of the preempted start nothing else, so that their next ones do not overtake them.
         """
-        cached, root = self.blocks.match(sequence.tokens, sequence.request.cache_root, sequence.num_reusable)
+        cached, root = self.blocks.match(sequence.tokens, sequence.cache_root, sequence.num_reusable)
         missing = self.blocks.blocks_for(len(sequence)) - len(cached)
         lacking = missing + int(GROWTH_BLOCKS * len(self.running)) - self.blocks.num_free
         victims: list[Sequence] | None = []
@@ -229,6 +242,7 @@ class Scheduler:
         self.shares.started(sequence, again=sequence.first_scheduled is not None)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = self.clock()
+        if sequence.num_cached is None and not sequence.undecided:
             sequence.num_cached = sequence.num_computed
         self.waiting.started(sequence)
         self.running.append(sequence)

@@ -34,13 +34,13 @@ class Span(NamedTuple):
 
 def spans_to_score(chunks: list[Chunk]) -> list[Span]:
     """What a step that is about to be launched has to score: what no step before it did."""
-    if not any(chunk.sequence.num_unscored for chunk in chunks):
+    if not any(chunk.scores for chunk in chunks):
         return []
     spans, row = [], 0
     for index, chunk in enumerate(chunks):
         sequence = chunk.sequence
         first = max(chunk.start, sequence.first_unscored)
-        targets = sequence.request.prompt[first + 1 : chunk.stop + 1] if sequence.num_unscored else ()
+        targets = sequence.request.prompt[first + 1 : chunk.stop + 1] if chunk.scores else ()
         if targets:
             most = sequence.request.params.prompt_logprobs or 0
             spans.append(Span(index, row + first - chunk.start, targets, most))

@@ -8,7 +8,9 @@ from enum import StrEnum
 from adapters_store.pool import PageLease
 from adapters_store.types import BASE, Mix
 from server.engine.constraint import Constraint
+from server.engine.decisions import Decision
 from server.engine.gates import Gates, GateUse
+from server.engine.prompt_routers import Decided, PromptPass, PromptRouter, PromptUse
 
 NOT_FINITE = "the model's output is not finite: the adapters of this request, or their weights, are too large"
 """The error of a request whose logits overflowed."""
@@ -66,8 +68,9 @@ class Request:
     """What the engine is asked for. `paths` gives the local folder of every adapter of the mix, by digest.
 
     `cache_key`, the mix and `gates` root the prefix-cache hash chain: the KV of one such set is never read under
-    another. `gates` weigh the adapters of the mix anew for every token. `weight` (> 0) is the share that is due to
-    `tenant`, relative to those of others. `timeout`: seconds after its arrival when it ends, whatever it has by then.
+    another. `gates` weigh the adapters of the mix anew for every token; a `prompt_router` chooses among them once, and
+    what it chose belongs to the root as well. `weight` (> 0) is the share that is due to `tenant`, relative to those of
+    others. `timeout`: seconds after its arrival when it ends, whatever it has by then.
     The smaller its `priority`, the earlier it starts among the waiting requests of its tenant (fairness.py).
     """
 
@@ -82,6 +85,7 @@ class Request:
     gates: GateUse | None = None
     timeout: float | None = None
     priority: int = 0
+    prompt_router: PromptUse | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -120,7 +124,8 @@ class Output:
 
     `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token. `error_param`
     and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`. With a
-    token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates.
+    token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates; what a
+    prompt-level one `decided` comes with the first token.
     `prompt_logprobs` belong to the prompt's next tokens, in order and each once, beginning with the second; the last
     of them come with the first token or before it.
     """
@@ -136,11 +141,16 @@ class Output:
     cached_tokens: int = 0
     shares: tuple[float, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    decided: Decided | None = None
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request while the engine works on it.
+    """A request while the engine works on it: `asked` as it came, `request` as it is computed by now.
+
+    These two differ in their mix if a router chooses from the prompt: one that reads the base model does so as a row of
+    it, and what is chosen may be fewer adapters than were offered. Until there is a `decision`, `reading` has what the
+    router has seen of the prompt, and nothing is sampled.
 
     `num_computed` tokens have their KV in `blocks`, or will have it when the launched steps are done; each step brings
     it closer to `len(sequence)`. `num_pending` tokens (0 or 1) are sampled, but not known to the host yet: the last
@@ -149,6 +159,7 @@ class Sequence:
     have told, or will have when the launched steps are done.
     """
 
+    asked: Request
     request: Request
     tokens: list[int]
     arrival: float = 0.0
@@ -159,7 +170,10 @@ class Sequence:
     lease: PageLease | None = None
     gates: Gates | None = None
     gate_slot: int = -1
-    num_cached: int = 0
+    router: PromptRouter | None = None
+    reading: PromptPass | None = None
+    decision: Decision | None = None
+    num_cached: int | None = None
     num_hashed_blocks: int = 0
     num_unscored: int = 0
     num_charged: int = 0
@@ -172,6 +186,7 @@ class Sequence:
     def of(cls, request: Request, arrival: float = 0.0) -> "Sequence":
         unscored = 0 if request.params.prompt_logprobs is None else len(request.prompt) - 1
         return cls(
+            asked=request,
             request=request,
             tokens=list(request.prompt),
             arrival=arrival,
@@ -181,6 +196,17 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens) + self.num_pending
+
+    @property
+    def cache_root(self) -> bytes:
+        """Root of the hash chain of its blocks as it is computed now."""
+        root = self.request.cache_root
+        return root if self.decision is None else root + self.decision.key
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a router has still to choose."""
+        return self.asked.prompt_router is not None and self.decision is None
 
     @property
     def num_prompt(self) -> int:
@@ -207,7 +233,12 @@ class Sequence:
 
     @property
     def num_reusable(self) -> int:
-        """How many of its first tokens may come from the prefix cache: what is not computed cannot be scored."""
+        """How many of its first tokens may come from the prefix cache.
+
+        What is not computed cannot be scored, nor read by a router that reads all of the prompt.
+        """
+        if self.undecided:
+            return len(self.tokens) if self.router is not None and self.router.last_only else 0
         return self.first_unscored if self.num_unscored else len(self.tokens)
 
     @property
@@ -220,4 +251,5 @@ class Sequence:
         """Back to nothing computed, as preemption by recompute needs. Blocks and lease must have been given back."""
         self.num_computed = 0
         self.num_hashed_blocks = 0
-        self.parent_hash = self.request.cache_root
+        self.parent_hash = self.cache_root
+        self.reading = None

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import BatchBuilder
+from server.engine.decided_rows import DecidedBuilder
 from server.engine.gate_parts import make_router, part_shares
 from server.engine.gates import GateFactory, Shares
 from server.engine.plan import Chunk
+from server.engine.prompt_routing import prompt_routing
 from server.engine.scoring import Scores, score, spans_to_score
 from server.model.decoder import Decoder
 
@@ -54,12 +56,16 @@ class EagerSteps:
         self.pages = pages
         self.gates = gates
         self._builder = BatchBuilder(block_size, decoder.device)
+        self._decided = DecidedBuilder(decoder.device)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Computed:
         batch = self._builder.build(chunks)
         columns = {group: mapping.pages for group, mapping in batch.mappings.items() if mapping is not None}
         batch.router = router = make_router(self.gates, chunks, columns, self.decoder.device)
+        routing = prompt_routing(chunks, columns, self._decided)
+        if routing is not None:
+            routing.act(batch)
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
         spans = spans_to_score(chunks)
         scores = score(self.decoder, hidden, spans) if spans else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping as ReadOnlyDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from server.model.config import ModelConfig
 from server.model.layers import Attention, FeedForward, RotaryEmbedding
 from server.model.lora import LayerRouter, LoraContext
 from server.model.weights import LayerWeights, ModelWeights, load_weights
+
+
+class LayerObserver(Protocol):
+    """Sees the hidden states of some rows before each of the first `depth` layers. rows: int64[R]."""
+
+    rows: Tensor
+    depth: int
+
+    def observe(self, layer: int, hidden: Tensor) -> None:
+        """hidden [R, hidden], in the model's dtype."""
+        ...
 
 
 @dataclass
@@ -33,6 +44,7 @@ class ForwardBatch:
     mappings: ReadOnlyDict[str, Mapping | None]
     logit_rows: Tensor
     router: LayerRouter | None = None
+    observer: LayerObserver | None = None
 
 
 class Hidden(NamedTuple):
@@ -120,7 +132,10 @@ class Decoder:
         rotary = self.rotary(batch.positions, meta.longest)
         x: Summands = functional.embedding(batch.ids, self.embedding), None
         residual = None
+        observer = batch.observer
         for layer, cache, lora in zip(self.layers, kv_cache, self._lora(batch, pages), strict=True):
+            if observer is not None and lora.layer < observer.depth:
+                observer.observe(lora.layer, hidden_states(x, residual, observer.rows))
             x, residual = layer(x, residual, rotary, cache, meta, lora)
         if residual is None:
             raise ValueError("the model has no layers")
@@ -141,3 +156,13 @@ class Decoder:
             LoraContext(i, mappings, {name: layers[i] for name, layers in split.items()}, batch.router)
             for i in range(len(self.layers))
         ]
+
+
+def hidden_states(x: Summands, residual: Tensor | None, rows: Tensor) -> Tensor:
+    """[R, hidden]: of these rows the sum that `DecoderLayer` takes in two parts, rounded as its norm does."""
+    states = x[0].index_select(0, rows)
+    if x[1] is not None:
+        states += x[1].index_select(0, rows)
+    if residual is not None:
+        states += residual.index_select(0, rows)
+    return states

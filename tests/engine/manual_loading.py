@@ -86,6 +86,7 @@ class Disk:
 @dataclass(frozen=True)
 class FakeLaunch:
     chunks: list[Chunk]
+    verdicts: tuple[()] = ()
 
     def wait(self) -> tuple[list[int | None], list[None]]:
         count = sum(chunk.samples for chunk in self.chunks)

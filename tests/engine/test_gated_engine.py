@@ -18,8 +18,8 @@ from routing.card_adapters import CardAdapter
 from routing.gate_folder import GateCard, write_gates
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
-from server.engine.gate_bank import KEPT
 from server.engine.gates import GateUse
+from server.engine.router_bank import KEPT
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from server.model.config import ModelConfig
 from tests.conftest import MakeAdapter

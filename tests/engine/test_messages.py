@@ -33,6 +33,7 @@ from server.engine.messages import (
     decode_to_engine,
     encode,
 )
+from server.engine.prompt_routers import Decided, PromptUse
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Timings, TokenLogprobs
 
 CONFIG = EngineConfig(
@@ -57,6 +58,7 @@ CONFIG = EngineConfig(
     gates="package.module:Factory",
     gate_slots=2,
     gates_per_slot=32,
+    prompt_routers="package.module:Other",
 )
 PARAMS = SamplingParams(
     temperature=0.3,
@@ -88,6 +90,7 @@ REQUEST = Request(
     gates=GateUse("d" * 64, "/routers/d", ("a" * 64, None), 2, 0.5, null=True),
     timeout=1.5,
     priority=-3,
+    prompt_router=PromptUse("e" * 64, "/routers/e", ("a" * 64, None), layered=True, top_k=3),
 )
 OUTPUT = Output(
     request_id="r-1",
@@ -101,6 +104,7 @@ OUTPUT = Output(
     cached_tokens=16,
     shares=(0.25, 0.75),
     prompt_logprobs=(TokenLogprobs(-2.5, (), 17),),
+    decided=Decided(((0, 2), ()), ((0.5, 0.25, 0.25), (1.0, 0.0, 0.0)), 0.125, cached=True),
 )
 STATS = EngineStats(
     running=1,

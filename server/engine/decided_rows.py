@@ -1,0 +1,95 @@
+"""The factors that decisions give the adapters of a step's rows, layer by layer."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters_store.pool import PageLease
+from adapters_store.types import GROUPS, TARGETS
+from kernels.ops import Mapping as PageMapping
+from server.engine.decisions import Decision
+from server.engine.gate_parts import Columns
+from server.engine.plan import Chunk
+from server.model.lora import LayerRouter
+
+PLACES = {group.name: [TARGETS.index(target) for target in group.targets] for group in GROUPS}
+
+
+@dataclass(frozen=True)
+class DecidedRows:
+    """Looks up what was decided, by row.
+
+    rows: int64[T], the place of every token row's decision among K of them; the first stands for rows without one.
+    tables: by group name fp32[L, S, K, U], for the S targets of the group and the U columns of its mapping.
+    """
+
+    rows: Tensor
+    tables: Mapping[str, Tensor]
+
+    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor:  # noqa: ARG002
+        """fp32[S, T, U]."""
+        return self.tables[group][layer].index_select(1, self.rows)
+
+
+@dataclass(frozen=True)
+class BothRouters:
+    """Rows that are routed by token beside rows whose factors are decided: each leaves 1 to the other's rows."""
+
+    gated: LayerRouter
+    decided: LayerRouter
+
+    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor | None:
+        """fp32[S, T, U], None for 1."""
+        one, other = (each.scale(layer, group, x, mapping) for each in (self.gated, self.decided))
+        return one if other is None else other if one is None else one * other
+
+
+class DecidedBuilder:
+    """Makes a step's `DecidedRows`; while the same sequences have as many rows, those of the step before stay."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._key: object = None
+        self._rows: DecidedRows | None = None
+
+    def build(self, chunks: List[Chunk], columns: Columns) -> DecidedRows | None:
+        """None if no row has factors of its own."""
+        if all(_table(chunk) is None for chunk in chunks):
+            return None
+        key = ([(chunk.sequence.lease, chunk.sequence.decision, chunk.num_tokens) for chunk in chunks], dict(columns))
+        if key != self._key:
+            self._key, self._rows = key, self._built(chunks, columns)
+        return self._rows
+
+    def _built(self, chunks: List[Chunk], columns: Columns) -> DecidedRows:
+        own = [(chunk.sequence.lease, table) for chunk in chunks if (table := _table(chunk)) is not None]
+        places: list[int] = []
+        count = 0
+        for chunk in chunks:
+            has_table = _table(chunk) is not None
+            count += has_table
+            places += [count if has_table else 0] * chunk.num_tokens
+        tables = {group: _spread(own, group, pages).to(self.device) for group, pages in columns.items()}
+        return DecidedRows(torch.tensor(places, device=self.device), tables)
+
+
+def _table(chunk: Chunk) -> Tensor | None:
+    decision: Decision | None = chunk.sequence.decision
+    return None if decision is None else decision.weights
+
+
+def _spread(own: List[tuple[PageLease | None, Tensor]], group: str, pages: tuple[int, ...]) -> Tensor:
+    """fp32[L, S, 1 + len(own), U]: 1, but in the columns of a decision's adapters their factors."""
+    layers, places = len(own[0][1]), PLACES[group]
+    table = torch.ones(layers, len(places), 1 + len(own), len(pages))
+    column_of = {page: column for column, page in enumerate(pages) if page >= 0}
+    for number, (lease, weights) in enumerate(own, 1):
+        if lease is None:
+            continue
+        for adapter, (_, held) in enumerate(lease.by_key(group)):
+            found = [column_of[page] for page in held if page in column_of]  # else its own scale is 0
+            table[:, :, number, found] = weights[:, places, adapter, None]
+    return table

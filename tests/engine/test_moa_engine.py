@@ -1,0 +1,315 @@
+"""Mixture-of-LoRAs through the whole engine, against its formulas over the `transformers` model."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.config import EngineConfig, RequestError
+from server.engine.engine import Engine
+from server.engine.plan import Chunk
+from server.engine.prompt_routers import PromptUse
+from server.engine.runner import Launched
+from server.engine.sequence import FinishReason, Output, Request
+from tests.engine.plain_routing import Made, Plain, make_prompt_router, routed
+from tests.engine.test_engine import GREEDY, PROMPTS, SMALL, Registered, drain, tokens_of
+from tests.engine.test_gated_engine import FACTORY as GATES
+from tests.engine.test_gated_engine import make_router
+from tests.engine.test_gated_engine import request as gated
+
+FACTORY = "routing.prompt_serving:PromptRouterFactory"
+SCORED = replace(GREEDY, logprobs=0, max_tokens=6)
+TOLERANCE = 1e-3
+
+
+@pytest.fixture
+def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
+    return Registered(tiny_model, adapters)
+
+
+def routed_engine(model: Path, **settings: Any) -> Engine:
+    return Engine.from_config(EngineConfig(str(model), prompt_routers=FACTORY, **{**SMALL, **settings}))
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Engine:
+    return routed_engine(tiny_model)
+
+
+@pytest.fixture
+def moa(tiny_model: Path, registered: Registered, tmp_path: Path) -> Made:
+    return make_prompt_router(tmp_path / "moa", tiny_model, registered, tuple(sorted(registered.weights)))
+
+
+@pytest.fixture
+def plain(tiny_model: Path, registered: Registered, moa: Made) -> Plain:
+    return Plain(tiny_model, registered, moa)
+
+
+def assert_equals_plain(outputs: list[Output], plain: Plain, prompt: tuple[int, ...], use: PromptUse) -> None:
+    weights, probabilities = plain.decide(prompt, use)
+    tokens, scores = plain.greedy(prompt, weights, SCORED.max_tokens)
+    assert tokens_of(outputs) == tokens
+    assert [output.logprobs[0].logprob for output in outputs] == pytest.approx(scores, abs=TOLERANCE)
+    told = outputs[0].decided
+    assert told is not None
+    assert all(output.decided is None for output in outputs[1:])
+    assert [list(own) for own in told.probabilities] == [pytest.approx(own, abs=TOLERANCE) for own in probabilities]
+    assert len(told.chosen) == plain.made.form.num_layers
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"decision": "last"},
+    {"pooling": "last", "norm": "rms"},
+    {"pooling": "max", "decision": "last", "depth": 2},
+    {"pooling": "attention", "depth": 1},
+    {"activation": "rational", "norm": "rms", "null": True},
+    {"top_k": 2, "norm": "rms"},
+    {"top_k": 3, "null": True, "decision": "last"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_request_equals_the_formulas(
+    tiny_model: Path, registered: Registered, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    made = make_prompt_router(tmp_path / "r", tiny_model, registered, tuple(sorted(registered.weights)), **form)
+    plain, engine = Plain(tiny_model, registered, made), routed_engine(tiny_model)
+    for number in (0, 2, 5):
+        engine.add_request(routed(str(number), PROMPTS[number], registered, made.use(), SCORED))
+        assert_equals_plain(drain(engine)[str(number)], plain, PROMPTS[number], made.use())
+
+
+def test_prompts_are_told_apart(plain: Plain, moa: Made) -> None:
+    """Otherwise the other tests would show little."""
+    assert len({str(plain.decide(prompt, moa.use())[0]) for prompt in PROMPTS}) > 1
+
+
+def test_a_prompt_of_one_token(engine: Engine, plain: Plain, moa: Made, registered: Registered) -> None:
+    engine.add_request(routed("r", (7,), registered, moa.use(), SCORED))
+    assert_equals_plain(drain(engine)["r"], plain, (7,), moa.use())
+
+
+def test_masked_adapters_are_never_chosen(engine: Engine, plain: Plain, moa: Made, registered: Registered) -> None:
+    for number, only in enumerate((moa.names[:1], moa.names[1:3], moa.names[2:])):
+        use = moa.use(only=only)
+        engine.add_request(routed(str(number), PROMPTS[3], registered, use, SCORED))
+        outputs = drain(engine)[str(number)]
+        assert_equals_plain(outputs, plain, PROMPTS[3], use)
+        told = outputs[0].decided
+        assert told is not None
+        assert {moa.names[row] for layer in told.chosen for row in layer} <= set(only)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_batch_tokens": 8, "max_num_seqs": 8}, {"kv_memory": 24 * 3072, "block_size": 4, "max_model_len": 64}],
+)
+def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
+    tiny_model: Path, registered: Registered, moa: Made, plain: Plain, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    other = make_prompt_router(tmp_path / "other", tiny_model, registered, moa.names[1:], 8, pooling="attention")
+    gates = make_router(tmp_path / "gates", tiny_model, registered, moa.names[:3], 5, False)
+    both = {"moa": (plain, moa), "other": (Plain(tiny_model, registered, other), other)}
+    asked: dict[str, tuple[str, tuple[int, ...], PromptUse]] = {}
+    for number, prompt in enumerate(PROMPTS):
+        for which, (_, own) in both.items():
+            asked[f"{which}-{number}"] = (which, prompt, own.use(only=own.names[number % 2 :]))
+    requests = [routed(name, prompt, registered, use, SCORED) for name, (_, prompt, use) in asked.items()]
+    plainly = [Request(f"base-{number}", prompt, SCORED) for number, prompt in enumerate(PROMPTS)]
+    plainly += [
+        Request(f"mix-{number}", prompt, SCORED, registered.mix({"all4": 0.5, "qv16": 0.3}), registered.paths)
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    plainly += [gated(f"gated-{number}", PROMPTS[number], registered, gates.use(2), SCORED) for number in range(3)]
+    requests += plainly
+    random.Random(1).shuffle(requests)
+    engine = routed_engine(tiny_model, gates=GATES, **settings)
+    for request in requests:
+        engine.add_request(request)
+    outputs = drain(engine)
+    assert engine.scheduler.preemptions > 0 or "kv_memory" not in settings
+    for name, (which, prompt, use) in asked.items():
+        assert_equals_plain(outputs[name], both[which][0], prompt, use)
+    alone = routed_engine(tiny_model, gates=GATES)
+    for request in plainly:
+        alone.add_request(request)
+        assert tokens_of(drain(alone)[request.id]) == tokens_of(outputs[request.id])
+
+
+def test_the_same_prompt_never_pays_twice(engine: Engine, plain: Plain, moa: Made, registered: Registered) -> None:
+    """The decision is remembered, so that its prefix is found at once; other tenants learn nothing of it."""
+    prompt = PROMPTS[5]
+    seen = []
+    for number, (use, key) in enumerate(
+        (
+            (moa.use(), b"a"),
+            (moa.use(), b"a"),
+            (moa.use(2), b"a"),
+            (moa.use(only=moa.names[1:]), b"a"),
+            (moa.use(), b"b"),
+        )
+    ):
+        engine.add_request(routed(str(number), prompt, registered, use, SCORED, key))
+        outputs = drain(engine)[str(number)]
+        assert_equals_plain(outputs, plain, prompt, use)
+        assert outputs[0].decided is not None
+        seen.append((outputs[0].decided.cached, outputs[0].decided.seconds == 0, outputs[0].cached_tokens > 0))
+    assert seen[:3] == [(False, False, False), (True, True, True), (False, False, False)]
+    assert seen[4] == (False, False, False)
+    assert engine.deciding.num_remembered == 4
+
+
+def test_equal_prompts_at_once_are_read_once(
+    engine: Engine, plain: Plain, moa: Made, registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    launch = engine.runner.launch
+
+    def counted(chunks: list[Chunk], eos: frozenset[int]) -> Launched:
+        rows.append(sum(chunk.num_tokens for chunk in chunks))
+        return launch(chunks, eos)
+
+    monkeypatch.setattr(engine.runner, "launch", counted)
+    for number in range(4):
+        engine.add_request(routed(str(number), PROMPTS[4], registered, moa.use(), replace(SCORED, seed=number)))
+    outputs = drain(engine)
+    for number in range(4):
+        assert_equals_plain(outputs[str(number)], plain, PROMPTS[4], moa.use())
+    decided = [outputs[str(number)][0].decided for number in range(4)]
+    assert [told is not None and told.cached for told in decided] == [False, True, True, True]
+    assert sum(rows) == len(PROMPTS[4]) * 5 + 4 * (SCORED.max_tokens - 1), "one reading beside four prompts"
+
+
+def test_reading_leaves_the_base_models_prefix_behind(
+    engine: Engine, moa: Made, registered: Registered, tiny_model: Path
+) -> None:
+    engine.add_request(routed("r", PROMPTS[5], registered, moa.use(), SCORED))
+    drain(engine)
+    engine.add_request(Request("base", PROMPTS[5], SCORED))
+    outputs = drain(engine)["base"]
+    assert outputs[0].cached_tokens == (len(PROMPTS[5]) - 1) // 16 * 16
+    alone = routed_engine(tiny_model)
+    alone.add_request(Request("base", PROMPTS[5], SCORED))
+    assert tokens_of(outputs) == tokens_of(drain(alone)["base"])
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_prompt_that_is_all_in_the_prefix_cache(
+    engine: Engine, registered: Registered, tiny_model: Path, tmp_path: Path, pooling: str
+) -> None:
+    """Where the last token is all that a router needs, the base model's prefix is used; else all is read anew."""
+    made = make_prompt_router(
+        tmp_path / "r", tiny_model, registered, tuple(sorted(registered.weights)), pooling=pooling
+    )
+    prompt = PROMPTS[4][:33]
+    engine.add_request(Request("base", prompt, SCORED))
+    drain(engine)
+    hits = engine.scheduler.blocks.hits
+    engine.add_request(routed("r", prompt, registered, made.use(), SCORED))
+    assert_equals_plain(drain(engine)["r"], Plain(tiny_model, registered, made), prompt, made.use())
+    assert engine.scheduler.blocks.hits - hits == (32 if pooling == "last" else 0)
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_whoever_waits_takes_over_when_the_first_one_is_aborted(
+    tiny_model: Path, plain: Plain, moa: Made, registered: Registered, steps: int
+) -> None:
+    engine = routed_engine(tiny_model, max_batch_tokens=16, max_num_seqs=8)
+    registered.load(engine)
+    for name in ("first", "second", "third"):
+        engine.add_request(routed(name, PROMPTS[5], registered, moa.use(), SCORED))
+    outputs: dict[str, list[Output]] = {name: [] for name in ("first", "second", "third")}
+
+    def step() -> None:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+        engine.check_integrity()
+
+    for _ in range(steps):
+        step()
+    engine.abort("second")
+    engine.abort("first")
+    engine.check_integrity()
+    while engine.has_work:
+        step()
+    assert outputs["first"][-1].finish_reason is outputs["second"][-1].finish_reason is FinishReason.ABORT
+    assert_equals_plain(outputs["third"], plain, PROMPTS[5], moa.use())
+    assert not engine.deciding.followers
+    assert engine.deciding.num_remembered == 1
+
+
+def test_what_is_not_chosen_needs_no_pages(tiny_model: Path, registered: Registered, moa: Made, plain: Plain) -> None:
+    """Fewer pages than all adapters of the router take; the chosen one fits."""
+    whole = routed_engine(tiny_model)
+    per_page = whole.runner.pool.num_bytes / sum(whole.runner.pool.num_pages.values())
+    engine = routed_engine(tiny_model, page_memory=int(per_page * 13))
+    assert not engine.runner.pool.num_pages["qkv"] > 4
+    for number, prompt in enumerate(PROMPTS):
+        engine.add_request(routed(str(number), prompt, registered, moa.use(), SCORED))
+        assert_equals_plain(drain(engine)[str(number)], plain, prompt, moa.use())
+
+
+def test_logprobs_of_a_routed_prompt_are_those_of_the_chosen_adapter(
+    engine: Engine, moa: Made, registered: Registered
+) -> None:
+    params = replace(SCORED, prompt_logprobs=0)
+    engine.add_request(routed("r", PROMPTS[3], registered, moa.use(), params))
+    outputs = drain(engine)["r"]
+    told = outputs[-1]
+    assert sum(len(output.prompt_logprobs) for output in outputs) == len(PROMPTS[3]) - 1
+    decided = next(output.decided for output in outputs if output.decided is not None)
+    (row,) = decided.chosen[0]
+    explicit = Request("e", PROMPTS[3], params, registered.mix({moa.names[row]: 1.0}), registered.paths)
+    engine.add_request(explicit)
+    expected = drain(engine)["e"]
+    assert told.finish_reason is FinishReason.LENGTH
+    found = [each.logprob for output in outputs for each in output.prompt_logprobs]
+    assert found == pytest.approx([each.logprob for output in expected for each in output.prompt_logprobs], abs=1e-4)
+
+
+def test_routers_that_cannot_be_read_end_their_requests_alone(
+    engine: Engine, moa: Made, registered: Registered
+) -> None:
+    lost = replace(moa.use(), digest="lost", path=str(moa.folder / "nowhere"))
+    fewer = replace(moa.use(), digest="fewer", rows=moa.use().rows[:2])
+    engine.add_request(routed("lost", PROMPTS[0], registered, lost, GREEDY))
+    engine.add_request(routed("also", PROMPTS[0], registered, lost, GREEDY))
+    engine.add_request(routed("fewer", PROMPTS[0], registered, fewer, GREEDY))
+    engine.add_request(Request("base", PROMPTS[0], GREEDY))
+    outputs = drain(engine)
+    assert len(tokens_of(outputs["base"])) == GREEDY.max_tokens
+    for name, reason in (("lost", "router.json"), ("also", "router.json"), ("fewer", "4 adapters, expected 2")):
+        (output,) = outputs[name]
+        assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "router_unavailable")
+        assert reason in (output.error or "")
+
+
+def test_adapters_that_cannot_be_had_end_the_request(engine: Engine, moa: Made, registered: Registered) -> None:
+    for number in range(2):
+        request = routed(str(number), PROMPTS[0], registered, moa.use(), GREEDY)
+        engine.add_request(replace(request, paths=dict.fromkeys(request.paths, "/nowhere")))
+    for number, outputs in drain(engine).items():
+        assert outputs[0].error_code == "adapter_unavailable", number
+
+
+def test_an_engine_refuses_what_it_cannot_route(
+    tiny_model: Path, engine: Engine, moa: Made, registered: Registered
+) -> None:
+    request = routed("r", PROMPTS[0], registered, moa.use(), GREEDY)
+    without = Engine.from_config(EngineConfig(str(tiny_model), **SMALL))
+    with pytest.raises(RequestError, match="no prompt-level routers"):
+        without.add_request(request)
+    for bad in (
+        replace(request, mix=registered.mix({"all4": 1.0})),
+        replace(request, mix=registered.mix(dict.fromkeys(moa.names, 0.5))),
+        replace(request, prompt_router=moa.use(only=())),
+        replace(request, prompt_router=replace(moa.use(), top_k=0)),
+    ):
+        with pytest.raises(RequestError, match="the router's adapters"):
+            engine.add_request(bad)
+    assert not engine.has_work
+    engine.check_integrity()
