@@ -24,9 +24,20 @@ DRAINED = 4
 
 
 class RequestModel(BaseModel):
-    """JSON types are taken as they are: "1" and true are no numbers. Unknown fields are ignored."""
+    """JSON types are taken as they are: "1" and true are no numbers. Unknown fields are ignored.
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    A field's docstring is what OpenAPI and docs/api.md say of it. It begins with `Ignored` if the field is checked and
+    changes nothing, and with `Refused` if it is there for one value only.
+    """
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
 
 class Body(Protocol):

@@ -17,7 +17,12 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 class RouterFields(BaseModel):
     """Absent fields leave the value to the router."""
 
-    composition: Literal["mixture", "fusion", "selection"] | None = None
+    composition: Annotated[
+        Literal["mixture", "fusion", "selection"] | None,
+        Field(
+            description="Default `mixture`, the weighted sum of outputs; factors averaged; the one of highest weight."
+        ),
+    ] = None
     router: Annotated[Name, Field(description="Which router; by default the tenant's own default.")] | None = None
     top_k: Annotated[int, Field(ge=1, description="How many adapters at most.")] | None = None
     temperature: (

@@ -25,11 +25,17 @@ from server.tools.form import ToolForm
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """As `max_tokens`, and wins over it."""
     logprobs: bool | None = None
+    """Default false."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Default 0. Only when `logprobs` is true."""
     tools: Tools | None = None
+    """Functions that the model may call."""
     tool_choice: AnyToolChoice | None = None
+    """Default `auto` with tools. A forced call needs a grammar in the engine."""
     parallel_tool_calls: bool | None = None
+    """Default true."""
 
     def check(self) -> None:
         super().check()

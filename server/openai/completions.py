@@ -26,9 +26,13 @@ Prompts = Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(INPUTS_SCHEMA
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
+    """One or many; several at most `limits.prompts`."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Default: the rest of the context. 0 only scores the prompt."""
     echo: bool | None = None
+    """Default false. The prompt stands before the answer, with its log-probabilities if `logprobs` is given."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """So many most likely tokens at each place."""
 
     def num_logprobs(self) -> int | None:
         return self.logprobs

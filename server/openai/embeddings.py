@@ -34,12 +34,18 @@ class EmbeddingsRequest(RequestModel):
     """OpenAI's fields, then vLLM's."""
 
     model: Name
+    """The embedding model that /v1/models lists."""
     input: Annotated[Any, BeforeValidator(_inputs), WithJsonSchema(INPUTS_SCHEMA)]
+    """Texts, or token ids that are a text in the model's own vocabulary; at most `limits.inputs`."""
     encoding_format: Literal["float", "base64"] | None = None
+    """Default `float`. base64 is of little-endian float32."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Refused unless it is the model's own width."""
     user: str | None = None
+    """Ignored: tenants are told apart by their keys."""
 
     truncate_prompt_tokens: Literal[-1] | None = None
+    """-1 cuts texts that are too long, which are refused otherwise."""
 
     @classmethod
     def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self:

@@ -8,15 +8,20 @@ from server.route_options import Finite, Name, RouterFields
 
 class LoraAdapter(RequestModel):
     name: Name
+    """`name` or `name@digest`."""
     weight: Finite | None = None
+    """Default 1/n. Negative ones are possible."""
 
 
 class LoraOptions(RouterFields, RequestModel):
     """Which adapters: an explicit weighted list, or what a router may choose from."""
 
     adapters: list[LoraAdapter] | None = None
+    """The mix; at most `limits.adapters`. Excludes `router`."""
     sticky: bool | None = None
+    """Default false. Keeps the decision of the conversation's first user turn."""
     explain: bool | None = None
+    """Default false. The answer has the scores of all candidates, of token-level routers each token's adapter."""
 
     @field_validator("adapters")
     @classmethod

@@ -57,8 +57,11 @@ class StreamOptions(RequestModel):
     """`continuous_usage_stats`, vLLM's: every event says what was used so far, if the usage is wanted at all."""
 
     include_usage: bool | None = None
+    """An event without choices at the end says what was used."""
     continuous_usage_stats: bool | None = None
+    """With `include_usage`, every event says what was used so far."""
     include_obfuscation: bool | None = None
+    """Ignored: events are not padded."""
 
 
 LONGEST_STOP = 4096
@@ -90,40 +93,72 @@ class GenerationRequest(RequestModel):
     """Fields of both generating endpoints: OpenAI's, those of them that change nothing here, vLLM's, and our own."""
 
     model: Name | None = None
+    """The base model, an adapter (`name` or `name@digest`), `auto` or `auto:<router>`. Needed unless there is
+    `adapter_id`."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Default: the rest of the context. Together with the prompt at most the context."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Default 1. 0 is greedy."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Default 1."""
     n: Annotated[int, Field(ge=1)] | None = None
+    """Default 1. At most `limits.n`."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Default: another one each time. Choice i of a prompt samples with seed + i."""
     stop: Stop | None = None
+    """Texts that end an answer and are not part of it."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Default 0."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Default 0."""
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    """By token id of the served model."""
     stream: bool | None = None
+    """Default false. Server-sent events, `[DONE]` at the end; a silent stream sends comments."""
     stream_options: StreamOptions | None = None
+    """Only when `stream` is true."""
 
     user: str | None = None
+    """Ignored: tenants are told apart by their keys."""
     store: bool | None = None
+    """Ignored: nothing is stored."""
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    """Ignored: nothing is stored."""
     service_tier: str | None = None
+    """Ignored: see `priority`."""
     safety_identifier: str | None = None
+    """Ignored."""
     prompt_cache_key: str | None = None
+    """Ignored: equal beginnings are found by themselves."""
     reasoning_effort: str | None = None
+    """Ignored: no served model reasons in levels."""
     verbosity: str | None = None
+    """Ignored: no served model answers in levels."""
 
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """Default 0, which like -1 means all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Default 0."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """Default 1."""
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
+    """Tokens that end an answer and are not part of it."""
     ignore_eos: bool | None = None
+    """Default false."""
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Default 0. No end before."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """So many most likely tokens at each place of the prompt. Not with `stream`."""
 
     priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None
+    """Default 0. Smaller goes first among the tenant's own waiting requests."""
     timeout: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT)] | None = None
+    """Seconds; by default there is no limit. Beyond it the request ends, 504 if nothing was sent."""
 
     adapter_id: Name | None = None
+    """LoRAX's name for `model`; it wins where both are given."""
     lora: LoraOptions | None = None
+    """Which adapters, or how a router chooses: see below."""
 
     @field_validator("n")
     @classmethod

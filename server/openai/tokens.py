@@ -19,11 +19,17 @@ class TokenizeRequest(RequestModel):
 
     model: Name | None = None
     prompt: str | None = None
+    """Either this or `messages`."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    """As in chat completions."""
     tools: Tools | None = None
+    """As in chat completions."""
     add_special_tokens: bool = True
+    """Default true. For `prompt`."""
     add_generation_prompt: bool = True
+    """Default true. For `messages`."""
     return_token_strs: bool | None = None
+    """Default false."""
 
     @classmethod
     def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self:
