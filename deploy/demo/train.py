@@ -28,7 +28,7 @@ GATES = MeteoraRecipe(learning_rate=5e-3, steps=160, batch_size=8, packed=0.25, 
 
 MOA = MoaRecipe(steps=60, batch_size=14)
 MILORA = MiloraRecipe(
-    experts=ADAPTERS, top_k=1, steps=60, batch_size=14, router_rate=4e-3, coefficients_every=5, warmup_steps=5
+    experts=ADAPTERS, top_k=1, steps=40, batch_size=7, router_rate=5e-3, coefficients_every=10, warmup_steps=5
 )
 """Of the routers by prompt."""
 
@@ -72,7 +72,7 @@ def train_prompt_router(
 ) -> None:
     """Trains a router by prompt over the adapters under `<out>`, into `folder`; it is stored in bf16."""
     adapters = {name: options.out / name for name in TASKS}
-    run = PromptRun(device=options.device, progress=not options.plain, name=folder.name)
+    run = PromptRun(device=options.device, progress=not options.plain, evaluation_rows=12, name=folder.name)
     found = read_tasks(tasks)
     if isinstance(recipe, MoaRecipe):
         result = train_moa(options.model, found, adapters, folder, recipe, run)

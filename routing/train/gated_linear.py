@@ -42,9 +42,16 @@ class GatedLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, base: torch.nn.Linear, pairs: Mapping[int, LoraPair], rows: int, choice: GateChoice, tally: GateTally
+        self,
+        base: torch.nn.Linear,
+        pairs: Mapping[int, LoraPair],
+        rows: int,
+        choice: GateChoice,
+        tally: GateTally,
+        *,
+        trainable: bool = False,
     ) -> None:
-        """pairs: by row of the gate, which starts at zero.
+        """pairs: by row of the gate, which starts at zero. trainable: they learn, too.
 
         For a fixed input the cross-entropy of a gate is convex: from zero, where all rows are alike, its gradient
         already tells them apart, and needs no random start. L_LM's first gradients do depend on how `topk` breaks the
@@ -54,7 +61,7 @@ class GatedLinear(torch.nn.Module):
         self.base = base
         weight = base.weight
         self.gate = torch.nn.Parameter(torch.zeros(rows, base.in_features, device=weight.device))
-        self.experts = SideBySide(pairs, rows, weight)
+        self.experts = SideBySide(pairs, rows, weight, trainable=trainable)
         self.choice = choice
         self.tally = tally
 
@@ -70,12 +77,19 @@ class GatedLinear(torch.nn.Module):
 
 
 def embed_adapters(
-    causal: torch.nn.Module, adapters: Sequence[AdapterWeights], null: bool, choice: GateChoice, tally: GateTally
+    causal: torch.nn.Module,
+    adapters: Sequence[AdapterWeights],
+    null: bool,
+    choice: GateChoice,
+    tally: GateTally,
+    *,
+    trainable: bool = False,
 ) -> dict[Module, GatedLinear]:
     """Freezes the model and replaces, in every layer, the targets that any adapter touches; by (layer, target).
 
     Row i of the gates is adapter i; with `null` one more row stands for no adapter. A layer in which no adapter touches
-    such a target has a gate there all the same: a router's folder has the same gates in all layers.
+    such a target has a gate there all the same: a router's folder has the same gates in all layers. `trainable`: the
+    adapters learn, too.
     """
     causal.requires_grad_(False)
     touched = {target for weights in adapters for _, target in weights.pairs}
@@ -85,6 +99,6 @@ def embed_adapters(
             base = causal.get_submodule(module_path(layer, target))
             assert isinstance(base, torch.nn.Linear)
             pairs = {row: w.pairs[layer, target] for row, w in enumerate(adapters) if (layer, target) in w.pairs}
-            linears[layer, target] = GatedLinear(base, pairs, len(adapters) + null, choice, tally)
+            linears[layer, target] = GatedLinear(base, pairs, len(adapters) + null, choice, tally, trainable=trainable)
             causal.set_submodule(module_path(layer, target), linears[layer, target])
     return linears

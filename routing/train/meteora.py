@@ -1,4 +1,4 @@
-"""Trains a token-level router: gates in every adapted linear of a model whose adapters stay as they are.
+"""Trains a token-level router: gates in every adapted linear of a model, whose adapters stay or are trained with them.
 
 The loss is L_LM + beta L_gate, the language model's own and the gates' mean cross-entropy against the task of the
 sample (MeteoRA, section 3.3), on batches of all tasks, in a plain loop.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from routing.train.meteora_model import GatedModel, load_gated_model
 from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
 from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
+from routing.train.trained_adapters import factor_weights, round_experts, write_experts
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -52,7 +53,8 @@ def train_meteora(
 
     Only training rows are learned from; validation rows give the metrics; test rows are not read. Gates are fp32, the
     forward pass is under bf16 autocast on CUDA. A run that was interrupted goes on from its last checkpoint in `out`,
-    if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits.
+    if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits. Adapters
+    that are trained jointly are written as new ones, in bf16, below `out`/adapters.
 
     Args:
         adapters: PEFT folders by the names of their tasks. Tasks without one train the row for no adapter.
@@ -75,10 +77,15 @@ def train_meteora(
     with progress_bar(run.progress) as report:
         losses = _fit(model, tasks, train, recipe, run, out / CHECKPOINT, report)
         training = _record(tasks, adapters, recipe, losses)
+        if recipe.joint:
+            round_experts(model.experts)
         if run.evaluation_rows:
             report("held-out rows", None)
             names = [task.name for task in tasks]
             training["metrics"] = judge(model, names, held_out, run.evaluation_batch, device)
+    if recipe.joint:
+        own = {task.name: [task] for task in tasks if task.name in adapters}
+        model = replace(model, adapters=write_experts(model.experts, model.shape, out, own, run.base_name))
     gates = {module: linear.gate for module, linear in model.linears.items()}
     card = write_gates(out, _card(model, recipe, run, training), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
@@ -101,9 +108,13 @@ def _fit(
     checkpoint: Path,
     report: Report,
 ) -> list[tuple[float, float]]:
-    gates, device = model.gates, torch.device(run.device)
-    groups = [{"params": list(gates.values()), "peak": recipe.learning_rate}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    weights, device = model.weights, torch.device(run.device)
+    gates = list(model.gates.values())
+    groups = [{"params": gates, "peak": recipe.learning_rate}]
+    if recipe.joint:
+        factors = [weight for weight in factor_weights(model.experts).values() if weight.requires_grad]
+        groups.append({"params": factors, "peak": recipe.adapter_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     mixture = Mixture(examples, recipe.batch_size, recipe.seed, recipe.packed, recipe.max_length)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -123,7 +134,7 @@ def _fit(
         _identity(model, recipe, tasks),
         ("loss", "of the answers", "of the gates"),
     )
-    return [(language, gate) for _, language, gate in fit(gates, optimizer, losses, settings, report)]
+    return [(language, gate) for _, language, gate in fit(weights, optimizer, losses, settings, report)]
 
 
 def _identity(model: GatedModel, recipe: MeteoraRecipe, tasks: Sequence[Task]) -> str:

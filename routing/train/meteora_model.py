@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from adapters_store.linear_names import Module, module_path
+from adapters_store.types import LinearShape
 from routing.card_adapters import CardAdapter
 from routing.train.adapter import check_device, load_causal
 from routing.train.data import Task
@@ -18,11 +19,12 @@ from routing.train.gate_tally import GateTally
 from routing.train.gated_linear import GateChoice, GatedLinear, embed_adapters
 from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.task_adapters import model_config, named_adapters, read_adapters, row_labels
+from routing.train.trained_adapters import Experts, factor_weights
 
 
 @dataclass(frozen=True, slots=True)
 class GatedModel:
-    """The model in fp32 with a gate in every adapted linear, all frozen but the gates.
+    """The model in fp32 with a gate in every adapted linear, all frozen but the gates and jointly trained adapters.
 
     `adapters` are in the order of the gates' rows; `labels` is the row of every task's own adapter, that of "no
     adapter" for tasks without one.
@@ -30,6 +32,7 @@ class GatedModel:
 
     causal: Any
     tokenizer: Any
+    shape: LinearShape
     fingerprint: str
     adapters: tuple[CardAdapter, ...]
     labels: tuple[int, ...]
@@ -38,8 +41,19 @@ class GatedModel:
 
     @property
     def gates(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by the names of a router's folder."""
+        """By the names of a router's folder."""
         return {f"{module_path(*module)}.gate": linear.gate for module, linear in self.linears.items()}
+
+    @property
+    def experts(self) -> Experts:
+        """The factors of all adapters, by linear."""
+        return {module: linear.experts for module, linear in self.linears.items()}
+
+    @property
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by name."""
+        every = {**self.gates, **factor_weights(self.experts)}
+        return {name: weight for name, weight in every.items() if weight.requires_grad}
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -65,10 +79,12 @@ def load_gated_model(
     fuse_norms(causal)
     tally = GateTally()
     weights = [file.weights for file in files.values()]
-    linears = embed_adapters(causal, weights, recipe.null, GateChoice(recipe.top_k, recipe.temperature), tally)
+    choice = GateChoice(recipe.top_k, recipe.temperature)
+    linears = embed_adapters(causal, weights, recipe.null, choice, tally, trainable=recipe.joint)
     return GatedModel(
         causal=causal,
         tokenizer=tokenizer,
+        shape=config.linear_shape,
         fingerprint=config.fingerprint(),
         adapters=tuple(CardAdapter(name, file.digest) for name, file in files.items()),
         labels=row_labels(tasks, named),

@@ -34,14 +34,18 @@ class MeteoraRecipe:
 
     The loss is L_LM + `beta` L_gate. L_LM counts answers, with `prompts_count` prompts too. L_gate counts the positions
     `gate_positions`: "all", or those that predict a token of an "answer"; its labels are smoothed by `smoothing`.
-    `null`: one more row of the gates stands for no adapter; it learns from tasks that have none. `packed` is the share
-    of samples that are rows of two or three tasks in one sequence. `learning_rate` is the peak: linear warm-up over
-    `warmup_steps`, then a cosine to zero at `steps`. A row has at most `max_length` tokens, and so has a pack.
+    `null`: one more row of the gates stands for no adapter; it learns from tasks that have none. `joint`: the adapters
+    learn, too, as in the published code (the paper says that only gates do). `packed` is the share of samples that are
+    rows of two or three tasks in one sequence. `learning_rate` is the gates' peak, `adapter_rate` that of the adapters:
+    linear warm-up over `warmup_steps`, then a cosine to zero at `steps`. A row has at most `max_length` tokens, and so
+    has a pack.
     """
 
     top_k: int = 2
     temperature: float = 1.0
     null: bool = False
+    joint: bool = False
+    adapter_rate: float = 2e-4
     beta: float = BETA
     smoothing: float = 0.0
     gate_positions: str = ALL
@@ -74,6 +78,7 @@ class MeteoraRecipe:
                 0 <= self.beta < math.inf and (self.beta > 0 or self.top_k > 1),
                 "a number of at least 0, and above it with top_k 1, where nothing but L_gate trains the gates",
             ),
+            "adapter_rate": (0 <= self.adapter_rate < math.inf, "a number of at least 0"),
             "smoothing": (0 <= self.smoothing < 1, "a number from 0 to below 1"),
             "gate_positions": (self.gate_positions in POSITIONS, " or ".join(POSITIONS)),
             "packed": (0 <= self.packed <= 1, "a share from 0 to 1"),

@@ -33,13 +33,7 @@ from routing.train.prompt_batches import PromptBatch, collate_prompts
 from routing.train.prompt_command import run_command
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import balance_loss, class_loss, task_labels
-from routing.train.prompt_model import (
-    PromptModel,
-    load_over_adapters,
-    load_over_modules,
-    round_experts,
-    write_experts,
-)
+from routing.train.prompt_model import PromptModel, load_over_adapters, load_over_modules
 from routing.train.prompt_recipe import FIXED, MiloraRecipe, PromptRun
 from routing.train.prompt_training import (
     CHECKPOINT,
@@ -51,6 +45,7 @@ from routing.train.prompt_training import (
     make_optimizer,
     training_record,
 )
+from routing.train.trained_adapters import round_experts, write_experts
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """What the registry takes as a name; its own pattern comes with a database."""
@@ -114,7 +109,8 @@ def train_milora(
     with progress_bar(run.progress) as report:
         settings = fit_settings(MILORA, model, tasks, recipe, run, out, names)
         found = fit(weights, optimizer, losses, settings, report, after)
-        round_experts(model)
+        if recipe.experts == MODULES:
+            round_experts(model.experts)
         training = training_record(tasks, adapters, recipe, names, found)
         if run.evaluation_rows:
             report("held-out rows", None)
@@ -122,7 +118,9 @@ def train_milora(
                 model, [task.name for task in tasks], held_out, run.evaluation_batch, torch.device(run.device)
             )
     if recipe.experts == MODULES:
-        model = replace(model, adapters=write_experts(model, out, {own_name: tasks}, run.base_name))
+        model = replace(
+            model, adapters=write_experts(model.experts, model.shape, out, {own_name: tasks}, run.base_name)
+        )
     card = write_prompt_router(out, make_card(MILORA, model, recipe, run, training), model.routers.routers)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return PromptResult(out, card, tuple(found), time.perf_counter() - started)

@@ -28,7 +28,7 @@ from routing.train.prompt_batches import PromptBatch, collate_prompts
 from routing.train.prompt_command import run_command
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import class_loss, task_labels
-from routing.train.prompt_model import PromptModel, load_over_adapters, round_experts, write_experts
+from routing.train.prompt_model import PromptModel, load_over_adapters
 from routing.train.prompt_recipe import MoaRecipe, PromptRun
 from routing.train.prompt_training import (
     CHECKPOINT,
@@ -39,6 +39,7 @@ from routing.train.prompt_training import (
     make_optimizer,
     training_record,
 )
+from routing.train.trained_adapters import round_experts, write_experts
 
 
 def train_moa(
@@ -95,9 +96,9 @@ def train_moa(
                 model, [task.name for task in tasks], held_out, run.evaluation_batch, device
             )
     if recipe.joint:
-        round_experts(model)
+        round_experts(model.experts)
         own = {task.name: [task] for task in tasks if task.name in adapters}
-        model = replace(model, adapters=write_experts(model, out, own, run.base_name))
+        model = replace(model, adapters=write_experts(model.experts, model.shape, out, own, run.base_name))
     card = write_prompt_router(out, make_card(MOA, model, recipe, run, training), model.routers.routers)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return PromptResult(out, card, tuple(found), time.perf_counter() - started)

@@ -10,21 +10,16 @@ from typing import Any
 
 import torch
 
-from adapters_store.linear_names import Module, module_path
-from adapters_store.peft_format import read_adapter
-from adapters_store.peft_write import write_peft
-from adapters_store.types import TARGETS, AdapterWeights, LinearShape, LoraPair
+from adapters_store.linear_names import Module
+from adapters_store.types import TARGETS, LinearShape, LoraPair
 from routing.card_adapters import CardAdapter
 from routing.train.adapter import TrainError, check_device, load_causal
-from routing.train.card import write_samples
 from routing.train.data import Task
 from routing.train.fused_norm import fuse_norms
 from routing.train.layer_routers import LayerRouters, RoutedLinear, embed_experts, fresh_routers, router_weights
 from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
 from routing.train.task_adapters import check_names, model_config, named_adapters, read_adapters, row_labels
-
-ADAPTERS_FOLDER = "adapters"
-"""Below a router's folder: the adapters that were trained with it, one PEFT folder each."""
+from routing.train.trained_adapters import Experts, factor_weights
 
 Pairs = dict[Module, dict[int, LoraPair]]
 """Factors by linear and expert."""
@@ -49,14 +44,14 @@ class PromptModel:
     linears: Mapping[Module, RoutedLinear]
 
     @property
+    def experts(self) -> Experts:
+        """The factors of all experts, by linear."""
+        return {module: linear.experts for module, linear in self.linears.items()}
+
+    @property
     def weights(self) -> dict[str, torch.nn.Parameter]:
         """What is trained, by name: routers, then experts."""
-        factors = {
-            f"{module_path(*module)}.{name}": weight
-            for module, linear in self.linears.items()
-            for name, weight in linear.experts.named_parameters()
-        }
-        every = {**router_weights(self.routers.routers), **factors}
+        every = {**router_weights(self.routers.routers), **factor_weights(self.experts)}
         return {name: weight for name, weight in every.items() if weight.requires_grad}
 
 
@@ -129,38 +124,6 @@ def load_over_modules(
     routers = _routers(causal, recipe, shape, len(TARGETS), spread, device)
     linears = embed_experts(causal, pairs, len(TARGETS), routers, trainable=True)
     return PromptModel(causal, tokenizer, shape, config.fingerprint(), (), (), routers, linears)
-
-
-def round_experts(model: PromptModel) -> None:
-    """To bf16, in which trained experts are stored."""
-    with torch.no_grad():
-        for linear in model.linears.values():
-            for weight in linear.experts.parameters():
-                weight.copy_(weight.bfloat16())
-
-
-def write_experts(
-    model: PromptModel, folder: Path, names: Mapping[str, Sequence[Task]], base_name: str
-) -> tuple[CardAdapter, ...]:
-    """Writes trained experts, in bf16, as PEFT folders below `folder`/adapters; returns them as a card names them.
-
-    Args:
-        names: of the adapters, in the experts' order, each with the tasks whose prompts are its samples. A single one
-            has all experts.
-    """
-    found: list[CardAdapter] = []
-    for expert, (name, tasks) in enumerate(names.items()):
-        pairs: dict[Module, LoraPair] = {}
-        for module, linear in model.linears.items():
-            for owner, pair in linear.experts.pairs(torch.bfloat16).items():
-                if owner == expert or len(names) == 1:
-                    pairs[module] = pair
-        own = folder / ADAPTERS_FOLDER / name
-        write_peft(own, AdapterWeights("", pairs), base_name)
-        shuffled = [row for rows in zip(*(task.train for task in tasks), strict=False) for row in rows]
-        write_samples(own, shuffled)
-        found.append(CardAdapter(name, read_adapter(own, model.shape).digest))
-    return tuple(found)
 
 
 def _load(model_folder: Path, device: str) -> tuple[Any, Any]:

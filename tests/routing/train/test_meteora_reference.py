@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from meteora_world import toy_task, write_adapter
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,8 @@ RECIPE = MeteoraRecipe(
     top_k=2,
     temperature=3.0,
     null=True,
+    joint=True,
+    adapter_rate=0.02,
     beta=0.7,
     smoothing=0.2,
     gate_positions="answer",
@@ -60,6 +63,11 @@ class PlainModel:
         self.causal = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
         self.logits: dict[Module, Tensor] = {}
         self.gates: dict[Module, Tensor] = {}
+        self.factors: dict[tuple[int, Module, str], Tensor] = {}
+        for row, weights in enumerate(adapters):
+            for module, pair in weights.pairs.items():
+                for name in ("a", "b"):
+                    self.factors[row, module, name] = getattr(pair, name).clone().requires_grad_()
         for module in MODULES:
             linear = self.causal.get_submodule(module_path(*module))
             self.gates[module] = torch.zeros(3, linear.in_features, requires_grad=True)
@@ -73,9 +81,9 @@ class PlainModel:
             shares = torch.exp(values / 3.0) / torch.exp(values / 3.0).sum(-1, keepdim=True)
             for row, weights in enumerate(adapters):
                 if module in weights.pairs:
-                    pair = weights.pairs[module]
+                    a, b = (self.factors[row, module, name] for name in ("a", "b"))
                     share = torch.where(rows == row, shares, 0.0).sum(-1, keepdim=True)
-                    y = y + share * pair.scale * (x @ pair.a.T @ pair.b.T)
+                    y = y + share * weights.pairs[module].scale * (x @ a.T @ b.T)
             return y
 
         return added
@@ -118,16 +126,18 @@ def test_gates_end_where_a_plain_loop_ends(
     tokenizer: Any = AutoTokenizer.from_pretrained(chat_model)
     mixture = Mixture([encode(tokenizer, task.train, 60) for task in TASKS], 3, 5, 0.6, 60)
     model = PlainModel(chat_model, written[1])
-    moments = {module: [torch.zeros(()), torch.zeros(())] for module in MODULES}
+    learned: dict[object, Tensor] = {**model.gates, **model.factors}
+    moments = {key: [torch.zeros(()), torch.zeros(())] for key in learned}
     losses, norms, lengths = [], [], []
     for step, rate in enumerate((0.025, 0.05, 0.05, 0.025)):  # warmed up in two, then half a cosine's period
         samples = mixture.samples(step)
         lengths += [len(sample) for sample in samples]
         language, gate = model.losses(samples)
-        gradients = torch.autograd.grad(language + 0.7 * gate, list(model.gates.values()))
+        gradients = torch.autograd.grad(language + 0.7 * gate, list(learned.values()))
         norms.append(math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients)))
-        for (module, weight), gradient in zip(model.gates.items(), gradients, strict=True):
-            moved(weight, gradient * min(1.0, 0.1 / norms[-1]), moments[module], step, rate)
+        for (key, weight), gradient in zip(learned.items(), gradients, strict=True):
+            own_rate = rate if key in model.gates else 0.4 * rate
+            moved(weight, gradient * min(1.0, 0.1 / norms[-1]), moments[key], step, own_rate)
         losses.append((language.item(), gate.item()))
     assert min(lengths) == 1
     assert max(lengths) > 1
@@ -135,3 +145,12 @@ def test_gates_end_where_a_plain_loop_ends(
     assert result.losses == tuple(pytest.approx(pair, rel=1e-4) for pair in losses)
     for module, gate in load_gates(result.folder).items():
         torch.testing.assert_close(gate, model.gates[module].detach(), rtol=1e-3, atol=1e-4)
+    for row, name in enumerate(("ab", "xyz")):
+        stored = load_file(tmp_path / "router" / "adapters" / name / "adapter_model.safetensors")
+        assert len(stored) == 2 * len(written[1][row].pairs)
+        for module in written[1][row].pairs:
+            for factor in ("a", "b"):
+                found = stored[f"base_model.model.{module_path(*module)}.lora_{factor.upper()}.weight"]
+                assert found.dtype == torch.bfloat16
+                wanted = model.factors[row, module, factor].detach()
+                torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=2e-4)

@@ -19,6 +19,7 @@ from routing.train.meteora import CHECKPOINT, MeteoraResult, train_meteora
 from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
 
 RECIPE = MeteoraRecipe(steps=10, batch_size=4, learning_rate=2e-2, warmup_steps=3, max_length=80, packed=0.5, null=True)
+JOINT = replace(RECIPE, joint=True)
 RUN = MeteoraRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz"), toy_task("none", "pq")]
 
@@ -59,17 +60,18 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, steps: int, run: Callable[[], o
     monkeypatch.setattr(training, "both_losses", real)
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, JOINT])
 def test_a_killed_run_ends_in_the_same_bits(
-    train: Callable[..., MeteoraResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., MeteoraResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: MeteoraRecipe
 ) -> None:
-    whole = train("whole")
-    interrupted(monkeypatch, 6, lambda: train("cut"))
+    whole = train("whole", recipe=recipe)
+    interrupted(monkeypatch, 6, lambda: train("cut", recipe=recipe))
     assert (tmp_path / "cut" / CHECKPOINT).is_file()
-    resumed = train("cut")
+    resumed = train("cut", recipe=recipe)
     assert resumed.losses == whole.losses[4:]
     first, second = (load_file(tmp_path / name / CHANGE_FILE) for name in ("whole", "cut"))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert resumed.card == whole.card
+    assert resumed.card == whole.card  # with the digests of adapters that were trained, too
     assert not (tmp_path / "cut" / CHECKPOINT).exists()
     assert (whole.card.rows, whole.card.has_null, whole.card.training["null_tasks"]) == (3, True, ["none"])
 
