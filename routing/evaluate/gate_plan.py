@@ -38,7 +38,7 @@ class GateEvaluation:
     `adapters` holds a PEFT folder for each task. `routers` are folders by label, `curve` folders of routers by the
     training rows a task that they saw, `joint` an adapter that was trained on all tasks. `swapped`: folders of other
     adapters by task, each put in place of the task's own under the first router, which was not trained for it. `new`
-    names a task that is reported apart from the others. `rows` of each task and `composite_rows` of each size are
+    are tasks each of which is reported apart from the others. `rows` of each task and `composite_rows` of each size are
     asked, None for all. Composite prompts are asked of `composite_routers` (labels, by default the first), top 2, at
     every one of `temperatures`.
     """
@@ -51,7 +51,7 @@ class GateEvaluation:
     curve: Mapping[int, str] = field(default_factory=dict)
     joint: str | None = None
     swapped: Mapping[str, str] = field(default_factory=dict)
-    new: str | None = None
+    new: tuple[str, ...] = ()
     merges: tuple[str, ...] = MERGES
     rows: int | None = None
     composite_rows: int | None = None
@@ -150,7 +150,7 @@ def _adapters(
     asked: GateEvaluation, names: Sequence[str], specs: Sequence[MergeSpec], config: ModelConfig, out: Path
 ) -> AdapterFolders:
     """All folders by the names that methods have for them; merges are made."""
-    if strangers := [name for name in (*asked.swapped, *filter(None, [asked.new])) if name not in names]:
+    if strangers := [name for name in (*asked.swapped, *asked.new) if name not in names]:
         raise AnswerError(f"{strangers[0]}: expected one of the evaluated tasks, {', '.join(names)}")
     if asked.swapped and not asked.routers:
         raise AnswerError("swapped: expected a router whose adapter is swapped")

@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--curve", action="append", metavar="ROWS=FOLDER", help="one trained on so many rows a task")
     parser.add_argument("--joint", help="PEFT folder of one adapter trained on all tasks")
     parser.add_argument("--swapped", action="append", metavar="TASK=FOLDER", help="another adapter of a task")
-    parser.add_argument("--new", metavar="TASK", help="report this task apart from the others")
+    parser.add_argument("--new", type=_words, metavar="TASKS", help="report each of these apart from the others")
     parser.add_argument("--merges", type=_words, help=f"of all adapters [{','.join(MERGES)}]; '' for none")
     parser.add_argument("--rows", type=int, help="test rows of a task [all]")
     parser.add_argument("--composite-rows", type=int, help="composite prompts of a size [all]")

@@ -18,7 +18,7 @@ def document(
     lines: Lines,
     curve: Sequence[tuple[int, str]],
     temperatures: Mapping[str, tuple[str, float]],
-    new: str | None,
+    new: Sequence[str],
     seed: int,
 ) -> Json:
     """Everything that follows from the answers.
@@ -26,13 +26,13 @@ def document(
     Args:
         curve: (training rows a task, method) of routers that were trained on so few.
         temperatures: (router, temperature) of the methods of composite prompts that have one.
-        new: a task that is reported apart.
+        new: tasks each of which is reported apart.
     """
     tasks = task_scores(lines.tasks, seed)
     return {
         "tasks": tasks,
         "curve": [{"rows": rows, "method": method} for rows, method in curve if method in tasks],
-        "new": None if new is None else {"task": new, "methods": apart(tasks, new)},
+        "new": {name: apart(tasks, name) for name in new} if tasks else {},
         "composites": {part: composite_scores(own, seed) for part, own in lines.composites.items()},
         "temperatures": {method: {"router": label, "temperature": t} for method, (label, t) in temperatures.items()},
     }
@@ -117,12 +117,13 @@ def _curve(found: Json) -> list[str]:
     ]
 
 
-def _new(new: Json | None) -> list[str]:
-    if new is None:
-        return []
-    lines = ["", *_head(["method", new["task"], "the other tasks"])]
-    for name, own in new["methods"].items():
-        lines.append(_row([name, _percent(own["own"]), "" if own["others"] is None else _percent(own["others"])]))
+def _new(new: Mapping[str, Json]) -> list[str]:
+    lines: list[str] = []
+    for task, methods in new.items():
+        lines += ["", *_head(["method", task, "the other tasks"])]
+        for name, own in methods.items():
+            others = "" if own["others"] is None else _percent(own["others"])
+            lines.append(_row([name, _percent(own["own"]), others]))
     return lines
 
 

@@ -21,7 +21,7 @@ def made() -> dict[str, object]:
             lines.add(part, method, [{"tasks": ["a", "b"], "attempts": 2, "correct": correct, "em": em}])
     heated = {f"gates, top 2, T {t:g}": ("gates", t) for t in (15.0, 1.0)}
     curve = [(5, "5 rows a task, top 2"), (50, "50 rows a task, top 2"), (700, "not there yet")]
-    return document(lines, curve, heated, "b", seed=0)
+    return document(lines, curve, heated, ["b"], seed=0)
 
 
 def test_tables_hold_every_figure() -> None:
@@ -44,7 +44,7 @@ def test_plots_are_drawn_over_rows_and_over_temperatures() -> None:
 
 
 def test_what_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
-    found = document(Lines(), [], {}, None, seed=0)
+    found = document(Lines(), [], {}, ["b"], seed=0)
     write_report(tmp_path, {"device": "cpu", **found})
     assert json.loads((tmp_path / "gates.json").read_text()) == {"device": "cpu", **found}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gates.json", "gates.md"]
