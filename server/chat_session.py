@@ -91,13 +91,16 @@ class ChatSession:
         """Do what every line says, until they end. Raises AdminError unless `is_patient`."""
         with contextlib.suppress(Leaving):
             for line in lines:
-                if not self._is_patient:
-                    self.take(line)
-                    continue
                 try:
                     self.take(line)
                 except AdminError as error:
+                    if not self._is_patient:
+                        raise
                     self._screen.error(str(error))
+                except KeyboardInterrupt:
+                    if not self._is_patient:
+                        raise
+                    self._screen.note("stopped")
 
     def take(self, line: str) -> None:
         """A command, or something to answer; `//` begins a text that begins with a slash. Raises AdminError."""
@@ -129,19 +132,10 @@ class ChatSession:
             with contextlib.closing(self._client.events(f"{self._client.url}/v1/chat/completions", body)) as events:
                 for piece in answer.read(events, self._clock):
                     self._screen.piece(piece)
-        except KeyboardInterrupt:
-            self._screen.end_of_answer()
-            if not self._is_patient:
-                raise
-            self._screen.note("stopped")
-        except AdminError:
-            if answer.text:
-                self._screen.end_of_answer()
-            raise
-        else:
             self._screen.end_of_answer()
             self._screen.route(answer.lora, answer.num_tokens, answer.seconds, explains=self._explains)
         finally:
+            self._screen.end_of_answer()
             if answer.text:
                 self._messages.append({"role": "assistant", "content": answer.text})
             else:
@@ -153,20 +147,20 @@ class ChatSession:
             selection = parse_adapters(words, self.base)
         except SelectionError as error:
             raise UsageError(str(error)) from error
-        known = {model["id"] for model in self._models()} - {self.base}
+        known = set(self._names())
         for name, _ in selection.adapters:
             if name.partition("@")[0] not in known:
                 raise UsageError(f"there is no adapter {name}, /adapters lists all")
         return selection
 
-    def _models(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._client.pages(f"{self._client.url}/v1/models", {})["data"]
-        return found
+    def _names(self) -> list[str]:
+        """Of all adapters: the models that the base is the parent of."""
+        models = self._client.pages(f"{self._client.url}/v1/models", {})["data"]
+        return [str(model["id"]) for model in models if model.get("parent") == self.base]
 
     def _list(self, part: str) -> None:
-        names = [model["id"] for model in self._models() if model["id"] != self.base]
         used = {name.partition("@")[0]: weight for name, weight in self.selection.adapters}
-        found = [name for name in names if part in name]
+        found = [name for name in self._names() if part in name]
         self._screen.adapters(found[:MOST_LISTED], used, len(found) - MOST_LISTED)
 
     def _select(self, selection: Selection) -> None:

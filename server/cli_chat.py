@@ -63,24 +63,31 @@ def chat(
         session.begin(use or (), router or ("" if auto else None), system)
         if is_typed:
             session.greet()
-            session.run(joined(typed(lambda: session.selection.label)))
+            session.run(typed(lambda: session.selection.label))
         else:
             piped = typer.get_text_stream("stdin", errors="replace")
             session.run([message] if message is not None else joined(line.rstrip("\n") for line in piped))
 
 
 def typed(label: Callable[[], str]) -> Iterator[str]:
-    """Lines that somebody types, until the end of input. Ctrl-C gives up a line."""
+    """What somebody types behind a label, until the end of input. Ctrl-C gives up what is begun."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # `input` then has a history, and keys to edit a line
+    begun: list[str] = []
     while True:
         try:
-            yield input(f"{label()}> ")
+            line = input("... " if begun else f"{label()}> ")
         except EOFError:
             typer.echo()
             return
         except KeyboardInterrupt:
             typer.echo()
+            begun.clear()
+            continue
+        begun.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            yield "\n".join(begun)
+            begun.clear()
 
 
 def joined(lines: Iterator[str]) -> Iterator[str]:

@@ -204,6 +204,8 @@ def _stay(url: str, console: Console) -> None:
     body = '{"model": "pirate", "messages": [{"role": "user", "content": "Say it like a pirate.\\nHello my friend."}]}'
     command = f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
     console.print(command, soft_wrap=True, highlight=False, markup=False)
+    talk = f"  {Path(sys.executable).with_name('loramux')} chat --auto --url {url}"
+    console.print(talk, soft_wrap=True, highlight=False, markup=False)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
