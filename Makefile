@@ -11,7 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model demo test test-slow gpu-test check bench bench-gpu lock clean
+.PHONY: setup model demo test test-slow test-lm-eval gpu-test check bench bench-gpu lock clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,11 @@ test: model
 
 test-slow: model
 	$(RUN)/python -m pytest -m slow
+
+# What lm-eval needs beyond the other tests is 400 MB and makes every start of the encoder slower, so it comes last.
+test-lm-eval: model
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint requirements.lock "lm-eval[api,hf]==0.4.13"
+	$(RUN)/python -m pytest -m slow tests/server/test_lm_eval.py
 
 # Every kernel and the engine on this machine's GPU; compute-sanitizer comes with CUDA's toolkit.
 gpu-test: model
