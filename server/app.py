@@ -288,10 +288,12 @@ def _add_operations(app: FastAPI) -> None:
     @app.head("/version", include_in_schema=False)
     @app.get("/version", tags=["operations"])
     async def get_version() -> dict[str, str]:
+        """The server's version."""
         return {"version": version("loramux")}
 
     @app.get("/metrics", tags=["operations"], dependencies=[Depends(check_metrics_key)])
     async def metrics(request: Request, services: ServicesDep) -> Response:
+        """For Prometheus. Takes the admin key or the metrics key, where there are keys."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(services.metrics.registry), headers={"Content-Type": content_type})
 

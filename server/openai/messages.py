@@ -59,10 +59,15 @@ class ToolCall(RequestModel):
 class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] | None = None
+    """Only of the assistant."""
     content: Content
+    """Required, except beside tool calls. Several parts are joined by line ends."""
     tool_call_id: Annotated[str | None, Field(validate_default=True)] = None
+    """Of messages with role `tool`: the call that this is the result of."""
     name: str | None = None
+    """Of results: the function. Ignored otherwise."""
     function_call: Any | None = None
+    """Refused: the older form of `tool_calls`."""
 
     @field_validator("tool_calls")
     @classmethod

@@ -47,8 +47,26 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "prompt_embeds": (None,),
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
+    "length_penalty": (None, 1),
+    "early_stopping": (None, False),
+    "spaces_between_special_tokens": (None, True),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "cache_salt": (None,),
 }
 """Fields that change the answer and are refused, OpenAI's first, with the values that change nothing."""
+
+IGNORED: Mapping[str, str] = {
+    "prediction": "Answers are computed as they come.",
+    "prompt_cache_retention": "What is remembered is decided by room alone.",
+    "request_id": "The header `x-request-id` is.",
+    "mm_processor_kwargs": "The models read text.",
+    "kv_transfer_params": "There is one engine.",
+}
+"""Fields that clients send, that change no answer and that are not even looked at, and why."""
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 

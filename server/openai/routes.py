@@ -38,6 +38,7 @@ DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeReques
 
 @router.post("/v1/chat/completions", dependencies=[Depends(knock)], openapi_extra=document(ChatRequest))
 async def chat_completions(body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    """An answer to messages, whole or as a stream."""
     ask = body.ask(caller.tenant)
     generation = services.generator.start(ask)
     answer = ChatAnswer(
@@ -55,6 +56,7 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
 
 @router.post("/v1/completions", dependencies=[Depends(knock)], openapi_extra=document(CompletionRequest))
 async def completions(body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    """What follows one prompt or many, whole or as a stream."""
     ask = body.ask(caller.tenant)
     generation = services.generator.start(ask)
     answer = CompletionAnswer(
@@ -94,6 +96,7 @@ async def list_models(
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Json:
+    """One model; `name@digest` is a revision of an adapter."""
     if model == services.served_name:
         return _base(services)
     if services.embedder is not None and model == services.embedder.name:
@@ -108,6 +111,7 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
 
 @router.post("/tokenize", dependencies=[Depends(count_request)], openapi_extra=document(TokenizeRequest))
 async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
+    """The tokens of a text, or of messages in the chat template."""
     await _check_model(body.model, services, caller.tenant)
     if body.messages is not None:
         messages, tools = plain(body.messages), body.tool_use
@@ -128,6 +132,7 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
 
 @router.post("/detokenize", dependencies=[Depends(count_request)], openapi_extra=document(DetokenizeRequest))
 async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
+    """The text of tokens."""
     await _check_model(body.model, services, caller.tenant)
     largest = services.tokenizer.vocab_size
     _check_length(len(body.tokens), services, "tokens")

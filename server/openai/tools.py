@@ -25,6 +25,7 @@ class FunctionDefinition(RequestModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    """Ignored: a call that is forced follows its schema in any case."""
 
     @field_validator("parameters")
     @classmethod
