@@ -11,11 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-<<<<<<< HEAD
-.PHONY: setup model demo test test-slow test-lm-eval gpu-test check bench bench-gpu lock clean
-=======
-.PHONY: setup model browser demo test test-slow gpu-test check bench bench-gpu lock clean
->>>>>>> c0f3dc9 (A console at /console: throughput, latency by adapter, memory, adapters, tenants, a playground)
+.PHONY: setup model browser demo test test-slow test-lm-eval gpu-test check bench bench-gpu lock clean
 
 setup: $(VENV)/.ready
 
