@@ -60,13 +60,17 @@ class ThreadLoader:
     """At most `num_threads` threads, which exist while there is work. They call `prepare` before each piece of it.
 
     All methods belong to one thread. The threads are daemons: a disk that hangs does not keep the process alive.
+    stack_bytes: of each thread, 0 for what the system gives.
     """
 
-    def __init__(self, num_threads: int = 1, prepare: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, num_threads: int = 1, prepare: Callable[[], None] = lambda: None, *, stack_bytes: int = 0
+    ) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}, expected at least 1")
         self._num_threads = num_threads
         self._prepare = prepare
+        self._stack_bytes = stack_bytes
         self._lock = threading.Lock()
         self._to_do = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)
@@ -92,7 +96,7 @@ class ThreadLoader:
             self._pending += 1
             if self._resting < len(self._queue) and self._threads < self._num_threads:
                 self._threads += 1
-                threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
+                self._start_thread()
             self._to_do.notify()
 
     def poll(self) -> None:
@@ -117,6 +121,13 @@ class ThreadLoader:
                 self._news.wait(deadline - time.monotonic())
             self._finished.clear()
             self._pending = 0
+
+    def _start_thread(self) -> None:
+        usual = threading.stack_size(self._stack_bytes)  # of all threads that start from now on
+        try:
+            threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
 
     def _run(self) -> None:
         while True:

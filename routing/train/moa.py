@@ -25,7 +25,7 @@ from routing.train.language_loss import language_loss
 from routing.train.mixed_batches import Mixture
 from routing.train.progress import progress_bar
 from routing.train.prompt_batches import PromptBatch, collate_prompts
-from routing.train.recipe_command import run_command
+from routing.train.prompt_command import run_command
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters

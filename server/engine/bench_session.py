@@ -19,7 +19,8 @@ from server.engine import peers
 from server.engine.adapters import EngineAdapters
 from server.engine.bench_measure import serve
 from server.engine.config import EngineConfig
-from server.engine.engine import Engine, start_loader
+from server.engine.engine import Engine
+from server.engine.reads import start_loader
 from server.engine.runner import Runner, choose_device, choose_dtype
 from server.engine.workload import Lengths, SyntheticAdapters, Traffic, Workload, make_workload, write_config
 from server.model.config import ModelConfig

@@ -17,10 +17,6 @@ def check_tokens(request: Request, vocabulary: int, longest: int) -> None:
     ):
         if not all(0 <= token < vocabulary for token in ids):
             raise RequestError(f"{param} has token ids outside 0..{vocabulary - 1}", param=param)
-    if request.params.constraint is not None:
-        raise RequestError(
-            "this engine cannot constrain its output", param="response_format", code="unsupported_parameter"
-        )
     if request.params.max_tokens < 0:
         raise RequestError(f"max_tokens is {request.params.max_tokens}, expected at least 0", param="max_tokens")
     if len(request.prompt) + request.params.max_tokens > longest:

@@ -28,6 +28,7 @@ class EngineConfig:
     and pack adapters beside the steps. `gates`: "module:class" of the `GateFactory` for token-level routers,
     `prompt_routers` of the `PromptRouterFactory`; None: such requests are refused. Where steps are captured,
     `gate_slots` token-level routers run at a time, with up to `gates_per_slot` gates a linear each; others wait.
+    `grammar_memory` is for compiled constraints that no request uses at the moment.
     """
 
     model: str
@@ -52,6 +53,7 @@ class EngineConfig:
     gate_slots: int = 4
     gates_per_slot: int = 64
     prompt_routers: str | None = None
+    grammar_memory: int = GIB // 4
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """What an output must be, in the words of the client."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+LONGEST_SOURCE = 1 << 17
+"""Characters. OpenAI's own bound is 120,000 for the names and values of a schema."""
 
 
 class ConstraintKind(StrEnum):
@@ -25,8 +28,10 @@ class ConstraintKind(StrEnum):
 class Constraint:
     """The whole output, from its first token to the end of text, is a text of this kind.
 
-    Nothing may follow a complete one but the end of text; a request that reaches `max_tokens` before is cut.
+    Nothing may follow a complete one but the end of text; a request that reaches `max_tokens` before is cut. `param` is
+    the field of the request that errors name.
     """
 
     kind: ConstraintKind
     source: str = ""
+    param: str = field(default="response_format", compare=False)

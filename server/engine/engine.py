@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 
-import torch
-
-from adapters_store.loader import Loader, ThreadLoader
 from adapters_store.tiers import HostTier, folder_reader
 from server.engine.adapters import EngineAdapters
 from server.engine.arrivals import Arrivals
@@ -23,27 +20,34 @@ from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestE
 from server.engine.deadlines import Deadlines
 from server.engine.deciding import Deciding
 from server.engine.decisions import Decision
+from server.engine.endings import ended, failed, not_finite
 from server.engine.gate_bank import GateBank
+from server.engine.grammar_bank import GrammarBank, open_bank
 from server.engine.intake import Intake
+from server.engine.masks import MaskThreads, constrained, no_mask
+from server.engine.matching import Matching
 from server.engine.plan import Chunk
 from server.engine.prompt_routers import PromptRouter, Verdict
-from server.engine.reads import page_check
+from server.engine.reads import page_check, start_loader
 from server.engine.router_bank import RouterBank
 from server.engine.runner import Launched, Runner
 from server.engine.sampler import stop_ids
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
+from server.engine.sequence import FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
 
 Clock = Callable[[], float]
 
 LOADING_SECONDS = 1e-3
 """How long a step waits for adapters under way when it can do nothing else."""
+MASK_SECONDS = 0.02
+"""How long the tokens of a step wait for a mask. A row without one yields no token and is computed anew."""
 
 
 class Engine:
     """Continuous batching over one model. Not thread-safe. `waited`: seconds spent waiting for the device.
 
-    Without `gates` requests with token-level routers are refused, without `routers` those with prompt-level ones.
+    Without `gates` requests with token-level routers are refused, without `routers` those with prompt-level ones,
+    without `grammars` constrained ones.
     """
 
     def __init__(
@@ -54,12 +58,14 @@ class Engine:
         clock: Clock,
         gates: GateBank | None = None,
         routers: RouterBank[PromptRouter] | None = None,
+        grammars: GrammarBank | None = None,
     ) -> None:
         self.config = config
         self.runner = runner
         self.adapters = adapters
-        self.arrivals = Arrivals(adapters, gates, routers)
+        self.arrivals = Arrivals(adapters, gates, routers, grammars)
         self.deciding = Deciding()
+        self.masks = MaskThreads()
         self.clock = clock
         self.eos_token_ids = frozenset(runner.model.eos_token_ids)
         blocks = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
@@ -88,17 +94,18 @@ class Engine:
         host, loader = HostTier(config.host_memory), start_loader(config.load_threads, runner.device)
         gates = runner.gate_bank(loader)
         routers = RouterBank(loader, runner.prompt_routers.read) if runner.prompt_routers is not None else None
-        return cls(config, runner, EngineAdapters(host, runner.pool, loader, read, clock), clock, gates, routers)
+        adapters = EngineAdapters(host, runner.pool, loader, read, clock)
+        return cls(config, runner, adapters, clock, gates, routers, open_bank(config, runner.model))
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._endings or self._launched)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, once its adapters and gates have been read; reading begins now and waits for nothing.
+        """Queue a request, once its adapters and gates are read and its constraint is compiled, which begins now.
 
-        Raises RequestError for what can never be served. What is known only when they have been read ends the request
-        with an error in a later step: one of them cannot be, or together the adapters are too large.
+        Raises RequestError for what can never be served. What is known only later ends the request with an error in a
+        step: one of them cannot be read or compiled, or together the adapters are too large.
         """
         if request.id in self._sequences:
             raise RequestError(f"request {request.id} is already running", param="id")
@@ -115,26 +122,29 @@ class Engine:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence)
-            self._endings.append(Output(request_id, finish_reason=FinishReason.ABORT))
+            self._endings.append(ended(request_id, FinishReason.ABORT))
 
     def step(self) -> list[Output]:
         """Schedule, build, run, commit. Returns what became of every sequence that moved or ended.
 
         Where the device allows, the step that is committed is the one launched by the call before: the host prepares a
         step while the device runs another. A step waits for adapters, for a millisecond, only if it can do nothing
-        else.
+        else. Constrained rows of a step launched ahead get their tokens at the beginning of the next call: until then
+        the device runs the model, and threads compute the masks.
         """
         started = self.clock()
         for sequence in self._deadlines.expired(started):
             self._end(sequence)
-            self._endings.append(Output(sequence.request.id, finish_reason=FinishReason.TIMEOUT))
+            self._endings.append(ended(sequence.request.id, FinishReason.TIMEOUT))
         self._move_adapters()
+        if self._launched is not None and self._launched.sampled is None:
+            self._choose(self._launched)
         plan = self.scheduler.schedule()
         for sequence, error in plan.failed:
             self._fail(sequence, error)
         outputs, self._endings = self._endings, []
         if not plan.chunks and not outputs and self._launched is None:
-            self.adapters.wait(LOADING_SECONDS)
+            self._wait()
             return []
         launched = self._launch(plan.chunks) if plan.chunks else None
         if self.runner.lookahead:
@@ -190,8 +200,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop reading adapters. An engine that is dropped without it leaves no thread behind for long either."""
+        """Stop all threads. An engine that is dropped without it leaves none behind for long either."""
         self.adapters.close()
+        self.arrivals.close()
+        self.masks.close()
 
     def check_integrity(self) -> None:
         """Raise unless every pool accounts for all it owns."""
@@ -207,10 +219,31 @@ class Engine:
             self._fail(sequence, error)
 
     def _launch(self, chunks: list[Chunk]) -> Launched:
-        launched = self.runner.launch(chunks, self.eos_token_ids)
+        waits = any(chunk.sequence.num_pending for chunk, _ in constrained(chunks))
+        launched = self.runner.launch(chunks)
         for chunk in chunks:
             self.scheduler.advance(chunk)
+        if not waits:
+            self._choose(launched)
         return launched
+
+    def _choose(self, launched: Launched) -> None:
+        """Choose the tokens of the last launch, when all tokens before them are known."""
+        for chunk, matching in self.masks.settle(launched.chunks, MASK_SECONDS):
+            if matching.behind:
+                launched.late.add(chunk.sequence)
+                self.scheduler.retract(chunk)
+            elif matching.error is not None:
+                self._fail(chunk.sequence, no_mask(chunk.sequence, matching))
+        self.runner.choose(launched, self.eos_token_ids)
+
+    def _wait(self) -> None:
+        """For what the requests wait for, a millisecond at most."""
+        matchings = [sequence.matching for sequence in self.scheduler.running if sequence.matching is not None]
+        if any(matching.pending for matching in matchings):
+            self.masks.wait(matchings, LOADING_SECONDS)
+        else:
+            self.arrivals.wait(LOADING_SECONDS)
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Take over what a step has yielded. Sequences that ended while it was under way are left out."""
@@ -218,6 +251,7 @@ class Engine:
         tokens, logprobs = launched.wait()
         self.waited += self.clock() - started
         outputs: list[Output] = []
+        moves: list[tuple[Matching, int]] = []
         sampled = iter(zip(tokens, logprobs, strict=True))
         prompt_logprobs = launched.prompt_logprobs()
         for index, (chunk, shares) in enumerate(zip(launched.chunks, launched.shares(), strict=True)):
@@ -225,16 +259,20 @@ class Engine:
             sequence = chunk.sequence
             if self._sequences.get(sequence.request.id) is not sequence:
                 continue
-            scored = prompt_logprobs.get(index, ())
-            if (chunk.samples and token is None) or scored is None:
+            scored, late = prompt_logprobs.get(index, ()), sequence in launched.late
+            token = None if late else token
+            if (chunk.samples and token is None and not late) or scored is None:
                 self._end(sequence, forget=True)
-                outputs.append(_not_finite(sequence))
+                outputs.append(not_finite(sequence.request.id))
                 continue
             self.scheduler.commit(chunk, token)
             if token is not None:
                 outputs.append(self._output(sequence, token, logprob, shares, scored))
+                if sequence.matching is not None:
+                    moves.append((sequence.matching, token))
             elif scored:
                 outputs.append(Output(sequence.request.id, prompt_logprobs=scored))
+        self.masks.advance(moves)
         for sequence, verdict in launched.verdicts:
             if self._sequences.get(sequence.request.id) is sequence and sequence.undecided:
                 self._decide(sequence, verdict)
@@ -248,7 +286,7 @@ class Engine:
         decision = Decision.of(use, sequence.asked.mix, verdict, self.clock() - started)
         if decision is None:
             self._end(sequence, forget=True)
-            self._endings.append(_not_finite(sequence))
+            self._endings.append(not_finite(sequence.request.id))
             return
         self.intake.decide(sequence, decision)
 
@@ -288,38 +326,12 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         self._end(sequence)
-        self._endings.append(
-            Output(
-                sequence.request.id,
-                finish_reason=FinishReason.ERROR,
-                error=str(error),
-                error_param=error.param,
-                error_code=error.code,
-            )
-        )
+        self._endings.append(failed(sequence.request.id, error))
 
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
         del self._sequences[sequence.request.id]
         self._deadlines.remove(sequence)
         self.intake.remove(sequence, forget=forget)
-
-
-def start_loader(num_threads: int, device: torch.device) -> Loader:
-    """Threads beside the steps, which allocate for the same device.
-
-    They must not call `torch.set_num_threads`: MKL's number is the whole process's, and with 1 a first token took 550
-    instead of 170 ms from the first load on (SmolLM2-135M, 2 cores).
-    """
-
-    def prepare() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-
-    return ThreadLoader(num_threads, prepare)
-
-
-def _not_finite(sequence: Sequence) -> Output:
-    return Output(sequence.request.id, finish_reason=FinishReason.ERROR, error=NOT_FINITE)
 
 
 def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:

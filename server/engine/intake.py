@@ -52,6 +52,7 @@ class Intake:
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """A sequence ends, wherever it is; see `Scheduler.remove`. If it was to decide for others, one of them does."""
+        self._arrivals.forget_grammar(sequence)
         if not (self._stranded.pop(sequence, None) or self._deciding.waits(sequence) or self._arrivals.leave(sequence)):
             self._scheduler.remove(sequence, forget=forget)
         successor = self._deciding.leave(sequence)

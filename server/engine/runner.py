@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence as ReadOnlyList
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,9 +22,8 @@ from server.engine.prompt_reading import verdicts
 from server.engine.prompt_routers import Verdict, prompt_router_factory
 from server.engine.sampler import Sampled, sample
 from server.engine.scoring import Scores
-from server.engine.sequence import Sequence as Routed
-from server.engine.sequence import TokenLogprobs
-from server.engine.steps import EagerSteps, KvCache, Steps
+from server.engine.sequence import Sequence, TokenLogprobs
+from server.engine.steps import Computed, EagerSteps, KvCache, Steps
 from server.model.config import ModelConfig, ModelError
 from server.model.decoder import Decoder
 from server.model.weights import load_weights, random_weights
@@ -36,19 +35,28 @@ LOAD_FORMATS = ("safetensors", "random")
 GRAPH_MODES = ("capture", "lazy", "eager")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Launched:
-    """A step under way: its chunks, and what of its tokens, scores and routers is being copied to the host."""
+    """A step under way: its chunks, what is computed of them, and, once that is chosen, copies to the host.
+
+    `sequences` are those whose chunk yields a token, `indices` that token's place in the output. Those that are `late`
+    yield none after all, since their masks were not there.
+    """
 
     chunks: list[Chunk]
-    sampled: Sampled
-    done: torch.cuda.Event | None
+    computed: Computed
+    sequences: list[Sequence]
+    indices: list[int]
+    verdicts: ReadOnlyList[tuple[Sequence, Verdict]]
+    late: set[Sequence] = field(default_factory=set)
+    sampled: Sampled | None = None
+    done: torch.cuda.Event | None = None
     routed: Shares | None = None
     scores: Scores | None = None
-    verdicts: Sequence[tuple[Routed, Verdict]] = ()
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
+        assert self.sampled is not None, "the tokens have not been chosen"
         if self.done is not None:
             self.done.synchronize()
         return self.sampled.read()
@@ -117,25 +125,31 @@ class Runner:
     def lookahead(self) -> bool:
         return self.steps.lookahead
 
-    def launch(self, chunks: list[Chunk], eos_token_ids: frozenset[int]) -> Launched:
-        """Start a step. With `lookahead`, the next one may be launched before its tokens have been waited for."""
-        logits, greedy, routed, scores = self.steps.launch(chunks)
-        decided = verdicts(chunks)
+    def launch(self, chunks: list[Chunk]) -> Launched:
+        """Start a step, which `choose` completes. With `lookahead`, the next one may be launched as soon as that is
+        done, before its tokens have been waited for."""
+        computed = self.steps.launch(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = sample(logits, sequences, eos_token_ids, greedy)
-        if sampled.tokens is not greedy:
-            self.steps.remember(sampled.tokens)
+        indices = [sequence.num_sampled for sequence in sequences]
+        launched = Launched(chunks, computed, sequences, indices, verdicts(chunks))
         for row, sequence in enumerate(sequences):
             sequence.sampled_row = row
-        if self.device.type != "cuda":
-            return Launched(chunks, sampled, None, routed, scores, decided)
-        host = sampled.to_host()
-        routed = None if routed is None else routed.to_host()
-        scores = None if scores is None else scores.to_host()
-        decided = [(sequence, verdict.to_host()) for sequence, verdict in decided]
-        done = torch.cuda.Event()
-        done.record()
-        return Launched(chunks, host, done, routed, scores, decided)
+        return launched
+
+    def choose(self, launched: Launched, eos_token_ids: frozenset[int]) -> None:
+        """Choose the tokens of the last launch, of which nothing else has been chosen."""
+        logits, greedy, routed, scores = launched.computed
+        sampled = sample(logits, launched.sequences, eos_token_ids, greedy, launched.indices)
+        if sampled.tokens is not greedy:
+            self.steps.remember(sampled.tokens)
+        if self.device.type == "cuda":
+            sampled = sampled.to_host()
+            routed = None if routed is None else routed.to_host()
+            scores = None if scores is None else scores.to_host()
+            launched.verdicts = [(sequence, verdict.to_host()) for sequence, verdict in launched.verdicts]
+            launched.done = torch.cuda.Event()
+            launched.done.record()
+        launched.sampled, launched.routed, launched.scores = sampled, routed, scores
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of keys and values of one block over all layers."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.masks import forbid
 from server.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
@@ -68,14 +69,17 @@ def sample(
     sequences: Rows[Sequence],
     eos_token_ids: frozenset[int],
     greedy: torch.Tensor | None = None,
+    indices: Rows[int] | None = None,
 ) -> Sampled:
     """Choose the next token of every row; -1 for a row that is not finite, as huge weights can make it.
 
     logits: (rows, vocabulary); greedy: int64[rows], the most likely token of each row, -1 where the row is not finite,
-    if that is known already. Log-probabilities are those of the unmodified distribution, in float32.
+    if that is known already. indices: of each row's token within its output, if it is not the next one to be sampled.
+    Log-probabilities are those of the unmodified distribution, in float32. A row whose mask is pending is not masked.
     """
     tokens = most_likely(logits) if greedy is None else greedy
-    special = [row for row, sequence in enumerate(sequences) if not _plain(sequence)]
+    indices = [sequence.num_sampled for sequence in sequences] if indices is None else indices
+    special = [row for row, sequence in enumerate(sequences) if not _plain(sequence, indices[row])]
     if not special:
         return Sampled(tokens)
     index = upload(special, torch.int64, logits.device)
@@ -83,13 +87,15 @@ def sample(
     own = logits.index_select(0, index).float()
     asked = [i for i, sequence in enumerate(chosen) if sequence.request.params.logprobs is not None]
     raw = torch.log_softmax(_rows(own, asked), dim=-1) if asked else None
+    numbers = [indices[row] for row in special]
     for row, sequence in enumerate(chosen):
-        _adjust(own[row], sequence, eos_token_ids)
+        _adjust(own[row], sequence, numbers[row], eos_token_ids)
+    own = _constrain(own, chosen, numbers, eos_token_ids)
     own_tokens = most_likely(own)
     drawn = [i for i, sequence in enumerate(chosen) if not sequence.request.params.greedy]
     if drawn:
         rows = upload(drawn, torch.int64, logits.device)
-        found = _draw(_rows(own, drawn), [chosen[i] for i in drawn])
+        found = _draw(_rows(own, drawn), [chosen[i].request.params for i in drawn], [numbers[i] for i in drawn])
         finite = own_tokens.index_select(0, rows) >= 0
         own_tokens.index_copy_(0, rows, torch.where(finite, found, -1))
     tokens = tokens.index_copy(0, index, own_tokens)
@@ -120,14 +126,14 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return logits if len(rows) == len(logits) else logits.index_select(0, upload(rows, torch.int64, logits.device))
 
 
-def _plain(sequence: Sequence) -> bool:
+def _plain(sequence: Sequence, index: int) -> bool:
     """Whether the row's token is its most likely one, and nothing else is asked for."""
     params = sequence.request.params
-    adjusted = params.needs_host_token or params.logit_bias or sequence.num_sampled < params.min_tokens
-    return params.greedy and params.logprobs is None and not adjusted
+    adjusted = params.needs_host_token or params.logit_bias or index < params.min_tokens
+    return params.greedy and params.logprobs is None and not adjusted and sequence.matching is None
 
 
-def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
+def _adjust(logits: torch.Tensor, sequence: Sequence, index: int, eos_token_ids: frozenset[int]) -> None:
     """Penalties, biases and the ban on ending too early, in place on one row.
 
     Repetition (Keskar et al., 2019) counts prompt and output; presence and frequency count the output, as OpenAI's do.
@@ -144,19 +150,39 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[i
     if params.logit_bias:
         ids = upload(params.logit_bias, torch.int64, logits.device)
         logits[ids] += upload(params.logit_bias.values(), logits.dtype, logits.device)
-    if sequence.num_sampled < params.min_tokens:
+    if index < params.min_tokens and sequence.matching is None:
         banned = upload(sorted(stop_ids(params, eos_token_ids)), torch.int64, logits.device)
         logits.index_fill_(0, banned, -torch.inf)
 
 
+def _constrain(
+    logits: torch.Tensor, sequences: Rows[Sequence], indices: Rows[int], eos_token_ids: frozenset[int]
+) -> torch.Tensor:
+    """Minus infinity for what a row's grammar does not allow.
+
+    `min_tokens` forbids the end here too, unless the grammar allows nothing else.
+    """
+    rows, masks = [], []
+    for row, (sequence, index) in enumerate(zip(sequences, indices, strict=True)):
+        matching, params = sequence.matching, sequence.request.params
+        if matching is not None and not matching.pending:
+            early = index < params.min_tokens
+            masks.append(matching.mask_without(stop_ids(params, eos_token_ids)) if early else matching.mask)
+            rows.append(row)
+    if len(rows) < len(sequences):
+        index_of = upload(rows, torch.int64, logits.device)
+        return logits.index_copy_(0, index_of, forbid(logits.index_select(0, index_of), masks)) if rows else logits
+    return forbid(logits, masks)
+
+
 def stop_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """Tokens that end the request."""
-    return params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
+    """Tokens that end the request. After a constrained output there is nothing but the end, so that is not ignored."""
+    ignores = params.ignore_eos and params.constraint is None
+    return params.stop_token_ids if ignores else params.stop_token_ids | eos_token_ids
 
 
-def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, params: Rows[SamplingParams], indices: Rows[int]) -> torch.Tensor:
     """Inverse-transform sampling: one uniform number a row against the cumulated probabilities."""
-    params = [sequence.request.params for sequence in sequences]
     temperature = upload([p.temperature for p in params], logits.dtype, logits.device)
     temperature.clamp_(min=torch.finfo(logits.dtype).tiny)
     # relative to the largest, which becomes 0, nothing overflows however small the temperature
@@ -169,7 +195,7 @@ def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
         logits.index_copy_(0, rows, _truncate(logits.index_select(0, rows), [params[row] for row in cut]))
     # float64: over 150,000 tokens float32 sums lose more than the probability of many tokens
     cumulated = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    numbers = [uniform(s.request.params.seed, s.num_sampled) for s in sequences]
+    numbers = [uniform(p.seed, index) for p, index in zip(params, indices, strict=True)]
     targets = upload(numbers, torch.float64, logits.device) * cumulated[:, -1]
     drawn = torch.searchsorted(cumulated, targets[:, None], right=True).squeeze(1)
     return drawn.clamp_(max=logits.shape[-1] - 1)  # a row of NaN would give an id outside the vocabulary

@@ -81,6 +81,11 @@ class Scheduler:
         if chunk.scores:
             sequence.num_unscored = min(sequence.num_unscored, max(0, sequence.num_prompt - 1 - chunk.stop))
 
+    def retract(self, chunk: Chunk) -> None:
+        """Record that a launched chunk does not yield its token after all; its last token will be computed again."""
+        chunk.sequence.num_computed -= 1
+        chunk.sequence.num_pending -= 1
+
     def commit(self, chunk: Chunk, token: int | None) -> None:
         """Record that a launched chunk of a sequence that has not ended is done, and the token that it yielded."""
         sequence = chunk.sequence
@@ -186,7 +191,7 @@ class Scheduler:
         for sequence in self.starvation.in_turn(plan):
             if self._full and (len(plan.passed) >= CLAIMANTS or not self.waiting.contended):
                 return
-            if sequence.num_pending:  # preempted while a step was under way
+            if sequence.num_pending or not sequence.ready:  # preempted while a step, or its mask, was under way
                 continue
             if self._full and self._victims(sequence, plan, missing=0) is None:
                 plan.passed.add(sequence.request.tenant)

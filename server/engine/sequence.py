@@ -10,6 +10,7 @@ from adapters_store.types import BASE, Mix
 from server.engine.constraint import Constraint
 from server.engine.decisions import Decision
 from server.engine.gates import Gates, GateUse
+from server.engine.matching import Matching
 from server.engine.prompt_routers import Decided, PromptPass, PromptRouter, PromptUse
 
 NOT_FINITE = "the model's output is not finite: the adapters of this request, or their weights, are too large"
@@ -173,6 +174,7 @@ class Sequence:
     router: PromptRouter | None = None
     reading: PromptPass | None = None
     decision: Decision | None = None
+    matching: Matching | None = None
     num_cached: int | None = None
     num_hashed_blocks: int = 0
     num_unscored: int = 0
@@ -243,9 +245,16 @@ class Sequence:
 
     @property
     def ready(self) -> bool:
-        """Whether another step can be launched before the pending token is known."""
-        params = self.request.params
-        return not self.num_pending or not (params.needs_host_token or self.num_sampled >= params.max_tokens)
+        """Whether another step can be launched, also before the pending token is known if there is one.
+
+        A constrained row runs ahead like any other: only choosing its token waits for the token before. One whose mask
+        takes too long for that waits for it here, so that others need not.
+        """
+        params, matching = self.request.params, self.matching
+        if matching is not None and not matching.ready:
+            return False
+        waits = params.needs_host_token or (matching is not None and matching.slow)
+        return not self.num_pending or not (waits or self.num_sampled >= params.max_tokens)
 
     def forget_computed(self) -> None:
         """Back to nothing computed, as preemption by recompute needs. Blocks and lease must have been given back."""

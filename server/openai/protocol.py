@@ -12,9 +12,11 @@ from routing.router import NamedWeight, RouteQuery
 from server.ask import Ask
 from server.body import RequestModel, limits_of, validate
 from server.config import LimitSettings
+from server.engine.constraint import Constraint
 from server.engine.sequence import SamplingParams
 from server.errors import BadRequest
 from server.openai.answer import StreamedUsage
+from server.openai.constraints import ResponseFormat, StructuredOutputs, constraint_of
 from server.openai.lora import LoraOptions
 from server.query_text import QueryScope
 from server.route_options import Name
@@ -25,8 +27,6 @@ T = TypeVar("T")
 NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None, {}),
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_choice": (None,),
@@ -135,6 +135,8 @@ class GenerationRequest(RequestModel):
     """Default false. Server-sent events, `[DONE]` at the end; a silent stream sends comments."""
     stream_options: StreamOptions | None = None
     """Only when `stream` is true."""
+    response_format: ResponseFormat | None = None
+    """What an answer must be. Its schemas are checked: what cannot be kept is refused."""
 
     user: str | None = None
     """Ignored: tenants are told apart by their keys."""
@@ -167,6 +169,8 @@ class GenerationRequest(RequestModel):
     """Default 0. No end before."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """So many most likely tokens at each place of the prompt. Not with `stream`."""
+    structured_outputs: StructuredOutputs | None = None
+    """What an answer must be, in vLLM's words. Not with `response_format`."""
 
     priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] | None = None
     """Default 0. Smaller goes first among the tenant's own waiting requests."""
@@ -218,11 +222,16 @@ class GenerationRequest(RequestModel):
             raise BadRequest(f"min_tokens: expected at most max_tokens, {longest}", param="min_tokens")
         if self.lora is not None and self.lora.adapters is not None and self.lora.router is not None:
             raise BadRequest("lora.router: an explicit list of adapters excludes a router", param="lora.router")
+        self.constraint()
 
     @property
     def model_name(self) -> str:
         """LoRAX's `adapter_id` means the same as `model`, and is the more specific where both are given."""
         return self.adapter_id or self.model or ""
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must be. Raises BadRequest."""
+        return constraint_of(self.response_format, self.structured_outputs)
 
     def longest_answer(self) -> int | None:
         return self.max_tokens
@@ -258,6 +267,7 @@ class GenerationRequest(RequestModel):
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.num_logprobs(),
             prompt_logprobs=self.num_prompt_logprobs(),
+            constraint=self.constraint(),
         )
 
     def query(self, tenant: Tenant) -> RouteQuery:

@@ -35,7 +35,7 @@ def forced_calls(use: ToolUse, form: ToolForm, tokens: Mapping[str, int]) -> Con
     the ids of those markers that are special tokens: no text is one, so a grammar names them by their id.
     """
     rules = _rules(use, form, tokens)
-    return Constraint(ConstraintKind.GRAMMAR, "\n".join(["start: calls", *rules]))
+    return Constraint(ConstraintKind.GRAMMAR, "\n".join(["start: calls", *rules]), param="tools")
 
 
 def answer_or_calls(answer: Constraint, use: ToolUse, form: ToolForm, tokens: Mapping[str, int]) -> Constraint:

@@ -18,7 +18,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.plan import Chunk
 from server.engine.reads import page_check
-from server.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
+from server.engine.sequence import Output, Request, SamplingParams, Sequence, TokenLogprobs
 from tests.adapters_store.library import LIBRARY, PACKED, check_content, make_pool
 
 BYTES = max(packed.num_bytes for packed in PACKED.values())
@@ -83,10 +83,12 @@ class Disk:
         return PACKED[digest]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FakeLaunch:
     chunks: list[Chunk]
     verdicts: tuple[()] = ()
+    sampled: bool | None = None
+    late: frozenset[Sequence] = frozenset()
 
     def wait(self) -> tuple[list[int | None], list[None]]:
         count = sum(chunk.samples for chunk in self.chunks)
@@ -110,7 +112,7 @@ class FakeRunner:
         self.gates = None
         self.max_model_len = 256
 
-    def launch(self, chunks: list[Chunk], _: frozenset[int]) -> FakeLaunch:
+    def launch(self, chunks: list[Chunk]) -> FakeLaunch:
         for row, chunk in enumerate(chunks):
             lease, mix = chunk.sequence.lease, chunk.sequence.request.mix
             assert (lease is not None) == bool(mix.entries)
@@ -120,6 +122,9 @@ class FakeRunner:
                 check_content(self.pool, lease)
             chunk.sequence.sampled_row = row
         return FakeLaunch(chunks)
+
+    def choose(self, launched: FakeLaunch, _: frozenset[int]) -> None:
+        launched.sampled = True
 
 
 class Loading:

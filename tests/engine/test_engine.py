@@ -12,14 +12,12 @@ from transformers import AutoModelForCausalLM
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Composition, Mix
 from server.engine.config import EngineConfig, RequestError
-from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from server.model.config import ModelConfig
 from tests.conftest import HAS_GPU, MakeAdapter
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-ANY_OBJECT = Constraint(ConstraintKind.JSON_OBJECT)
 SMALL = {"kv_memory": 1 << 22, "page_memory": 1 << 22, "device": "cuda" if HAS_GPU else "cpu", "cuda_graphs": "lazy"}
 PROMPTS = [tuple((7 * row + 3 * column * column + 5) % 500 + 2 for column in range(4 + 9 * row)) for row in range(6)]
 
@@ -313,7 +311,6 @@ def test_logprobs_are_those_of_the_model(engine: Engine, tiny_model: Path) -> No
         (Request("r", (5,), replace(GREEDY, logit_bias={512: 1.0})), "logit_bias", "invalid_value"),
         (Request("r", (5,), replace(GREEDY, stop_token_ids=frozenset({-1}))), "stop_token_ids", "invalid_value"),
         (Request("r", (5,), GREEDY, Mix.of([("ab" * 32, 1.0)])), "lora.adapters", "invalid_value"),
-        (Request("r", (5,), replace(GREEDY, constraint=ANY_OBJECT)), "response_format", "unsupported_parameter"),
     ],
 )
 def test_refused_requests_leave_no_trace(engine: Engine, request_: Request, param: str, code: str) -> None:

@@ -39,6 +39,10 @@ def sample(
     return sampler.sample(logits, sequences, eos).to_host().read()
 
 
+def draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    return _draw(logits, [one.request.params for one in sequences], [one.num_sampled for one in sequences])
+
+
 def seeded(count: int, **params: Any) -> list[Sequence]:
     return [sequence(seed=seed, **params) for seed in range(count)]
 
@@ -124,7 +128,7 @@ class TestDistribution:
     logits = normal(1, 8, seed=5, scale=1.0)
 
     def draw(self, sequences: list[Sequence]) -> torch.Tensor:
-        drawn = _draw(self.logits.expand(len(sequences), -1), sequences)
+        drawn = draw(self.logits.expand(len(sequences), -1), sequences)
         return torch.bincount(drawn, minlength=8).double()
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -146,15 +150,15 @@ class TestDistribution:
         assert chi_square(counts[kept], expected[kept]) < CHI_SQUARE[7]
 
     def test_equal_logits_are_equally_likely(self) -> None:
-        drawn = _draw(torch.zeros(16_000, 16), seeded(16_000))
+        drawn = draw(torch.zeros(16_000, 16), seeded(16_000))
         counts = torch.bincount(drawn, minlength=16).double()
         assert chi_square(counts, torch.full((16,), 1 / 16)) < CHI_SQUARE[15]
 
     def test_impossible_tokens_are_never_drawn(self) -> None:
         logits = torch.full((2_000, 9), -torch.inf)
         logits[:, [2, 5]] = 1.0
-        assert set(_draw(logits, seeded(2_000)).tolist()) == {2, 5}
-        assert set(_draw(logits, seeded(2_000, top_k=7, top_p=0.99, min_p=0.01)).tolist()) == {2, 5}
+        assert set(draw(logits, seeded(2_000)).tolist()) == {2, 5}
+        assert set(draw(logits, seeded(2_000, top_k=7, top_p=0.99, min_p=0.01)).tolist()) == {2, 5}
 
     @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1 - 2**-32, 3)])
     def test_nor_are_they_at_the_ends_of_the_range(
@@ -162,7 +166,7 @@ class TestDistribution:
     ) -> None:
         monkeypatch.setattr("server.engine.sampler.uniform", lambda *_: number)
         logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf]])
-        assert _draw(logits, [sequence()]).tolist() == [token]
+        assert draw(logits, [sequence()]).tolist() == [token]
 
     def test_a_row_without_any_distribution_gives_no_token(self) -> None:
         """An adapter may overflow; its row must not break the step of the others."""
@@ -241,7 +245,7 @@ class TestTruncation:
 class TestAdjustments:
     def adjusted(self, logits: torch.Tensor, found: Sequence, eos: frozenset[int] = NO_EOS) -> torch.Tensor:
         logits = logits.clone()
-        _adjust(logits, found, eos)
+        _adjust(logits, found, found.num_sampled, eos)
         return logits
 
     @pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])

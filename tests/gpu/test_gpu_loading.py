@@ -184,8 +184,9 @@ def without_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapped
 
-    for owner, name in ((engine.adapters, "poll"), (engine.adapters, "acquire"), (engine.runner, "launch")):
-        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    for owner, names in ((engine.adapters, ("poll", "acquire")), (engine.runner, ("launch", "choose"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
 
 
 @pytest.mark.parametrize("graphs", ["capture", "lazy", "eager"])

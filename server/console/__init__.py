@@ -1,1 +1,0 @@
-"""The console: static pages that speak to the server's own HTTP interface."""

@@ -1,0 +1,147 @@
+"""Constraints tried in a process of its own, which ends when one takes too long.
+
+`python -m server.engine.grammar_check FOLDER VOCABULARY EOS...` reads a JSON line for each constraint, kind and source,
+and answers each with a line, null or the reason why it cannot be used. A line before all says that it is ready.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
+from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
+
+SMALL_SOURCE = 1024
+"""Characters of a constraint that is compiled without having been tried: the worst that was found takes a second."""
+CHECK_SECONDS = 3.0
+"""CPU time for one. The library's limits do not bound it: 500 `patternProperties`, 7 KB, take a minute, and an error
+below a chain of 2,000 rules half of one."""
+MOST_MEMORY = 1 << 32
+
+
+class CheckedCompiler:
+    """Compiles constraints, all but small ones after another process has. Thread-safe.
+
+    There are as many of these processes as threads that need one at a time; they start when they are first needed.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        eos_token_ids = sorted(eos_token_ids)
+        arguments = [str(folder), str(vocab_size), *map(str, eos_token_ids)]
+        self._compiler = GrammarCompiler(folder, vocab_size, eos_token_ids)
+        self._command = [sys.executable, "-P", "-m", "server.engine.grammar_check", *arguments]
+        self._lock = threading.Lock()
+        self._all: set[subprocess.Popen[bytes]] = set()
+        self._idle: list[subprocess.Popen[bytes]] = []
+        self._closed = False
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        """Raises GrammarError if the constraint cannot be used, or takes too long to find out."""
+        if SMALL_SOURCE < len(constraint.source) <= LONGEST_SOURCE:
+            self._check(constraint)
+        return self._compiler.compile(constraint)
+
+    def _check(self, constraint: Constraint) -> None:
+        process = self._take()
+        line = json.dumps([constraint.kind, constraint.source]).encode() + b"\n"
+        answer = _ask(process, line)
+        if not answer:
+            self._forget(process)
+            raise GrammarError(f"it is too complex: {CHECK_SECONDS:.0f} seconds were not enough to compile it")
+        with self._lock:
+            self._idle.append(process)
+        error = json.loads(answer)
+        if error is not None:
+            raise GrammarError(error)
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            self._closed = True
+            processes, self._all, self._idle = self._all, set(), []
+        for process in processes:
+            process.kill()
+            _end(process)
+
+    def _take(self) -> "subprocess.Popen[bytes]":
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            if self._closed:
+                raise GrammarError("the engine is being closed")
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._all.add(process)
+        if not _ask(process, b""):
+            self._forget(process)
+            raise GrammarError("this server cannot check constraints")
+        return process
+
+    def _forget(self, process: "subprocess.Popen[bytes]") -> None:
+        with self._lock:
+            self._all.discard(process)
+        process.kill()
+        _end(process)
+
+
+def _ask(process: "subprocess.Popen[bytes]", line: bytes) -> bytes:
+    """What it answers; nothing if it has ended."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+        return process.stdout.readline()
+    except (OSError, ValueError):  # ValueError: closed by another thread
+        return b""
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except OSError:
+                continue
+    process.wait()
+
+
+def serve(compiler: GrammarCompiler) -> None:
+    """Answer until there is nothing more to read. What takes too long ends the process, by a signal that nothing holds
+    up: the library does not return to the interpreter meanwhile."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints is no answer
+    answers.write(b"null\n")
+    for line in sys.stdin.buffer:
+        kind, source = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)
+        try:
+            compiler.compile(Constraint(ConstraintKind(kind), source))
+            error = None
+        except GrammarError as refused:
+            error = str(refused)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(json.dumps(error).encode() + b"\n")
+
+
+def main() -> int:
+    for name in (signal.SIGINT, signal.SIGTERM):  # they may go to the whole group; the engine closes our input
+        signal.signal(name, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    folder, vocab_size, *eos = sys.argv[1:]
+    compiler = GrammarCompiler(Path(folder), int(vocab_size), map(int, eos))
+    compiler.load()
+    threading.stack_size(STACK_BYTES)
+    worker = threading.Thread(target=serve, args=(compiler,))
+    worker.start()
+    worker.join()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Threads that compute the masks of constrained outputs beside the steps, and the masks' way to the device."""
+
+import logging
+import threading
+from collections.abc import Iterable
+from collections.abc import Sequence as ReadOnlyList
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from server.engine.config import RequestError
+from server.engine.matching import Matching
+from server.engine.plan import Chunk
+from server.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class MaskThreads:
+    """Advances matchings: a thread for all, and another one for the slow, which therefore delay only each other."""
+
+    def __init__(self) -> None:
+        self._lanes = tuple(ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("masks", "slow-masks"))
+        self._news = threading.Condition()
+
+    def advance(self, moves: ReadOnlyList[tuple[Matching, int]]) -> None:
+        """Compute the mask behind each token. The matchings are `pending` until that is done."""
+        for lane, slow in zip(self._lanes, (False, True), strict=True):
+            batch = [(matching, token) for matching, token in moves if matching.slow is slow]
+            for matching, _ in batch:
+                matching.pending, matching.behind = True, False
+            if batch:
+                lane.submit(self._run, batch)
+
+    def wait(self, matchings: ReadOnlyList[Matching], seconds: float) -> None:
+        """Return when none of them is pending, at the latest after this time."""
+        with self._news:
+            self._news.wait_for(lambda: not any(matching.pending for matching in matchings), seconds)
+
+    def settle(self, chunks: Iterable[Chunk], seconds: float) -> list[tuple[Chunk, Matching]]:
+        """Wait for the masks of a step. Returns its constrained chunks; those that have none after this time are
+        `behind`, and stay so until the mask after the next one is asked for."""
+        pairs = constrained(chunks)
+        self.wait([matching for _, matching in pairs], seconds)
+        for _, matching in pairs:
+            matching.behind = matching.pending
+        return pairs
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        for lane in self._lanes:
+            lane.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, batch: ReadOnlyList[tuple[Matching, int]]) -> None:
+        for matching, token in batch:
+            matching.advance(token)
+            matching.pending = False
+        with self._news:
+            self._news.notify_all()
+
+
+def constrained(chunks: Iterable[Chunk]) -> list[tuple[Chunk, Matching]]:
+    """The chunks that yield a token which a grammar must allow."""
+    pairs = [(chunk, chunk.sequence.matching) for chunk in chunks if chunk.samples]
+    return [(chunk, matching) for chunk, matching in pairs if matching is not None]
+
+
+def no_mask(sequence: Sequence, matching: Matching) -> RequestError:
+    """What a request whose output cannot be continued ends with."""
+    constraint = sequence.request.params.constraint
+    assert constraint is not None
+    logger.warning("request %s has no mask: %s", sequence.request.id, matching.error)
+    return RequestError(
+        f"{constraint.param}: after {sequence.num_output} tokens it is too complex, or nothing can follow",
+        param=constraint.param,
+        code="invalid_constraint",
+    )
+
+
+def forbid(logits: Tensor, masks: ReadOnlyList[NDArray[np.uint32]]) -> Tensor:
+    """logits [R, V] with minus infinity where bit t % 32 of word t // 32 of a row's mask, uint32[words], is not set.
+
+    One copy to the device and one operation for all rows. A mask may have more bits than there are logits.
+    """
+    host = torch.empty(len(masks), len(masks[0]), dtype=torch.int32, pin_memory=logits.device.type == "cuda")
+    np.stack(masks, out=host.numpy().view(np.uint32))
+    words = host.to(logits.device, non_blocking=True).view(torch.uint8)
+    bits = words[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    return logits.masked_fill((bits == 0).flatten(1)[:, : logits.shape[-1]], -torch.inf)
