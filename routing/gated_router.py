@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore
 from adapters_store.types import Composition, Mix
-from routing.candidates import allowed_candidates
-from routing.card_adapters import CardAdapter
+from routing.candidates import usable
 from routing.gate_folder import GateCard
 from routing.router import Outcome, Route, RoutedAdapter, RouteError, RouteQuery
 from routing.router_options import RouterOptions
@@ -28,9 +26,8 @@ class GatedOptions:
 class GatedRouter:
     """A MeteoRA router: every adapter of its card that the tenant may use is there, and every token weighs them anew.
 
-    An adapter is used with the very weights that the gates were trained for, as the tenant's own name has or had them,
-    or a public name has them now; where that is not so its row cannot be chosen. `folder` holds the gates, `clock`
-    counts seconds.
+    An adapter is used with the very weights that the gates were trained for (`routing.candidates.usable`); where that
+    is not so its row cannot be chosen. `folder` holds the gates, `clock` counts seconds.
     """
 
     def __init__(
@@ -50,7 +47,7 @@ class GatedRouter:
         """
         started = self._clock()
         options = self._settle(query)
-        found = await self._usable(query)
+        found = await usable(self._store, query, self._card.adapters)
         adapters = {each.digest: RoutedAdapter(each, 1.0) for each in found if each is not None}
         if not adapters:
             none = Outcome.NO_CANDIDATES
@@ -66,23 +63,6 @@ class GatedRouter:
         mix = Mix(tuple((digest, 1.0) for digest in sorted(adapters)))
         seconds = self._clock() - started
         return Route(self.name, tuple(adapters.values()), query.composition, mix, seconds, gates=gates)
-
-    async def _usable(self, query: RouteQuery) -> list[Resolved | None]:
-        """By row of the gates the adapter that it stands for, None where the tenant may not use it."""
-        candidates = query.options.candidates
-        allowed = await allowed_candidates(self._store, query.tenant, candidates)
-        exact = {each.partition("@")[0] for each in candidates or () if "@" in each}
-        wanted = [f"{adapter.name}@{adapter.digest}" for adapter in self._card.adapters]
-        found = await self._store.resolve(query.tenant, wanted)
-
-        def may_be(adapter: CardAdapter) -> bool:
-            if allowed is None:
-                return True
-            meant = allowed.get(adapter.name)
-            return meant is not None and (adapter.name not in exact or meant.digest == adapter.digest)
-
-        both = zip(wanted, self._card.adapters, strict=True)
-        return [found.get(each) if may_be(adapter) else None for each, adapter in both]
 
     def _settle(self, query: RouteQuery) -> GatedOptions:
         """The options with this router's defaults. Raises RouteError."""

@@ -11,6 +11,7 @@ from adapters_store.store import AdapterStore
 from adapters_store.types import Composition, Mix
 from routing.router_options import RouterOptions
 from server.engine.gates import GateUse
+from server.engine.prompt_routers import Decided, PromptUse
 
 AUTO = "auto"
 """The model name, alone or before `:<router>`, that leaves the choice to a router."""
@@ -99,6 +100,7 @@ class Outcome(StrEnum):
     BELOW_MIN_SCORE = "below_min_score"
     NO_CANDIDATES = "no_candidates"
     EMPTY_TEXT = "empty_text"
+    NO_ADAPTER = "no_adapter"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Route:
 
     `router` is None where nothing was to be chosen, `best` the highest score of any candidate. `scores`, of all
     candidates and best first, are there when the query asked for an explanation. With `gates` every token weighs the
-    adapters anew.
+    adapters anew; a `prompt_router` chooses once among its `experts`, which are named, and of these it has `decided`
+    for some, or has still to decide. `warnings` are sentences for the client.
     """
 
     router: str | None
@@ -128,6 +131,10 @@ class Route:
     best: float | None = None
     scores: tuple[Scored, ...] | None = None
     gates: GateUse | None = None
+    prompt_router: PromptUse | None = None
+    experts: tuple[str | None, ...] = ()
+    decided: Decided | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def resolved(self) -> tuple[Resolved, ...]:
@@ -138,7 +145,7 @@ class Route:
     @property
     def label(self) -> str:
         """Name of the mix in metrics."""
-        if self.gates is not None:
+        if self.gates is not None or self.prompt_router is not None:
             return f"{AUTO}:{self.router}"
         names = "+".join(sorted({adapter.name for adapter in self.adapters})) or "base"
         return names if len(names) <= LONGEST_LABEL else f"{len(self.adapters)} adapters"
@@ -217,23 +224,44 @@ class Routers:
         self.absent = absent
         self._explicit = explicit
         self._routers = dict(routers or {})
+        self._companions: dict[str, str] = {}  # digests by name of the router
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the routers that choose, sorted."""
         return tuple(sorted(self._routers))
 
-    def put(self, router: Router) -> None:
-        """From now on the router of this name is this one."""
+    def put(self, router: Router, trained_with: str | None = None) -> None:
+        """From now on the router of this name is this one.
+
+        trained_with: digest of an adapter that is not meant to be used without it.
+        """
         self._routers[router.name] = router
+        self._companions.pop(router.name, None)
+        if trained_with is not None:
+            self._companions[router.name] = trained_with
 
     def drop(self, name: str) -> None:
         """From now on there is no router of this name."""
         self._routers.pop(name, None)
+        self._companions.pop(name, None)
 
     async def route(self, query: RouteQuery) -> Route:
         """The decision of the router that the query asks for. Raises RouteError, RegistryError."""
-        return await self.select(query).route(query)
+        return self.warned(await self.select(query).route(query))
+
+    def warned(self, route: Route) -> Route:
+        """With a warning for every adapter that was trained together with another router than the one that decides."""
+        if not self._companions:
+            return route
+        names = {adapter.digest: adapter.name for adapter in route.adapters}
+        warnings = tuple(
+            f"adapter {names[digest]!r} was trained together with router {router!r}, which chooses among its linears:"
+            f" without it answers are not those that it was trained for"
+            for router, digest in self._companions.items()
+            if digest in names and router != route.router
+        )
+        return replace(route, warnings=warnings) if warnings else route
 
     def select(self, query: RouteQuery) -> Router:
         """Who decides. Raises RouteError."""

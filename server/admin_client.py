@@ -86,7 +86,7 @@ class AdminClient:
         return self._send(method, path, patient, options)
 
     def tokens(self, router: str, prompt: str, count: int, options: Mapping[str, object]) -> Json:
-        """The `lora` object of an answer of `count` tokens, explained, by a router that decides token by token."""
+        """The `lora` object of an answer of `count` tokens, explained, by a router inside the model."""
         messages = [{"role": "user", "content": prompt}]
         body = {"model": f"auto:{router}", "messages": messages, "max_tokens": count, "temperature": 0}
         body["lora"] = {"explain": True, **options}

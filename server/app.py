@@ -32,6 +32,7 @@ from server.chat import ChatTokenizer
 from server.checkpoint import locate
 from server.choice import ChoiceServices
 from server.config import Settings
+from server.console.routes import add_console
 from server.deps import Services, ServicesDep, ServingEngine, State, check_metrics_key
 from server.engine.client import EngineClient
 from server.errors import install_error_handlers
@@ -91,6 +92,7 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
     app.include_router(embeddings_router, tags=["OpenAI"])
     app.include_router(admin_router)
     _add_operations(app)
+    add_console(app)
     origins = settings.http.cors_origins
     if settings.serve.is_open and not settings.serve.insecure:
         app.add_middleware(LocalOnly, origins=origins)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from server.admin_tables import Column, Printer, printable
-from server.router_views import REASONS, print_route
+from server.router_views import REASONS, print_layers, print_route
 from server.token_views import print_tokens
 
 ADAPTERS = (Column("adapter", style="cyan"), Column("in use", right=True))
@@ -37,10 +37,12 @@ class ChatScreen:
         self._is_at_start = True
 
     def route(self, lora: Mapping[str, Any], num_tokens: int, seconds: float, *, explains: bool) -> None:
-        """Who answered, and how fast; with `explains` the scores of who could have, or who led each token."""
+        """Who answered, and how fast; with `explains` the scores of who could have, or who led where."""
         speed = f", {num_tokens / seconds:.1f} tokens/s" if seconds > 0 and num_tokens else ""
         self._out.line(f"[{route_line(lora)}; {num_tokens} tokens{speed}]", style="dim")
-        if explains and "tokens" in lora:
+        if explains and "layers" in lora:
+            print_layers(self._out, lora)
+        elif explains and "tokens" in lora:
             print_tokens(self._out, lora)
         elif explains and "scores" in lora:
             print_route(self._out, lora, MOST_SCORES)

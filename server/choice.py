@@ -12,6 +12,7 @@ from routing.router import Route
 from server.chat import ChatTokenizer
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineInfo, RequestError
+from server.engine.prompt_routers import Decided
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, TokenLogprobs
 from server.errors import BadRequest, DeadlinePassed, ServerError, Unavailable
 from server.metrics import Ending, Metrics
@@ -114,6 +115,7 @@ class Choice:
         self.cached_tokens = 0
         self.prompt_scores: tuple[TokenLogprobs, ...] = ()
         self.routed = RoutedTokens(explains)
+        self.decided: Decided | None = None
         self._route = route
         self._stops = stops
         self._services = services
@@ -181,6 +183,7 @@ class Choice:
         if is_late and not self.num_tokens:
             raise DeadlinePassed
         self._note_time(output)
+        self.decided = output.decided or self.decided
         text = self._feed(output)
         reason = FinishReason.STOP if self._stops.hit is not None else output.finish_reason
         reason = FinishReason.LENGTH if is_late else reason

@@ -145,7 +145,7 @@ def explain(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many candidates are shown.")] = 20,
     tokens: Annotated[
-        int, typer.Option(min=0, help="If the router decides token by token: generate so many, and show who did what.")
+        int, typer.Option(min=0, help="If the router is inside the model: generate so many, and show who did what.")
     ] = 48,
     url: Url = HERE,
     key: Key = None,
@@ -153,7 +153,7 @@ def explain(
 ) -> None:
     """Show which adapters the model `auto` would use for a prompt, and why.
 
-    Only for a router that decides token by token an answer is generated, as the key's own tenant.
+    Only for a router inside the model an answer is generated, as the key's own tenant.
     """
     with reaching(url, key) as client:
         body = given(prompt=prompt, tenant=tenant, router=router, top_k=top_k, candidates=candidates or None)
@@ -163,10 +163,12 @@ def explain(
     if as_json:
         print_json(answer)
         return
-    from server.router_views import print_route
+    from server.router_views import print_layers, print_route
     from server.token_views import print_tokens
 
-    if "tokens" in answer:
+    if "layers" in answer:
+        print_layers(printer(), answer)
+    elif "tokens" in answer:
         print_tokens(printer(), answer)
     else:
         print_route(printer(), answer, limit)

@@ -151,6 +151,7 @@ class ServeSettings(BaseModel):
             cuda_graphs=self.cuda_graphs,
             kernel_cache=str(self.kernel_cache or data_dir / "kernels"),
             gates="routing.token_router:TokenGateFactory",
+            prompt_routers="routing.prompt_serving:PromptRouterFactory",
             gate_slots=self.gate_slots,
             gates_per_slot=self.gates_per_slot,
         )

@@ -1,23 +1,35 @@
-"""Token-level routers as the registry has them: checked against the base model and the adapters, and served."""
+"""Routers inside the model as the registry has them: checked against the base model and the adapters, and served."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 
 from adapters_store.registry import RouterRow
 from adapters_store.store import AdapterStore
+from adapters_store.types import LinearShape
 from routing.card_adapters import CardAdapter
 from routing.card_file import RouterFolderError
+from routing.gate_folder import KIND as METEORA
 from routing.gate_folder import GateCard, read_gates
 from routing.gated_router import GatedRouter
+from routing.prompt_choice import PromptLevelRouter
+from routing.prompt_folder import MILORA, MOA, PromptCard, read_prompt_router
 from routing.router import Routers
 from server.errors import Unprocessable
 
+Card = GateCard | PromptCard
+
+READERS: Mapping[str, Callable[[Path, LinearShape, str], Card]] = MappingProxyType(
+    {METEORA: read_gates, MILORA: read_prompt_router, MOA: read_prompt_router}
+)
+"""What reads a router's folder, by the kinds that are served here."""
+
 
 class MemberState(StrEnum):
-    """Whether the name of a router's adapter still means the weights that the gates were trained for."""
+    """Whether the name of a router's adapter still means the weights that the router was trained for."""
 
     CURRENT = "current"
     REPLACED = "replaced"
@@ -26,7 +38,7 @@ class MemberState(StrEnum):
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter of a token-level router."""
+    """One adapter of such a router."""
 
     name: str
     digest: str
@@ -38,7 +50,7 @@ class ServedGates:
     """One router in use, and how its adapters' names stand."""
 
     row: RouterRow
-    card: GateCard
+    card: Card
     members: tuple[Member, ...]
 
     @property
@@ -56,7 +68,7 @@ class ServedGates:
 
 
 class GatedRouters:
-    """Keeps the token-level ones of `routers`. `fingerprint` is the base model's, `clock` counts seconds.
+    """Keeps those of `routers` that are inside the model. `fingerprint` is the base model's, `clock` counts seconds.
 
     Methods raise RegistryError.
     """
@@ -68,13 +80,13 @@ class GatedRouters:
         self._clock = clock
         self.served: dict[str, ServedGates] = {}
 
-    async def check(self, folder: Path) -> GateCard:
+    async def check(self, kind: str, folder: Path) -> Card:
         """Whether a folder can be served: for this base model, over adapters that are registered as they were.
 
         Raises Unprocessable.
         """
         try:
-            card = await asyncio.to_thread(read_gates, folder, self._store.shape, self._fingerprint)
+            card = await self._read(kind, folder)
         except RouterFolderError as error:
             raise Unprocessable(f"the router cannot be served: {error}", code="router_bad_folder") from error
         for member in await self._members(card):
@@ -85,14 +97,19 @@ class GatedRouters:
                     f" {member.digest[:12]}",
                     code="router_wrong_adapters",
                 )
-        await self._check_targets(card)
+        if isinstance(card, GateCard):
+            await self._check_targets(card)
         return card
 
     async def serve(self, row: RouterRow, folder: Path) -> None:
         """From now on requests can name it. Raises RouterFolderError."""
-        card = await asyncio.to_thread(read_gates, folder, self._store.shape, self._fingerprint)
+        card = await self._read(row.kind, folder)
         self.served[row.name] = ServedGates(row, card, await self._members(card))
-        self._routers.put(GatedRouter(row.name, card, folder, self._store, self._clock))
+        if isinstance(card, GateCard):
+            self._routers.put(GatedRouter(row.name, card, folder, self._store, self._clock))
+        else:
+            router = PromptLevelRouter(row.name, card, folder, self._store, self._clock)
+            self._routers.put(router, router.trained_with)
 
     def drop(self, name: str) -> None:
         """Requests can name it no more."""
@@ -107,7 +124,10 @@ class GatedRouters:
                 if self.served.get(name) is served:
                     self.served[name] = replace(served, members=members)
 
-    async def _members(self, card: GateCard) -> tuple[Member, ...]:
+    async def _read(self, kind: str, folder: Path) -> Card:
+        return await asyncio.to_thread(READERS[kind], folder, self._store.shape, self._fingerprint)
+
+    async def _members(self, card: Card) -> tuple[Member, ...]:
         registry = self._store.registry.routers
         meanings = await asyncio.to_thread(registry.meanings, [adapter.name for adapter in card.adapters])
 

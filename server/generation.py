@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import AdapterStore, UnknownAdapter
+from adapters_store.types import BASE
 from routing.router import Route, RouteError, Routers
 from server.ask import Ask
 from server.cache_key import cache_key
@@ -22,6 +23,7 @@ from server.engine.config import EngineInfo
 from server.engine.sequence import Request
 from server.errors import BadRequest, DeadlinePassed, NotFound, ServerError, Unavailable, refusal
 from server.interleave import interleave
+from server.prompt_decisions import with_decision
 from server.prompts import PromptReader
 from server.quotas import Meter, QuotaGate
 from server.routed_tokens import with_shares
@@ -94,6 +96,7 @@ class Generation:
         self._ask = ask.of_form(tokenizer.tool_form, tokenizer.special_markers)
         self._arrival = generator.services.clock()
         self._charged: Counter[int] = Counter()  # tokens by choice
+        self._is_counted = False  # the decision of a prompt-level router
 
     @property
     def usage(self) -> Usage:
@@ -104,9 +107,18 @@ class Generation:
         )
 
     @property
+    def settled(self) -> Route | None:
+        """The route once it is known: a prompt-level router decides in the engine, before the first token."""
+        if self.route is None or self.route.prompt_router is None:
+            return self.route
+        decided = next((choice.decided for choice in self.choices if choice.decided is not None), None)
+        return None if decided is None else with_decision(self.route, decided)
+
+    @property
     def routed(self) -> Route | None:
-        """The route, and of a token-level router the shares that its adapters had in the answer so far."""
-        return None if self.route is None else with_shares(self.route, [choice.routed for choice in self.choices])
+        """The route, as far as it is known, and of a token-level router the shares of its adapters so far."""
+        route = self.settled or self.route
+        return None if route is None else with_shares(route, [choice.routed for choice in self.choices])
 
     @property
     def explains(self) -> bool:
@@ -145,6 +157,7 @@ class Generation:
                     async with aclosing(interleave([choice.pieces() for choice in self.choices])) as pieces:
                         async for piece in pieces:
                             self._charge(meter, self.choices[piece.index])
+                            self._count_decision()
                             yield piece
 
     @contextmanager
@@ -193,7 +206,8 @@ class Generation:
                 meter.give_back(prompt_tokens)
                 prompt_tokens = 0
             if self.route is not None and self.choices and (generated or not is_refused):
-                self._generator.ledger.count(self._ask.tenant.id, self.route, prompt_tokens, generated)
+                route = self.settled or self.route
+                self._generator.ledger.count(self._ask.tenant.id, route, prompt_tokens, generated)
 
     def _charge(self, meter: Meter, choice: Choice) -> None:
         """The tokens that a choice has got since last time."""
@@ -236,21 +250,30 @@ class Generation:
             name = router.name
             if query.is_automatic:
                 query = replace(query, text=await self._ask.query_text(self._generator.services.tokenizer))
-            route = await router.route(query)
+            route = self._generator.routers.warned(await router.route(query))
         except RouteError as error:
             metrics.route_failed(name)
             raise route_error(error) from error
         except RegistryError as error:
             metrics.route_failed(name)
             raise refusal(error) from error
-        metrics.routed(route)
+        if route.prompt_router is None:
+            metrics.routed(route)
         return route
+
+    def _count_decision(self) -> None:
+        """Of a router that decides in the engine, once that is known."""
+        route = self.settled
+        if route is not None and route.decided is not None and not self._is_counted:
+            self._is_counted = True
+            self._generator.services.metrics.routed(route)
 
     def _make_choices(self, info: EngineInfo, route: Route, paths: Mapping[str, str]) -> tuple[Choice, ...]:
         """`n` choices a prompt, numbered through. A prompt of several blocks is computed by its first choice alone."""
         ask, generator = self._ask, self._generator
         seed = generator.new_seed() if ask.seed is None else ask.seed
-        key = cache_key(info.model_fingerprint, route.mix, ask.tenant.salt)
+        known = route.mix if route.prompt_router is None else BASE  # the engine adds what is decided there
+        key = cache_key(info.model_fingerprint, known, ask.tenant.salt)
         shown = self.tokenizer.tool_form.markers if ask.tools is not None else frozenset()
         choices: list[Choice] = []
         for prompt in self.prompts:
@@ -268,6 +291,7 @@ class Generation:
                     tenant=ask.tenant.id,
                     weight=ask.tenant.weight,
                     gates=route.gates,
+                    prompt_router=route.prompt_router,
                     timeout=ask.timeout,
                     priority=ask.priority,
                 )

@@ -16,7 +16,7 @@ def lora_object(route: Route) -> dict[str, Any]:
         entry = {"name": adapter.name, "digest": adapter.digest, "weight": adapter.weight}
         more = {"score": adapter.score, "share": adapter.share}
         adapters.append(entry | {name: value for name, value in more.items() if value is not None})
-    shown = {
+    shown: dict[str, Any] = {
         "router": route.router,
         "composition": route.composition.value,
         "cached": route.cached,
@@ -25,6 +25,8 @@ def lora_object(route: Route) -> dict[str, Any]:
     }
     if route.outcome is not Outcome.ROUTED:
         shown["outcome"] = route.outcome.value
+    if route.warnings:
+        shown["warnings"] = list(route.warnings)
     return shown
 
 

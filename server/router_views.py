@@ -27,7 +27,10 @@ REASONS = {
     "below_min_score": "no adapter is similar enough to the prompt",
     "no_candidates": "there is no adapter to choose from",
     "empty_text": "the prompt is empty",
+    "no_adapter": "the router chose no adapter",
 }
+LAYERS = (Column("layer", right=True), Column("chosen", style="cyan"), Column("probabilities"))
+USED = (Column("adapter", style="cyan"), Column("weight", right=True), Column("share", right=True))
 
 
 def print_routers(out: Printer, rows: Sequence[Json], now: float) -> None:
@@ -80,6 +83,24 @@ def print_route(out: Printer, answer: Json, most: int) -> None:
         out.line(f"and {number(len(scores) - most)} more, shown by --limit {len(scores)}")
     cached = ", remembered" if answer["cached"] else ""
     out.line(f"{answer['router']}, {answer['composition']}, {answer['route_ms']:.1f} ms{cached}", style="dim")
+
+
+def print_layers(out: Printer, lora: Json) -> None:
+    """An answer's object with `layers`: who was chosen for the prompt, in all and layer by layer."""
+    if lora["adapters"]:
+        rows = [(each["name"], f"{each['weight']:.3g}", f"{each['share']:.1%}") for each in lora["adapters"]]
+        out.table(USED, rows)
+    else:
+        out.line(f"the base model answers: {REASONS['no_adapter']}", style="yellow")
+    out.table(LAYERS, [(number, *_layer_cells(layer)) for number, layer in enumerate(lora["layers"])])
+    cached = ", remembered" if lora["cached"] else ""
+    out.line(f"{lora['router']}, {lora['route_ms']:.1f} ms{cached}", style="dim")
+
+
+def _layer_cells(layer: Json) -> tuple[str, str]:
+    ranked = sorted(layer.get("probabilities", ()), key=lambda each: -each["probability"])
+    shown = "  ".join(f"{each['name'] or 'none'} {each['probability']:.2f}" for each in ranked)
+    return " ".join(name or "none" for name in layer["chosen"]), shown
 
 
 def _kind(row: Json) -> str:

@@ -16,14 +16,13 @@ from adapters_store.store import AdapterStore
 from routing.card_file import CARD_FILE, CHANGE_FILE, RouterFolderError, read_kind
 from routing.encoder import EncoderProcess, EncoderUnavailable, ServedEncoder
 from routing.encoder_model import EncoderError, encoder_id
-from routing.gate_folder import KIND as GATES
 from routing.prototype_index import PrototypeIndex
 from routing.prototype_sync import PrototypeSync
 from routing.retriever import Retriever, RetrieverDefaults
 from routing.router import AUTO, Routers
 from routing.router_folder import read_router
 from server.errors import BadRequest, Unavailable, Unprocessable
-from server.gated_routers import GatedRouters, Member
+from server.gated_routers import READERS, GatedRouters, Member
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class ServedRouter:
 @dataclass(frozen=True)
 class RouterState:
     """A router as the administrator sees it. `adapters` can be chosen now; `problem` says why it is not served, or not
-    as it was trained. `members`: of a token-level router the adapters that it was trained for.
+    as it was trained. `members`: of one inside the model the adapters that it was trained for.
     """
 
     name: str
@@ -207,11 +206,11 @@ class RouterService:
         """The kind of the trained router in `folder`, which can be served. Raises Unprocessable, Unavailable."""
         try:
             kind = await asyncio.to_thread(read_kind, folder)
-            if kind == GATES:
-                await self._gated.check(folder)
+            if kind in READERS:
+                await self._gated.check(kind, folder)
                 return kind
             if kind != RETRIEVER:
-                raise RouterFolderError(f"{CARD_FILE}: field kind: expected one of {RETRIEVER}, {GATES}")
+                raise RouterFolderError(f"{CARD_FILE}: field kind: expected one of {RETRIEVER}, {', '.join(READERS)}")
             process = self._needed()
             await asyncio.to_thread(read_router, folder)
             await asyncio.to_thread(encoder_id, process.folder, folder)
@@ -229,7 +228,7 @@ class RouterService:
     async def _try(self, row: RouterRow) -> None:
         try:
             folder = await asyncio.to_thread(self._materialise, row)
-            if row.kind == GATES:
+            if row.kind in READERS:
                 await self._gated.serve(row, folder)
                 return
             self._needed()
@@ -252,8 +251,8 @@ class RouterService:
         self._routers.put(Retriever(name, encoder, index, self._store, defaults, self._clock))
 
     async def _replace(self, row: RouterRow | None) -> bool:
-        """Serve a token-level router anew without a moment in which there is none. Whether that was done."""
-        if row is None or row.kind != GATES or row.name not in self._gated.served:
+        """Serve a router inside the model anew without a moment in which there is none. Whether that was done."""
+        if row is None or row.kind not in READERS or row.name not in self._gated.served:
             return False
         await self._try(row)
         return row.name not in self._problems

@@ -177,11 +177,11 @@ def _routers(
 def _gated(
     asked: GateEvaluation, names: Sequence[str], routers: Sequence[EvaluatedRouter], folders: AdapterFolders
 ) -> list[GateMethod]:
-    """Every router with its one and its two best rows, and the first one with each adapter swapped."""
+    """Every router with its two best rows, the first one also with the best alone, and with each adapter swapped."""
     found = [
         router_method(f"{router.label}, top {top_k}", router, folders.digests, top_k)
         for router in routers
-        for top_k in (1, 2)
+        for top_k in ((1, 2) if router is routers[0] else (2,))
     ]
     for task in asked.swapped:
         other = folders.digests[swapped_name(task)]

@@ -97,9 +97,11 @@ def _setting(asked: GateEvaluation, config: ModelConfig) -> Json:
 
 
 def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -> EngineConfig:
-    tokens = asked.batch * plan.longest
-    needed = tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * torch.float32.itemsize
-    cpu = choose_device(asked.device).type == "cpu"
+    device = choose_device(asked.device)
+    tokens = asked.batch * (plan.longest + EngineConfig.block_size)
+    itemsize = choose_dtype(asked.dtype, device, config).itemsize
+    needed = tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    most = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_KV_MEMORY
     return EngineConfig(
         asked.model,
         device=asked.device,
@@ -108,10 +110,11 @@ def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -
         max_num_seqs=asked.batch,
         max_batch_tokens=max(asked.batch_tokens, asked.batch),
         max_model_len=plan.longest,
-        kv_memory=min(CPU_KV_MEMORY, needed) if cpu else None,
+        kv_memory=min(most, needed),  # what is used: other evaluations may run beside this one
         load_threads=asked.load_threads,
         cuda_graphs="lazy",
         gates="routing.token_router:TokenGateFactory",
+        gate_slots=8,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from routing.train.meteora_model import GatedModel, load_gated_model
 from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
 from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
+from routing.train.recipe_command import run_command
 from routing.train.trained_adapters import factor_weights, round_experts, write_experts
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -37,7 +39,7 @@ class MeteoraResult:
 
     folder: Path
     card: GateCard
-    losses: tuple[tuple[float, float], ...] = field(repr=False)
+    losses: tuple[tuple[float, ...], ...] = field(repr=False)
     seconds: float
 
 
@@ -171,3 +173,7 @@ def _card(model: GatedModel, recipe: MeteoraRecipe, run: MeteoraRun, training: M
         name=run.name,
         training=training,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("meteora", sys.argv[1:]))

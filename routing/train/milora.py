@@ -30,7 +30,6 @@ from routing.train.language_loss import language_loss
 from routing.train.mixed_batches import Mixture
 from routing.train.progress import progress_bar
 from routing.train.prompt_batches import PromptBatch, collate_prompts
-from routing.train.prompt_command import run_command
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import balance_loss, class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters, load_over_modules
@@ -45,10 +44,8 @@ from routing.train.prompt_training import (
     make_optimizer,
     training_record,
 )
-from routing.train.trained_adapters import round_experts, write_experts
-
-ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-"""What the registry takes as a name; its own pattern comes with a database."""
+from routing.train.recipe_command import run_command
+from routing.train.trained_adapters import ADAPTER_NAME, round_experts, write_experts
 
 SPREAD = 0.02
 """Standard deviation of the routers' first matrices: with none all prompts would choose the same experts."""

@@ -25,7 +25,6 @@ from routing.train.language_loss import language_loss
 from routing.train.mixed_batches import Mixture
 from routing.train.progress import progress_bar
 from routing.train.prompt_batches import PromptBatch, collate_prompts
-from routing.train.prompt_command import run_command
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters
@@ -39,6 +38,7 @@ from routing.train.prompt_training import (
     make_optimizer,
     training_record,
 )
+from routing.train.recipe_command import run_command
 from routing.train.trained_adapters import round_experts, write_experts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from routing.train.fused_norm import fuse_norms
 from routing.train.layer_routers import LayerRouters, RoutedLinear, embed_experts, fresh_routers, router_weights
 from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
 from routing.train.task_adapters import check_names, model_config, named_adapters, read_adapters, row_labels
-from routing.train.trained_adapters import Experts, factor_weights
+from routing.train.trained_adapters import Experts, factor_weights, fresh_pair
 
 Pairs = dict[Module, dict[int, LoraPair]]
 """Factors by linear and expert."""
@@ -102,8 +101,6 @@ def load_over_modules(
 ) -> PromptModel:
     """Loads the model and gives all seven linears of every layer a fresh LoRA, each an expert of its layer.
 
-    As in PEFT, A is uniform within 1 / sqrt(in_features) and B zero: at first the model is the base model.
-
     Raises:
         TrainError: model, device or chat template is missing, a task comes twice, or the recipe cannot be.
     """
@@ -116,10 +113,8 @@ def load_over_modules(
     pairs: Pairs = {}
     for layer in range(shape.num_layers):
         for expert, target in enumerate(TARGETS):
-            a = torch.rand(recipe.rank, shape.inputs[target], generator=generator)
-            a = (2 * a - 1) / math.sqrt(shape.inputs[target])
-            b = torch.zeros(shape.outputs[target], recipe.rank)
-            pairs[layer, target] = {expert: LoraPair(a, b, recipe.alpha / recipe.rank)}
+            sizes = shape.inputs[target], shape.outputs[target]
+            pairs[layer, target] = {expert: fresh_pair(*sizes, recipe.rank, recipe.alpha, generator)}
     causal, tokenizer = _load(model_folder, device)
     routers = _routers(causal, recipe, shape, len(TARGETS), spread, device)
     linears = embed_experts(causal, pairs, len(TARGETS), routers, trainable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +20,17 @@ from routing.train.side_by_side import SideBySide
 ADAPTERS_FOLDER = "adapters"
 """Below a router's folder: the adapters that were trained with it, one PEFT folder each."""
 
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+"""What the registry takes as a name; its own pattern comes with a database."""
+
 Experts = Mapping[Module, SideBySide]
 """By (layer, target)."""
+
+
+def fresh_pair(inputs: int, outputs: int, rank: int, alpha: float, generator: torch.Generator) -> LoraPair:
+    """A LoRA that adds nothing yet: as in PEFT, A is uniform within 1 / sqrt(inputs) and B zero. fp32, on the CPU."""
+    a = (2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
+    return LoraPair(a, torch.zeros(outputs, rank), alpha / rank)
 
 
 def factor_weights(experts: Experts) -> dict[str, torch.nn.Parameter]:

@@ -89,6 +89,7 @@ class RouteAnswer(AnswerModel):
         Field(description="Why nothing was chosen: then the base model answers."),
     ] = None
     scores: Annotated[list[CandidateScore], Field(description="Every candidate, best first.")] = []
+    warnings: Annotated[list[str], Field(description="Adapters that are not meant to be used like this.")] = []
 
 
 class RouterMember(AnswerModel):
@@ -99,13 +100,19 @@ class RouterMember(AnswerModel):
 
 class Router(AnswerModel):
     name: str
-    kind: Annotated[str, Field(description="`retriever` compares prompts, `meteora` decides token by token.")]
+    kind: Annotated[
+        str,
+        Field(
+            description="`retriever` compares prompts; inside the model `meteora` decides token by token, `milora` and"
+            " `moa` once for a prompt."
+        ),
+    ]
     mode: Annotated[str | None, Field(description="What training changed: `head`, `lora` or `full`.")]
     encoder: Annotated[str | None, Field(description="Identifies the vectors: prototypes belong to one encoder.")]
     min_score: Annotated[float | None, Field(description="Below it the base model answers.")]
     adapters: Annotated[int, Field(description="Adapters that can be chosen now.")]
     members: Annotated[
-        list[RouterMember] | None, Field(description="Of a token-level router: what it was trained for.")
+        list[RouterMember] | None, Field(description="Of a router inside the model: what it was trained for.")
     ]
     stale: Annotated[bool, Field(description="Not what this server or its adapters are now; `problem` says why.")]
     problem: str | None

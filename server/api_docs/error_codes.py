@@ -16,7 +16,7 @@ ERROR_CODES = tuple(
             400,
             {
                 "invalid_value": "A field has a value that it cannot have, or two fields exclude each other.",
-                "invalid_constraint": "What an answer should be is malformed, not supported, too complex or impossible.",
+                "invalid_constraint": "What an answer has to be is malformed, unsupported, too complex or impossible.",
                 "invalid_type": "A field has a value of another JSON type.",
                 "missing_required_parameter": "A field is missing.",
                 "unsupported_parameter": "A known field that would change the answer and is not served.",

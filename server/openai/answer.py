@@ -11,6 +11,7 @@ from server.choice import Piece, ScoredToken
 from server.engine.sequence import FinishReason, TokenLogprobs
 from server.generation import Generation, Usage
 from server.openai.prompt_scores import prompt_logprobs
+from server.prompt_decisions import decided_layers
 from server.route_view import explained
 from server.routed_tokens import routed_tokens
 
@@ -129,7 +130,7 @@ class Answer(ABC):
         assert route is not None
         shown = explained(route)
         if generation.explains:
-            shown |= routed_tokens(route, [choice.routed for choice in generation.choices])
+            shown |= routed_tokens(route, [choice.routed for choice in generation.choices]) | decided_layers(route)
         return shown
 
 

@@ -154,7 +154,7 @@ async def _respond(
             whole = await _encoded(answer, await unless_gone(request, collect(pieces)))
             return Response(whole, headers=_headers(generation), media_type="application/json")
         first = asyncio.create_task(_first(pieces))
-        await begun(request, first, lambda: generation.route is not None, streaming.keep_alive)
+        await begun(request, first, lambda: generation.settled is not None, streaming.keep_alive)
     except BaseException:
         await pieces.aclose()
         raise
@@ -173,7 +173,8 @@ async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
 
 
 def _headers(generation: Generation) -> dict[str, str]:
-    return route_header(generation.route) if generation.route is not None else {}
+    route = generation.settled
+    return {} if route is None else route_header(route)
 
 
 async def _echoes(ask: Ask, services: Services) -> list[str]:

@@ -23,6 +23,7 @@ from server.config import Settings
 from server.deps import Services
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineInfo, EngineStats, RequestError
+from server.engine.prompt_routers import Decided
 from server.engine.sequence import FinishReason, Output, Request, Timings, TokenLogprobs
 
 CONTEXT = 256
@@ -72,10 +73,11 @@ class FakeEngine:
     """Answers every request with scripted tokens; remembers what it was asked for, and how each stream ended.
 
     While `gate` is cleared each request waits before its output number `hold_at`. `kill` ends what runs, as a dying
-    process does.
+    process does. `decided` is what prompt-level routers decide.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.decided: Decided | None = None
         self.info: EngineInfo | None = EngineInfo(
             model_fingerprint="f" * 64,
             max_model_len=CONTEXT,
@@ -208,6 +210,7 @@ class FakeEngine:
                 cached_tokens=BLOCK if first and len(request.prompt) > BLOCK else 0,
                 shares=self._shares(request, index),
                 prompt_logprobs=scores[bool(scores[1:]) :] if first else (),
+                decided=self.decided if first and request.prompt_router is not None else None,
             )
 
     def _prompt_scores(self, request: Request) -> tuple[TokenLogprobs, ...]:

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from routing.prompt_folder import read_prompt_router
 from routing.train.adapter import TrainError
 from routing.train.data import Task, TaskRow, write_task
-from routing.train.prompt_command import run_command
 from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
+from routing.train.recipe_command import run_command
 from server import cli
 
 runner = CliRunner()
@@ -121,7 +121,7 @@ def test_every_field_of_a_recipe_is_an_option_of_the_module(given: list[str], tm
         "import sys\n"
         "for name in ('fastapi', 'pydantic', 'msgspec', 'typer', 'zmq', 'sqlalchemy', 'rich', 'peft'):\n"
         "    sys.modules[name] = None\n"
-        "from routing.train.prompt_command import run_command\n"
+        "from routing.train.recipe_command import run_command\n"
         "sys.exit(run_command('moa', sys.argv[1:]))\n"
     )
     more = ["--adapters", str(tmp_path / "adapters"), "--null", "--plain", "--steps", "2", "--batch-size", "2"]

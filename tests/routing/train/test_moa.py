@@ -142,6 +142,15 @@ def test_the_joint_loss_is_that_of_each_rows_own_adapter(
     assert sum(languages[7:]) < sum(languages[:7])
 
 
+def test_routers_read_the_base_model_also_while_adapters_are_trained(
+    chat_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe, quick = replace(RECIPE, steps=5, gradient_clip=1e9), replace(RUN, evaluation_rows=0)
+    frozen = train_moa(chat_model, TASKS, adapters, tmp_path / "frozen", recipe, quick)
+    joint = train_moa(chat_model, TASKS, adapters, tmp_path / "joint", replace(recipe, joint=True), quick)
+    assert [step[2] for step in joint.losses] == pytest.approx([step[1] for step in frozen.losses], rel=1e-3)
+
+
 def test_joint_training_writes_new_adapters_and_leaves_the_old(
     chat_model: Path, weights: dict[str, tuple[Path, AdapterWeights]], adapters: dict[str, Path], tmp_path: Path
 ) -> None:

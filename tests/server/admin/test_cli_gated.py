@@ -1,7 +1,8 @@
-"""`loramux routers` and `loramux explain` with a router that decides token by token."""
+"""`loramux routers` and `loramux explain` with routers inside the model."""
 
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,9 +11,12 @@ from commands import Loramux, commands
 from fakes import Harness, write_adapter
 from rich.console import Console
 from test_gated_routers import make_folder
+from test_prompt_routers import MOA
+from test_prompt_routers import make_folder as make_prompt_folder
 from world import ADMIN_KEY, files_of, form
 
 from server.admin_tables import Printer
+from server.engine.prompt_routers import Decided
 from server.token_views import print_tokens
 
 
@@ -29,14 +33,20 @@ def loramux(live: str) -> Loramux:
 
 
 @pytest.fixture
-async def folder(live: str, tmp_path: Path) -> Path:
-    """A router over two adapters that are registered."""
+async def digests(live: str, tmp_path: Path) -> dict[str, str]:
+    """Of two adapters that are registered."""
     digests = {}
     async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as client:
         for seed, name in enumerate(("sql", "sea")):
             write_adapter(tmp_path / name, seed)
             answer = await client.post("/admin/v1/adapters", data=form(name=name), files=files_of(tmp_path / name))
             digests[name] = answer.json()["digest"]
+    return digests
+
+
+@pytest.fixture
+def folder(digests: dict[str, str], tmp_path: Path) -> Path:
+    """A router over them that decides token by token."""
     return make_folder(tmp_path / "router", digests, has_null=True)
 
 
@@ -74,3 +84,21 @@ def test_colours_belong_to_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     print_tokens(Printer(Console(force_terminal=True, color_system="standard", width=80)), lora)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == "\x1b[32mahoy\x1b[0m\x1b[33m 1\x1b[0m\x1b[2m!\x1b[0m"
+
+
+async def test_what_was_decided_for_a_prompt_is_shown_by_layer(
+    loramux: Loramux, digests: dict[str, str], harness: Harness, tmp_path: Path
+) -> None:
+    moa = make_prompt_folder(tmp_path / "moa", digests, replace(MOA, num_experts=3), has_null=True)
+    await loramux("routers", "add", "moa", str(moa))
+    harness.engine.decided = Decided(((1,),), ((0.25, 0.625, 0.125),), 0.002)
+    lines = (await loramux("explain", "Hi", "--router", "moa")).stdout.splitlines()
+    cells = [line.split() for line in lines]
+    assert ["sea", "1", "100.0%"] in cells
+    assert ["0", "sea", "sea", "0.62", "sql", "0.25", "none", "0.12"] in cells
+    shown = json.loads((await loramux("explain", "Hi", "--router", "moa", "--json")).stdout)
+    assert shown["layers"][0]["chosen"] == ["sea"]
+    harness.engine.decided = Decided(((2,),), ((0.25, 0.25, 0.5),), 0.0, cached=True)
+    lines = (await loramux("explain", "Hi", "--router", "moa")).stdout.splitlines()
+    assert lines[0] == "the base model answers: the router chose no adapter"
+    assert lines[-1].endswith("remembered")

@@ -1,0 +1,247 @@
+"""Trains a token-level mixture of LoRA experts from scratch, the baseline that MiLoRA is compared with.
+
+As MiLoRA (arXiv 2410.18035) sets it up: in each of the seven linears, experts of a small rank and a gate that weighs
+the best few for every token, all trained together by the language model's loss. The rest of that baseline is not told;
+here there is no further loss. What comes out is a MeteoRA router over its experts, and is served as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters_store.types import TARGETS, AdapterWeights, LoraPair
+from routing.card_adapters import MAX_ADAPTERS, CardAdapter
+from routing.gate_folder import MAX_TOP_K, GateCard, check_card, write_gates
+from routing.train.adapter import TrainError, check_device, check_out, load_causal
+from routing.train.batches import Example, encode
+from routing.train.data import Task
+from routing.train.fitting import Fit, fit, warm_linear
+from routing.train.fused_norm import fuse_norms
+from routing.train.gate_tally import GateTally
+from routing.train.gated_linear import GateChoice, embed_adapters
+from routing.train.language_loss import language_loss
+from routing.train.meteora import CHECKPOINT, MeteoraResult
+from routing.train.meteora_model import GatedModel
+from routing.train.meteora_recipe import MeteoraRun
+from routing.train.mixed_batches import Mixture, collate_mixed
+from routing.train.progress import Report, progress_bar
+from routing.train.recipe_command import run_command
+from routing.train.task_adapters import check_names, model_config
+from routing.train.trained_adapters import (
+    ADAPTER_NAME,
+    fresh_pair,
+    round_experts,
+    write_experts,
+)
+
+SPREAD = 0.02
+"""Standard deviation of the gates at first: with none all tokens would choose the same experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLoraRecipe:
+    """Everything that decides the experts and their gates, bar the model and the rows.
+
+    The defaults are a rank of 32 in 8 parts, 4 of which act on a token. `learning_rate` is the peak of experts and
+    gates: linear warm-up over `warmup_steps`, then linear decay to zero at `steps`.
+    """
+
+    experts: int = 8
+    rank: int = 4
+    alpha: int = 8
+    top_k: int = 4
+    learning_rate: float = 2e-3
+    steps: int = 400
+    batch_size: int = 32
+    max_length: int = 512
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise TrainError for the first field that cannot be."""
+        most = min(MAX_TOP_K, self.experts)
+        expected: Mapping[str, tuple[bool, str]] = {
+            "experts": (2 <= self.experts <= MAX_ADAPTERS, f"2 to {MAX_ADAPTERS}"),
+            "top_k": (1 <= self.top_k <= most, f"1 to {most} of {self.experts} experts"),
+            "learning_rate": (0 <= self.learning_rate < float("inf"), "a number of at least 0"),
+            "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),
+            "gradient_clip": (self.gradient_clip > 0, "a number above 0"),
+            "warmup_steps": (self.warmup_steps >= 0, "a whole number of at least 0"),
+            **{
+                name: (getattr(self, name) >= 1, "a whole number of at least 1")
+                for name in ("rank", "alpha", "steps", "batch_size", "max_length")
+            },
+        }
+        for name in (field.name for field in fields(self)):
+            holds, wanted = expected.get(name, (True, ""))
+            if not holds:
+                raise TrainError(f"{name} {getattr(self, name)}: expected {wanted}")
+
+
+def train_moelora(
+    model_folder: Path,
+    tasks: Sequence[Task],
+    out: Path,
+    recipe: MoeLoraRecipe | None = None,
+    run: MeteoraRun | None = None,
+) -> MeteoraResult:
+    """Trains experts and gates on all tasks; writes a MeteoRA router into `out`, its experts below `out`/adapters.
+
+    Seeds, precision and continuing after an interruption are as in `train_meteora`.
+
+    Raises:
+        TrainError: the recipe is impossible, model or device is missing, `out` is no folder or no adapter's name, or
+            the loss or a weight is no longer finite.
+        TaskDataError: a row is longer than the recipe allows.
+        RouterFolderError: a name is empty or too long for a router's card.
+    """
+    recipe, run = recipe or MoeLoraRecipe(), run or MeteoraRun()
+    started = time.perf_counter()
+    check_out(out)
+    check_names(tasks)
+    recipe.check()
+    check_device(run.device)
+    names = [f"{out.resolve().name}-{expert}" for expert in range(recipe.experts)]
+    if not re.fullmatch(ADAPTER_NAME, names[-1]):
+        raise TrainError(f"{out}: its name begins the experts', expected {ADAPTER_NAME}")
+    model = _load(model_folder, recipe, run, names)
+    check_card(_card(model, recipe, run, {}))  # rather than after hours
+    train = [encode(model.tokenizer, task.train, recipe.max_length) for task in tasks]
+    held_out = [encode(model.tokenizer, task.valid[: run.evaluation_rows], recipe.max_length) for task in tasks]
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(run.progress) as report:
+        losses = _fit(model, tasks, train, recipe, run, out / CHECKPOINT, report)
+        round_experts(model.experts)
+        training = _record(tasks, recipe, losses)
+        if run.evaluation_rows:
+            report("held-out rows", None)
+            training["metrics"] = _judge(model, tasks, held_out, run)
+    written = write_experts(model.experts, model.shape, out, dict.fromkeys(names, tasks), run.base_name)
+    gates = {module: linear.gate for module, linear in model.linears.items()}
+    card = write_gates(out, _card(replace(model, adapters=written), recipe, run, training), gates)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return MeteoraResult(out, card, tuple(losses), time.perf_counter() - started)
+
+
+def _load(model_folder: Path, recipe: MoeLoraRecipe, run: MeteoraRun, names: Sequence[str]) -> GatedModel:
+    config = model_config(model_folder)
+    shape = config.linear_shape
+    generator = torch.Generator().manual_seed(recipe.seed)  # on the CPU: the same on every device
+
+    def drawn(target: str) -> LoraPair:
+        return fresh_pair(shape.inputs[target], shape.outputs[target], recipe.rank, recipe.alpha, generator)
+
+    modules = [(layer, target) for layer in range(shape.num_layers) for target in TARGETS]
+    experts = [AdapterWeights("", {module: drawn(module[1]) for module in modules}) for _ in names]
+    causal, tokenizer = load_causal(model_folder)
+    causal.to(run.device).eval()
+    fuse_norms(causal)
+    tally = GateTally()
+    linears = embed_adapters(causal, experts, False, GateChoice(recipe.top_k, 1.0), tally, trainable=True)
+    for linear in linears.values():
+        linear.gate.data.copy_(SPREAD * torch.randn(linear.gate.shape, generator=generator))
+    adapters = tuple(CardAdapter(name, "0" * 64) for name in names)
+    return GatedModel(causal, tokenizer, shape, config.fingerprint(), adapters, (), linears, tally)
+
+
+def _fit(
+    model: GatedModel,
+    tasks: Sequence[Task],
+    rows: Sequence[Sequence[Example]],
+    recipe: MoeLoraRecipe,
+    run: MeteoraRun,
+    checkpoint: Path,
+    report: Report,
+) -> list[tuple[float, ...]]:
+    mixture, device = Mixture(rows, recipe.batch_size, recipe.seed), torch.device(run.device)
+    weights = model.weights
+    groups = [{"params": list(weights.values()), "peak": recipe.learning_rate}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+
+    def losses(step: int) -> Tensor:
+        return _loss(model, mixture.samples(step), device)[None]
+
+    settings = Fit(
+        recipe.steps,
+        lambda step: warm_linear(step, recipe.steps, recipe.warmup_steps),
+        recipe.gradient_clip,
+        checkpoint,
+        run.checkpoint_every,
+        _identity(model, recipe, tasks),
+        ("loss",),
+    )
+    return fit(weights, optimizer, losses, settings, report)
+
+
+def _loss(model: GatedModel, samples: Sequence[Any], device: torch.device) -> Tensor:
+    batch = collate_mixed(samples, model.tokenizer.pad_token_id, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return language_loss(model.causal, batch.ids, batch.mask, batch.labels)
+
+
+@torch.no_grad()
+def _judge(
+    model: GatedModel, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], run: MeteoraRun
+) -> dict[str, Any]:
+    """L_LM over the answers' tokens of each task's rows, and its mean over tasks."""
+    found: dict[str, float] = {}
+    for task, own in zip(tasks, rows, strict=True):
+        total = 0.0
+        for first in range(0, len(own), run.evaluation_batch):
+            part = own[first : first + run.evaluation_batch]
+            samples = [((0, example),) for example in part]
+            total += float(_loss(model, samples, torch.device(run.device))) * sum(
+                example.answer_length for example in part
+            )
+        found[task.name] = total / sum(example.answer_length for example in own)
+    mean = sum(found.values()) / len(found)
+    losses = {name: {"loss": round(loss, 4)} for name, loss in found.items()}
+    return {"split": "valid", "loss": round(mean, 4), "tasks": losses}
+
+
+def _record(tasks: Sequence[Task], recipe: MoeLoraRecipe, losses: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+    return {
+        "method": "moelora",
+        "recipe": asdict(recipe),
+        "tasks": [task.name for task in tasks],
+        "rows": sum(len(task.train) for task in tasks),
+        "final_loss": round(losses[-1][0], 4),
+    }
+
+
+def _identity(model: GatedModel, recipe: MoeLoraRecipe, tasks: Sequence[Task]) -> str:
+    rows = [[task.name, [asdict(row) for row in task.train]] for task in tasks]
+    content = json.dumps(["moelora", model.fingerprint, asdict(recipe), rows], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _card(model: GatedModel, recipe: MoeLoraRecipe, run: MeteoraRun, training: Mapping[str, Any]) -> GateCard:
+    return GateCard(
+        base_fingerprint=model.fingerprint,
+        base_name=run.base_name,
+        adapters=model.adapters,
+        targets=model.targets,
+        top_k=recipe.top_k,
+        temperature=1.0,
+        has_null=False,
+        sha256="",
+        name=run.name,
+        training=training,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("moelora", sys.argv[1:]))
