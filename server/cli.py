@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from server import cli_admin, cli_chat, cli_train, cli_train_prompt
+from server import cli_admin, cli_chat, cli_gates, cli_train, cli_train_prompt
 from server.trace_context import LOG_FORMAT, RequestFilter
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ app = typer.Typer(
     help="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
 )
 cli_train.train.add_typer(cli_train_prompt.app)
+cli_train.train.add_typer(cli_gates.train)
+cli_train.evaluate.add_typer(cli_gates.evaluate)
 app.add_typer(cli_train.train, name="train")
 app.add_typer(cli_train.evaluate, name="eval")
 app.add_typer(cli_admin.app)

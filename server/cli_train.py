@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -132,6 +133,7 @@ def train_meteora(
     group: Annotated[str | None, typer.Option(help="Only tasks of this group, as eval routing --group.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Adapters of a token, in every linear.")] = 2,
     temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen adapters.")] = 1.0,
+    samples: Annotated[int | None, typer.Option(min=1, help="Training rows of a task at most [all].")] = None,
     null: Annotated[bool, typer.Option("--null", help="Tasks without an adapter teach the gates to use none.")] = False,
     joint: Annotated[bool, typer.Option("--joint", help="Train the adapters on, and write them as new ones.")] = False,
     beta: Annotated[float, typer.Option(min=0.0, help="Weight of the gates' loss.")] = 5.0,
@@ -168,7 +170,7 @@ def train_meteora(
         seed=seed,
     )
     with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
-        found = chosen_tasks(tasks, group)
+        found = [replace(task, train=task.train[:samples]) for task in chosen_tasks(tasks, group)]
         folder = locate(model, data_folder(data_dir))
         own = adapter_folders(adapters, [task.name for task in found], narrowed=group is not None, null=null)
         without = [task.name for task in found if task.name not in own]

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def _train(kind: str, options: dict[str, Any], recipe: Any) -> Any:
         name=options["name"] or out.resolve().name,
         progress=not options["plain"],
     )
-    tasks = chosen_tasks(options["tasks"], options["group"])
+    chosen = chosen_tasks(options["tasks"], options["group"])
+    tasks = [replace(task, train=task.train[: options["samples"]]) for task in chosen]
     if kind == "moelora":
         return train_moelora(model, tasks, out, recipe, run)
     adapters = _adapters(kind, options, tasks, recipe)
@@ -84,7 +85,8 @@ def _parser(kind: str, recipe: Any) -> argparse.ArgumentParser:
     for name in ("model", "tasks", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--adapters", type=Path)
-    parser.add_argument("--group")
+    parser.add_argument("--group", help="of the manifest, or name=part,part; -part takes away")
+    parser.add_argument("--samples", type=int, help="training rows of a task at most [all]")
     parser.add_argument("--name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--evaluation-rows", type=int, default=20)

@@ -1,17 +1,17 @@
-"""`python -m routing.train.gates`: the router of `train_meteora`, with fewer rows or tasks."""
+"""`python -m routing.train.meteora`: the router of `train_meteora`, on some rows of some tasks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from meteora_world import toy_task, write_adapter
 
 from routing.gate_folder import load_gates, read_gates
 from routing.train.data import write_task
-from routing.train.gates import first_rows, main
 from routing.train.meteora import train_meteora
 from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.recipe_command import run_command
 
 TASKS = [toy_task("ab", "ab"), toy_task("pq", "pq"), toy_task("xyz", "xyz")]
 
@@ -23,26 +23,30 @@ def test_a_router_is_trained_on_some_rows_of_some_tasks(
         write_task(tmp_path / "tasks", task)
         write_adapter(tmp_path / "adapters" / task.name, chat_model, {"q_proj": 2}, seed=seed)
     common = ["--model", str(chat_model), "--tasks", str(tmp_path / "tasks"), "--adapters", str(tmp_path / "adapters")]
-    more = ["--samples", "2", "--without", "pq", "--steps", "3", "--batch-size", "2", "--packed", "0.5", "--seed", "4"]
-    assert main([*common, *more, "--out", str(tmp_path / "some")]) == 0
+    more = [
+        "--samples",
+        "2",
+        "--group",
+        "rest=all,-pq",
+        "--plain",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--packed",
+        "0.5",
+        "--seed",
+        "4",
+    ]
+    assert run_command("meteora", [*common, *more, "--out", str(tmp_path / "some")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1] == str(tmp_path / "some")
     assert json.loads(said[0])["split"] == "valid"
     recipe = MeteoraRecipe(steps=3, batch_size=2, packed=0.5, seed=4)
     run = MeteoraRun(progress=False, base_name=chat_model.name)
-    tasks = [first_rows(task, 2) for task in (TASKS[0], TASKS[2])]
+    tasks = [replace(task, train=task.train[:2]) for task in (TASKS[0], TASKS[2])]
     adapters = {task.name: tmp_path / "adapters" / task.name for task in tasks}
     result = train_meteora(chat_model, tasks, adapters, tmp_path / "same", recipe, run)
     assert read_gates(tmp_path / "some").sha256 == result.card.sha256
     assert result.card.training["rows"] == 4
     assert len(next(iter(load_gates(tmp_path / "some").values()))) == 2
-
-
-def test_what_cannot_be_trained_is_one_line(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
-    write_task(tmp_path / "tasks", TASKS[0])
-    (tmp_path / "adapters").mkdir()
-    common = ["--model", str(chat_model), "--tasks", str(tmp_path / "tasks"), "--adapters", str(tmp_path / "adapters")]
-    assert main([*common, "--out", str(tmp_path / "out")]) == 2
-    assert "task ab: it has no adapter" in capsys.readouterr().err
-    assert main([*common, "--out", str(tmp_path / "out"), "--group", "none"]) == 2
-    assert "there is no group 'none'" in capsys.readouterr().err
