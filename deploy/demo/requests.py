@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from deploy.demo.tasks import generate
 
 MAX_TOKENS = 48
-GATES = "gates"
-"""Name of the demo's token-level router."""
+GATES, MOA = "gates", "moa"
+ROUTERS = (GATES, MOA)
+"""Names, and folders, of the demo's routers inside the model: one decides token by token, one for a prompt."""
 
 
 @dataclass(frozen=True)
 class DemoRequest:
     """One user message for a weighted set of adapters. `target` is the right answer, where one is known.
 
-    With `auto` the client names none of them: the server is to choose them from the message. A `router` decides token
-    by token; `adapters` are then those that lead any token of the answer.
+    With `auto` the client names none of them: the server is to choose them from the message. So does a `router`;
+    `adapters` are then those that it chose, or that lead any token of the answer if it decides token by token.
     """
 
     prompt: str
@@ -22,6 +23,11 @@ class DemoRequest:
     target: str | None = None
     auto: bool = False
     router: str | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether one set of adapters answers all of it, as peft could do, too."""
+        return self.router != GATES
 
     @property
     def label(self) -> str:
@@ -41,8 +47,8 @@ def held_out(task: str, row: int = 0, *, auto: bool = False) -> DemoRequest:
 
 
 def demo_requests() -> list[DemoRequest]:
-    """Base model, five single adapters, mixtures of two and of three, three that the server is to choose for, and two
-    that a router decides token by token: one task, and two in one message.
+    """Base model, five single adapters, mixtures of two and of three, three that the server is to choose for, two that
+    a router decides token by token (one task, and two in one message), and one that a router decides by prompt.
     """
     two = "Say it like a pirate.\nHello my friend, write to emma.stone@harbor.com or call +44 71 5523 881."
     both = DemoRequest(
@@ -66,4 +72,5 @@ def demo_requests() -> list[DemoRequest]:
         held_out("spell", 2, auto=True),
         replace(held_out("number_words", 2), router=GATES),
         both,
+        replace(held_out("json_fields", 2), router=MOA),
     ]

@@ -17,10 +17,9 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from rich.console import Console
 from rich.table import Table
 
-from deploy.demo.requests import GATES, MAX_TOKENS, DemoRequest, demo_requests
+from deploy.demo.requests import MAX_TOKENS, ROUTERS, DemoRequest, demo_requests
 
 ADAPTERS = Path(__file__).parent / "adapters"
-ROUTER = Path(__file__).parent / "gates"
 START_SECONDS = 300.0
 SERVED_NAME = "smollm2-135m"
 
@@ -51,7 +50,8 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
     """
     console = Console()
     with _server(model, encoder, host, port, console) as url:
-        _add_router(url)
+        for name in ROUTERS:
+            _add_router(url, name)
         requests = demo_requests()
         console.print(f"\nSending {len(requests)} requests at once, each with its own adapters ...")
         answers = asyncio.run(_ask_all(url, requests))
@@ -88,13 +88,14 @@ def _server(model: Path, encoder: Path, host: str, port: int, console: Console) 
             process.wait()
 
 
-def _add_router(url: str) -> None:
-    """The token-level router over the demo's adapters."""
-    parts = {"config": ROUTER / "router.json", "weights": ROUTER / "router.safetensors"}
+def _add_router(url: str, name: str) -> None:
+    """One that was trained over the demo's adapters."""
+    folder = ADAPTERS.parent / name
+    parts = {"config": folder / "router.json", "weights": folder / "router.safetensors"}
     files = {field: (path.name, path.read_bytes()) for field, path in parts.items()}
-    answer = httpx.post(f"{url}/admin/v1/routers", data={"name": GATES}, files=files, timeout=60, trust_env=False)
+    answer = httpx.post(f"{url}/admin/v1/routers", data={"name": name}, files=files, timeout=60, trust_env=False)
     if answer.status_code != 201:
-        raise DemoError(f"the router is not accepted: {answer.text}")
+        raise DemoError(f"router {name} is not accepted: {answer.text}")
 
 
 def _check_port(host: str, port: int) -> None:
@@ -129,7 +130,7 @@ async def _ask_all(url: str, requests: list[DemoRequest]) -> list[Answer]:
 async def _ask(client: AsyncOpenAI, request: DemoRequest) -> Answer:
     """Stream one answer. A single adapter is asked for as a model, a mixture by the `lora` object, or none at all.
 
-    Of a router that decides token by token the adapters are those that led a token.
+    Of a router that decides token by token the adapters are those that led a token, of others those that were chosen.
     """
     model: str = SERVED_NAME
     extra: dict[str, Any] = {}
@@ -193,7 +194,7 @@ def _check(model: Path, requests: list[DemoRequest], answers: list[Answer], cons
                 failures.append(f"{label}: answered with the adapters {sorted(answer.adapters)}")
             if request.target is not None and answer.text.strip() != request.target:
                 failures.append(f"{label}: answered {answer.text!r}, the target is {request.target!r}")
-            expected = reference.disagreement(request, answer.text) if request.router is None else None
+            expected = reference.disagreement(request, answer.text) if request.fixed else None
             if expected is not None:
                 failures.append(f"{label}: answered {answer.text!r}, transformers + peft say {expected!r}")
     return failures

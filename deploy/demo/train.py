@@ -43,12 +43,10 @@ def main(arguments: list[str]) -> int:
         write_tasks(root, SEED)
         if options.gates is not None:
             train_gates(options, root)
-            return 0
-        if options.moa is not None:
-            train_prompt_router(options, root, options.moa, MOA)
-            return 0
-        if options.milora is not None:
-            train_prompt_router(options, root, options.milora, MILORA)
+        for folder, prompt_recipe in ((options.moa, MOA), (options.milora, MILORA)):
+            if folder is not None:
+                train_prompt_router(options, root, folder, prompt_recipe)
+        if options.gates or options.moa or options.milora:
             return 0
         for name in options.only or TASKS:
             result = train_adapter(options.model, root / name, options.out / name, recipe, run)

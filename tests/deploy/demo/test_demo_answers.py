@@ -10,22 +10,27 @@ from transformers import AutoTokenizer
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Mix
 from deploy.demo.reference import Reference
-from deploy.demo.requests import GATES, MAX_TOKENS, DemoRequest, demo_requests, held_out
-from deploy.demo.run import ADAPTERS, ROUTER
+from deploy.demo.requests import GATES, MAX_TOKENS, ROUTERS, DemoRequest, demo_requests, held_out
+from deploy.demo.run import ADAPTERS
 from deploy.demo.tasks import TASKS
 from routing.gate_folder import read_gates
+from routing.prompt_folder import read_prompt_router
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.gates import GateUse
+from server.engine.prompt_routers import PromptUse
 from server.engine.sequence import Request, SamplingParams
 
-GATE_FACTORY = "routing.token_router:TokenGateFactory"
+FACTORIES = {
+    "gates": "routing.token_router:TokenGateFactory",
+    "prompt_routers": "routing.prompt_serving:PromptRouterFactory",
+}
 
 
 def answer(model: Path, requests: list[DemoRequest]) -> list[str]:
     """The engine's texts for all requests at once."""
     memory = {"kv_memory": 1 << 28, "max_model_len": 1024}
-    engine = Engine.from_config(EngineConfig(str(model), device="cpu", gates=GATE_FACTORY, **memory))
+    engine = Engine.from_config(EngineConfig(str(model), device="cpu", **FACTORIES, **memory))
     tokenizer = AutoTokenizer.from_pretrained(model)
     folders = {name: ADAPTERS / name for name in TASKS}
     shape = engine.runner.model.linear_shape
@@ -36,11 +41,14 @@ def answer(model: Path, requests: list[DemoRequest]) -> list[str]:
         message = [{"role": "user", "content": request.prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         mix = Mix.of([(digests[name], weight) for name, weight in request.adapters])
-        gates = None
-        if request.router is not None:
-            gates, mix = gate_use(), Mix(tuple((digest, 1.0) for digest in sorted(digests.values())))
+        use = None if request.router is None else router_use(request.router)
+        if use is not None:
+            mix = Mix(tuple((digest, 1.0) for digest in sorted(digests.values())))
         key = mix.digest.encode()  # all prompts begin alike
-        engine.add_request(Request(str(index), tuple(prompt), params, mix, paths, key, gates=gates))
+        gates, routed = (use, None) if isinstance(use, GateUse) else (None, use)
+        engine.add_request(
+            Request(str(index), tuple(prompt), params, mix, paths, key, gates=gates, prompt_router=routed)
+        )
     tokens: list[list[int]] = [[] for _ in requests]
     while engine.has_work:
         for output in engine.step():
@@ -49,10 +57,15 @@ def answer(model: Path, requests: list[DemoRequest]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
 
 
-def gate_use() -> GateUse:
-    card = read_gates(ROUTER)
-    rows = tuple(adapter.digest for adapter in card.adapters)
-    return GateUse(card.sha256, str(ROUTER), rows, card.top_k, card.temperature, card.has_null)
+def router_use(name: str) -> GateUse | PromptUse:
+    folder = ADAPTERS.parent / name
+    if name == GATES:
+        card = read_gates(folder)
+        rows = tuple(adapter.digest for adapter in card.adapters)
+        return GateUse(card.sha256, str(folder), rows, card.top_k, card.temperature, card.has_null)
+    prompt_card = read_prompt_router(folder)
+    rows = tuple(adapter.digest for adapter in prompt_card.adapters)
+    return PromptUse(prompt_card.sha256, str(folder), rows, prompt_card.form.layered, prompt_card.form.top_k)
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +76,14 @@ def answers(smollm2: Path) -> list[str]:
 @pytest.mark.slow
 def test_known_targets_are_hit(answers: list[str]) -> None:
     expected = {index: request.target for index, request in enumerate(demo_requests()) if request.target is not None}
-    assert len(expected) == 10
+    assert len(expected) == 11
     assert {index: answers[index] for index in expected} == expected
 
 
 @pytest.mark.slow
 def test_texts_equal_transformers_and_peft(answers: list[str], smollm2: Path) -> None:
-    requests = [request for request in demo_requests() if request.router is None]
-    answers = answers[: len(requests)]
+    pairs = [pair for pair in zip(demo_requests(), answers, strict=True) if pair[0].fixed]
+    requests, answers = [request for request, _ in pairs], [answer for _, answer in pairs]
     names = sorted({name for request in requests for name, _ in request.adapters})
     reference = Reference(smollm2, ADAPTERS, names)
     differing = {
@@ -94,9 +107,10 @@ def test_every_adapter_is_as_good_as_its_card_says(smollm2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_gates_are_as_good_as_the_adapters(smollm2: Path) -> None:
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_are_as_good_as_the_adapters(smollm2: Path, router: str) -> None:
     """Ten held-out rows of every task, all through one router that is told nothing of the task."""
-    requests = [replace(held_out(task, row), router=GATES) for row in range(10) for task in TASKS]
+    requests = [replace(held_out(task, row), router=router) for row in range(10) for task in TASKS]
     texts = answer(smollm2, requests)
     right = sum(text == request.target for request, text in zip(requests, texts, strict=True))
     assert right >= 68, f"{right} of {len(requests)}"
