@@ -63,6 +63,8 @@ def json_body(model: type[B], *, optional: bool = False) -> Callable[[Request, S
         content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaType("the content type is not JSON, expected `Content-Type: application/json`")
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise UnsupportedMediaType("the body is compressed, expected it as it is, without `Content-Encoding`")
         body = await read_body(request, services.limits.body_bytes)
         return await parse(model, body, services.limits)
 

@@ -158,12 +158,15 @@ class ServeSettings(BaseModel):
 
 
 class LimitSettings(BaseModel):
-    """What one request may ask for. Bytes, counts; `prompt_logprobs` over all tokens of all its prompts."""
+    """What one request may ask for. Bytes, counts; `messages` with all parts of their contents, `prompt_logprobs` over
+    all tokens of all its prompts.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     body_bytes: int = Field(default=16 * 2**20, ge=1024)
     n: int = Field(default=16, ge=1)
+    messages: int = Field(default=8192, ge=1)
     prompts: int = Field(default=128, ge=1)
     inputs: int = Field(default=2048, ge=1)
     prompt_logprobs: int = Field(default=2**18, ge=1)

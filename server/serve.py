@@ -1,6 +1,7 @@
 """A running server: binds its address, opens the services, serves, and ends without cutting streams off."""
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable
 from importlib.metadata import version
@@ -36,6 +37,10 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
     with bind(settings.serve) as listener:
         async with open_services(settings) as services:
             app = create_app(settings, services)
+            # What is there now stays. The collector went through all of its 300,000 objects whenever a large body made
+            # many new ones: the event loop stood still for 0.2 s instead of 0.06.
+            gc.collect()
+            gc.freeze()
             config = uvicorn.Config(
                 app,
                 log_config=None,

@@ -12,7 +12,7 @@ from server.choice import Piece, ScoredToken
 from server.engine.sequence import FinishReason
 from server.errors import BadRequest
 from server.openai.answer import Answer, Collected, Json
-from server.openai.messages import ChatMessage, plain
+from server.openai.messages import Messages, plain
 from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
 from server.openai.tool_calls import ToolCalls
 from server.openai.tools import AnyToolChoice, Tools, tool_use
@@ -23,7 +23,8 @@ from server.tools.form import ToolForm
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
+    """At most `limits.messages`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """As `max_tokens`, and wins over it."""
     logprobs: bool | None = None

@@ -1,14 +1,12 @@
 """POST /tokenize and /detokenize: their requests."""
 
 from functools import cached_property
-from typing import Annotated, Any, Self
-
-from pydantic import Field
+from typing import Any, Self
 
 from server.body import RequestModel, validate
 from server.config import LimitSettings
 from server.errors import BadRequest
-from server.openai.messages import ChatMessage
+from server.openai.messages import Messages
 from server.openai.tools import Tools, tool_use
 from server.route_options import Name
 from server.tools.definition import ToolUse
@@ -20,7 +18,7 @@ class TokenizeRequest(RequestModel):
     model: Name | None = None
     prompt: str | None = None
     """Either this or `messages`."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     """As in chat completions."""
     tools: Tools | None = None
     """As in chat completions."""

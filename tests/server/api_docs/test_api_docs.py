@@ -23,8 +23,8 @@ from server.tenants import DEFAULT_TENANT
 
 ROOT = Path(__file__).parents[3]
 CODE = re.compile(r"[a-z]+(_[a-z]+)+")
-ELSEWHERE = {"content_length", "content_type", "part_kind", "stop_length", "store_claimed"}
-"""Kinds of validation errors, whose code is `invalid_...`, and what only a start meets."""
+ELSEWHERE = {"store_claimed"}
+"""What only a start meets."""
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 SAMPLES: dict[str, Any] = {"text": "x", "boolean": True, "object of texts, at most 16": {"a": "b"}, "any": {"x": [1]}}
 
@@ -94,7 +94,11 @@ def codes() -> Iterator[tuple[str, str]]:
                 if isinstance(node, ast.Call):
                     given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
                     called = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                    given += node.args[:1] if called.endswith("Error") and len(node.args) > 1 else []
+                    given += (
+                        node.args[:1]
+                        if called.endswith("Error") and not called.startswith("Pydantic") and node.args[1:]
+                        else []
+                    )
                 elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "code":
                     given = [node.value]
                 for value in given:
