@@ -96,20 +96,22 @@ def guided_job(
     composites: Sequence[Composite],
     prompts: Sequence[Prompt],
     metrics: Mapping[str, str],
+    limits: Mapping[str, int],
     tokenise: Callable[[str], tuple[int, ...]],
     stops: frozenset[int],
 ) -> Job:
     """The same prompts, of which the list is kept going: after every item's line the next number is given.
 
-    What an item says is the method's own, and later items see it. `stops` are the tokens with a line end.
+    What an item says is the method's own, and later items see it. `limits` are the most tokens of an item by its task,
+    `stops` the tokens with a line end.
     """
     given: list[list[Answer]] = [[] for _ in composites]
 
     def question(place: int) -> Question:
-        ids, limit = prompts[place]
+        ids, tasks = prompts[place][0], composites[place].tasks
         before = [(*tokenise(f"{item}. "), *answer.tokens) for item, answer in enumerate(given[place], start=1)]
         begun = [token for line in before for token in (*line, *tokenise("\n"))] + [*tokenise(f"{len(before) + 1}. ")]
-        return Question((*ids, *begun), limit // len(composites[place].tasks), method.mix, method.gates, stops)
+        return Question((*ids, *begun), limits[tasks[len(before)]], method.mix, method.gates, stops)
 
     def follow(place: int, answer: Answer) -> Question | None:
         given[place].append(answer)
@@ -121,8 +123,7 @@ def guided_job(
 
     questions = [question(place) for place in range(len(composites))]
     part = f"composite-{len(composites[0].tasks)}, item by item"
-    each = max(item.max_tokens for item in questions)
-    room = (len(composites[0].tasks) - 1) * (each + ITEM_TOKENS)
+    room = max(sum(limits[task] + ITEM_TOKENS for task in composite.tasks) for composite in composites)
     return Job(part, method.name, questions, record, follow, room)
 
 

@@ -143,7 +143,7 @@ def _composite_jobs(
     stops = line_ends(tokenizer)
     prompts = [_composite_prompt(tokenizer, composite, limits) for composite in composites]
     free = [composite_job(method, composites, prompts, metrics) for method in methods]
-    return [*free, *(guided_job(method, composites, prompts, metrics, encode, stops) for method in methods)]
+    return [*free, *(guided_job(method, composites, prompts, metrics, limits, encode, stops) for method in methods)]
 
 
 def _adapters(

@@ -108,15 +108,18 @@ def test_a_composite_prompt_is_answered_freely() -> None:
 
 
 def test_a_list_is_kept_going_item_by_item(tmp_path: Path) -> None:
-    stops = frozenset({10})
-    job = guided_job(GateMethod("base"), COMPOSITES, [(letters("?"), 20)], METRICS, letters, stops)
+    stops, limits = frozenset({10}), {"t": 10, "u": 7}
+    job = guided_job(GateMethod("base"), COMPOSITES, [(letters("?"), 20)], METRICS, limits, letters, stops)
     engine = Echo()
     [(_, [line])] = run([job], tmp_path, engine)
     asked = ["".join(map(chr, request.prompt)) for request in engine.asked]
     assert asked == ["?1. ", "?1. . \n2. "]  # what it said before, and the next number
-    assert [(request.params.max_tokens, request.params.stop_token_ids) for request in engine.asked] == [(10, stops)] * 2
+    assert [(request.params.max_tokens, request.params.stop_token_ids) for request in engine.asked] == [
+        (10, stops),
+        (7, stops),
+    ]
     assert max(len(request.prompt) + request.params.max_tokens for request in engine.asked) <= job.longest
     assert (line["answer"], line["attempts"]) == ("1. .\n2. .\n", 2)
-    again = guided_job(GateMethod("base"), COMPOSITES, [(letters("?"), 20)], METRICS, letters, stops)
+    again = guided_job(GateMethod("base"), COMPOSITES, [(letters("?"), 20)], METRICS, limits, letters, stops)
     assert finished(again, tmp_path, SETTING) == [line]
     assert job.file_name != replace(job, part="composite-2").file_name
