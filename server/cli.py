@@ -90,6 +90,9 @@ def serve(
     page_memory: Size = None,
     host_memory: Size = None,
     gate_slots: Annotated[int | None, typer.Option(help="GPU: token-level routers that run at a time [4].")] = None,
+    max_layered_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt for routers that decide layer by layer [4096].")
+    ] = None,
     gates_per_slot: Annotated[int | None, typer.Option(help="GPU: most adapters of such a router [64].")] = None,
     prefix_cache: Annotated[bool | None, typer.Option(help="Reuse the KV of equal prompt beginnings [on].")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine [all cores].")] = None,

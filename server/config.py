@@ -96,6 +96,7 @@ class ServeSettings(BaseModel):
     page_memory: Size = None
     host_memory: Size = 4 * GIB
     gate_slots: int = Field(default=4, ge=0, le=64)
+    max_layered_tokens: int = Field(default=4096, ge=1, le=MOST_BATCH_TOKENS)
     gates_per_slot: int = Field(default=64, ge=1, le=256)
     prefix_cache: bool = True
     num_threads: int | None = Field(default=None, ge=1)
@@ -153,6 +154,7 @@ class ServeSettings(BaseModel):
             gates="routing.token_router:TokenGateFactory",
             prompt_routers="routing.prompt_serving:PromptRouterFactory",
             gate_slots=self.gate_slots,
+            max_layered_tokens=self.max_layered_tokens,
             gates_per_slot=self.gates_per_slot,
         )
 

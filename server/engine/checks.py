@@ -28,8 +28,11 @@ def check_tokens(request: Request, vocabulary: int, longest: int) -> None:
         )
 
 
-def check_prompt_router(request: Request, has_routers: bool) -> None:
-    """Raise RequestError for a prompt-level router that this engine cannot serve as the request wants it."""
+def check_prompt_router(request: Request, has_routers: bool, most_layered: int) -> None:
+    """Raise RequestError for a prompt-level router that this engine cannot serve as the request wants it.
+
+    most_layered: tokens of a prompt that is decided layer by layer.
+    """
     use = request.prompt_router
     if use is None:
         return
@@ -40,3 +43,10 @@ def check_prompt_router(request: Request, has_routers: bool) -> None:
     rows = {row for row in use.rows if row is not None}
     if use.top_k < 1 or not rows or request.mix != Mix(tuple((row, 1.0) for row in sorted(rows))):
         raise RequestError("expected a mix of the router's adapters, each with weight 1", param="lora.adapters")
+    if use.layered and len(request.prompt) > most_layered:
+        raise RequestError(
+            f"the prompt has {len(request.prompt)} tokens, but a router that decides layer by layer reads at most"
+            f" {most_layered}",
+            param="prompt",
+            code="prompt_too_long",
+        )

@@ -29,6 +29,7 @@ class EngineConfig:
     `prompt_routers` of the `PromptRouterFactory`; None: such requests are refused. Where steps are captured,
     `gate_slots` token-level routers run at a time, with up to `gates_per_slot` gates a linear each; others wait.
     `grammar_memory` is for compiled constraints that no request uses at the moment.
+    A prompt that is decided layer by layer may have `max_layered_tokens`, whose states are kept between its steps.
     """
 
     model: str
@@ -54,6 +55,7 @@ class EngineConfig:
     gates_per_slot: int = 64
     prompt_routers: str | None = None
     grammar_memory: int = GIB // 4
+    max_layered_tokens: int = 4096
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from server.engine.grammar_bank import GrammarBank, open_bank
 from server.engine.intake import Intake
 from server.engine.masks import MaskThreads, constrained, no_mask
 from server.engine.matching import Matching
-from server.engine.plan import Chunk
+from server.engine.plan import Plan
 from server.engine.prompt_routers import PromptRouter, Verdict
 from server.engine.reads import page_check, start_loader
 from server.engine.router_bank import RouterBank
@@ -110,7 +110,7 @@ class Engine:
         if request.id in self._sequences:
             raise RequestError(f"request {request.id} is already running", param="id")
         check_tokens(request, self.runner.model.vocab_size, self.runner.max_model_len)
-        check_prompt_router(request, self.arrivals.routers is not None)
+        check_prompt_router(request, self.arrivals.routers is not None, self.config.max_layered_tokens)
         sequence = Sequence.of(request, arrival=self.clock())
         self.intake.add(sequence)
         self._sequences[request.id] = sequence
@@ -143,10 +143,10 @@ class Engine:
         for sequence, error in plan.failed:
             self._fail(sequence, error)
         outputs, self._endings = self._endings, []
-        if not plan.chunks and not outputs and self._launched is None:
+        if not plan.chunks and plan.layers is None and not outputs and self._launched is None:
             self._wait()
             return []
-        launched = self._launch(plan.chunks) if plan.chunks else None
+        launched = self._launch(plan) if plan.chunks or plan.layers is not None else None
         if self.runner.lookahead:
             launched, self._launched = self._launched, launched
         if launched is not None:
@@ -218,11 +218,13 @@ class Engine:
         for sequence, error in self.intake.poll(idle=not self._sequences):
             self._fail(sequence, error)
 
-    def _launch(self, chunks: list[Chunk]) -> Launched:
-        waits = any(chunk.sequence.num_pending for chunk, _ in constrained(chunks))
-        launched = self.runner.launch(chunks)
-        for chunk in chunks:
+    def _launch(self, plan: Plan) -> Launched:
+        waits = any(chunk.sequence.num_pending for chunk, _ in constrained(plan.chunks))
+        launched = self.runner.launch(plan.chunks, plan.layers)
+        for chunk in plan.chunks:
             self.scheduler.advance(chunk)
+        if plan.layers is not None:
+            self.scheduler.advance_layers(plan.layers)
         if not waits:
             self._choose(launched)
         return launched

@@ -15,6 +15,7 @@ from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
 from server.engine.decided_rows import DecidedBuilder
+from server.engine.gate_parts import Columns
 from server.engine.gate_stage import staged_shares
 from server.engine.gates import Shares, SlotMemory
 from server.engine.plan import Chunk
@@ -22,8 +23,8 @@ from server.engine.planner import StepTiles, TilePlanner, no_tiles
 from server.engine.prompt_routing import PromptRouting, prompt_routing
 from server.engine.scoring import score, spans_to_score
 from server.engine.staging import Staging, StepShape, StepViews, fill
-from server.engine.steps import Computed, KvCache, Pages
-from server.model.decoder import Decoder, ForwardBatch, Hidden
+from server.engine.steps import Computed
+from server.model.decoder import Decoder, ForwardBatch, Hidden, KvCache, Pages
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,21 @@ class GraphSteps:
         shares = None if tiles.gates is None else self._shares(chunks, staging, shape)
         return Computed(self._logits[:count], self._sampled[:count].clone(), shares, scores)
 
+    @torch.inference_mode()
+    def batches(self, chunks: list[Chunk]) -> list[tuple[ForwardBatch, Columns]]:
+        """Each has a staged array of its own."""
+        found = []
+        for chunk in chunks:
+            tiles = TilePlanner().plan([chunk], MIXED_BLOCK)
+            shape = self._exact_shape([chunk], tiles)
+            staging = Staging(shape.words + self._table_words, self.decoder.device)
+            self._stage(staging, shape, [chunk], tiles)
+            views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
+            ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
+            batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows)
+            found.append((batch, _columns(tiles)))
+        return found
+
     def remember(self, tokens: Tensor) -> None:
         self._sampled[: len(tokens)].copy_(tokens)
 
@@ -127,11 +143,7 @@ class GraphSteps:
         return staged_shares(chunks, views.gates.rows.totals.clone())
 
     def _routing(self, chunks: list[Chunk], tiles: StepTiles) -> PromptRouting | None:
-        columns = {}
-        for group, plan in tiles.plans.items():
-            pages = plan.pages.tolist()
-            columns[group] = (*pages, *[-1] * (plan.shape.padded_pages - len(pages)))
-        return prompt_routing(chunks, columns, self._decided)
+        return prompt_routing(chunks, _columns(tiles), self._decided)
 
     def _run(self, staging: Staging, shape: StepShape, routing: PromptRouting | None = None) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
@@ -152,17 +164,20 @@ class GraphSteps:
     ) -> tuple[Staging, StepShape, Hidden]:
         """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
         self.eager_steps += 1
+        shape = self._exact_shape(chunks, tiles)
+        if shape.words + self._table_words > self._eager_staging.capacity:
+            self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
+        self._stage(self._eager_staging, shape, chunks, tiles)
+        return self._eager_staging, shape, self._run(self._eager_staging, shape, routing)
+
+    def _exact_shape(self, chunks: list[Chunk], tiles: StepTiles) -> StepShape:
         decodes = next((i for i, chunk in enumerate(chunks) if chunk.num_tokens > 1), len(chunks))
         blocks = len(query_blocks([(0, 0, chunk.num_tokens, chunk.start) for chunk in chunks[decodes:]]))
         samples = max(1, sum(chunk.samples for chunk in chunks))
         rows = sum(chunk.num_tokens for chunk in chunks)
         own = tuple((group, plan.shape) for group, plan in tiles.plans.items())
         gates = None if tiles.gates is None else self.capacities.gates
-        shape = StepShape(rows, decodes, blocks, samples, own, gates)
-        if shape.words + self._table_words > self._eager_staging.capacity:
-            self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
-        self._stage(self._eager_staging, shape, chunks, tiles)
-        return self._eager_staging, shape, self._run(self._eager_staging, shape, routing)
+        return StepShape(rows, decodes, blocks, samples, own, gates)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
         """Run once, which compiles, on padding that touches nothing; then capture.
@@ -193,3 +208,11 @@ class GraphSteps:
         torch.cuda.current_stream().wait_stream(stream)
         self._sampled.copy_(sampled)
         return self._graphs.get(shape)
+
+
+def _columns(tiles: StepTiles) -> Columns:
+    columns = {}
+    for group, plan in tiles.plans.items():
+        pages = plan.pages.tolist()
+        columns[group] = (*pages, *[-1] * (plan.shape.padded_pages - len(pages)))
+    return columns

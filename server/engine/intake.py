@@ -44,9 +44,17 @@ class Intake:
     def decide(self, sequence: Sequence, decision: Decision) -> None:
         """A router has decided for a prompt: now it is computed like others, and so are those that waited for it."""
         self._arrivals.forget_router(sequence)
-        self._scheduler.restart(sequence)
+        use = sequence.asked.prompt_router
+        stays = use is not None and use.layered  # with the adapters that it has
+        if not stays or sequence.num_unscored:
+            self._scheduler.restart(sequence)
         followers = self._deciding.decide(sequence, decision)
-        self._go_on(sequence, first=True)
+        if not stays:
+            self._go_on(sequence, first=True)
+        elif sequence.num_unscored:
+            self._scheduler.add(sequence, first=True)
+        else:
+            self._scheduler.resume(sequence)
         for follower in followers:
             self._go_on(follower)
 

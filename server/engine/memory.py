@@ -37,6 +37,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, device: torch.device, 
     if device.type != "cuda":
         return MemoryPlan(config.kv_memory or CPU_KV_MEMORY, config.page_memory or CPU_PAGE_MEMORY, 0)
     workspace = workspace_bytes(model, dtype, config.max_num_seqs, config.max_batch_tokens)
+    if config.prompt_routers is not None:
+        workspace += layered_bytes(model, dtype, config.max_layered_tokens)
     slots = gate_shape(config)
     gates = slots.num_bytes(model.linear_shape, dtype.itemsize) if slots is not None else 0
     free = int((torch.cuda.mem_get_info(device)[0] - workspace - gates) * CUDA_SHARE)
@@ -74,3 +76,8 @@ def workspace_bytes(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, m
     rows = max(max_num_seqs, SCORED_ROWS)
     sampler = rows * model.vocab_size * (3 * dtype.itemsize + 3 * 4 + 3 * 8)
     return 2 * activations + sampler + FIXED_WORKSPACE
+
+
+def layered_bytes(model: ModelConfig, dtype: torch.dtype, max_layered_tokens: int) -> int:
+    """States of a prompt between two layers, and a copy of them for the router that reads them."""
+    return 3 * max_layered_tokens * model.hidden_size * dtype.itemsize

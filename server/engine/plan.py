@@ -40,9 +40,32 @@ class Chunk:
         return self.sequence.num_unscored > 0 and not self.sequence.undecided
 
 
+@dataclass(frozen=True)
+class LayerRun:
+    """All of a prompt through `count` layers from `start` on, for a router that decides layer by layer.
+
+    `num_tokens` of a chunk would cost as much.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    num_tokens: int
+    finishes: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, budget: int) -> "LayerRun":
+        """As many layers as the budget of tokens allows, one at least."""
+        assert sequence.router is not None
+        depth, length, start = sequence.router.depth, sequence.num_prompt, sequence.layers_done
+        count = min(depth - start, max(1, budget * depth // length))
+        return cls(sequence, start, count, -(-count * length // depth), start + count == depth)
+
+
 @dataclass
 class Plan:
-    """One step: chunks of one token first, then longer ones; and sequences that can never be admitted, with the reason.
+    """One step: chunks of one token first, then longer ones; some `layers` of one prompt beside them; and sequences
+    that can never be admitted, with the reason.
 
     The failed ones are still queued: whoever runs the plan ends them by `Scheduler.remove`. `budget`: tokens that it
     still has room for. Tenants that `started` a sequence yield none in this step, tenants that are `passed` start none.
@@ -50,6 +73,7 @@ class Plan:
 
     budget: int
     chunks: list[Chunk] = field(default_factory=list)
+    layers: LayerRun | None = None
     failed: list[tuple[Sequence, RequestError]] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
@@ -69,12 +93,20 @@ class Plan:
         )
 
     def run(self, sequence: Sequence) -> None:
-        """Plan the next chunk of a sequence, as long as the budget allows."""
+        """Plan the next chunk of a sequence, or its next layers, as long as the budget allows."""
+        if sequence.layered:
+            if sequence.num_layers_left and self.layers is None and self.budget > 0:
+                self.layers = LayerRun.of(sequence, self.budget)
+                self.budget = max(0, self.budget - self.layers.num_tokens)
+            return
         count = min(sequence.num_uncomputed, self.budget)
         if count:
             self.chunks.append(Chunk.of(sequence, count))
             self.budget -= count
 
     def drop(self, sequence: Sequence) -> None:
+        if self.layers is not None and self.layers.sequence is sequence:
+            self.budget += self.layers.num_tokens
+            self.layers = None
         self.budget += sum(chunk.num_tokens for chunk in self.chunks if chunk.sequence is sequence)
         self.chunks = [chunk for chunk in self.chunks if chunk.sequence is not sequence]

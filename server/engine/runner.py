@@ -16,16 +16,17 @@ from server.engine.config import MOST_BATCH_TOKENS, EngineConfig
 from server.engine.gate_bank import GateBank
 from server.engine.gate_slots import GateSlots
 from server.engine.gates import Shares, SlotMemory, gate_factory
+from server.engine.layered import LayeredPrompt, prompt_parts
 from server.engine.memory import gate_shape, plan_memory
-from server.engine.plan import Chunk
+from server.engine.plan import Chunk, LayerRun
 from server.engine.prompt_reading import verdicts
 from server.engine.prompt_routers import Verdict, prompt_router_factory
 from server.engine.sampler import Sampled, sample
 from server.engine.scoring import Scores
 from server.engine.sequence import Sequence, TokenLogprobs
-from server.engine.steps import Computed, EagerSteps, KvCache, Steps
+from server.engine.steps import Computed, EagerSteps, Steps
 from server.model.config import ModelConfig, ModelError
-from server.model.decoder import Decoder
+from server.model.decoder import Decoder, KvCache
 from server.model.weights import load_weights, random_weights
 
 logger = logging.getLogger(__name__)
@@ -120,18 +121,23 @@ class Runner:
             *(_gigabytes(self.pool.num_bytes), min(self.pool.num_pages.values())),
         )
         self.steps = self._make_steps(config)
+        self.part_tokens = config.max_batch_tokens
+        self._layered: tuple[Sequence, LayeredPrompt] | None = None  # between two of its layers
+        none = torch.empty(0, self.model.vocab_size, device=self.device)
+        self._nothing = Computed(none, torch.empty(0, dtype=torch.int64, device=self.device), None)
 
     @property
     def lookahead(self) -> bool:
         return self.steps.lookahead
 
-    def launch(self, chunks: list[Chunk]) -> Launched:
+    def launch(self, chunks: list[Chunk], layers: LayerRun | None = None) -> Launched:
         """Start a step, which `choose` completes. With `lookahead`, the next one may be launched as soon as that is
         done, before its tokens have been waited for."""
-        computed = self.steps.launch(chunks)
+        decided = [] if layers is None else self._run_layers(layers)
+        computed = self.steps.launch(chunks) if chunks else self._nothing
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         indices = [sequence.num_sampled for sequence in sequences]
-        launched = Launched(chunks, computed, sequences, indices, verdicts(chunks))
+        launched = Launched(chunks, computed, sequences, indices, [*decided, *verdicts(chunks)])
         for row, sequence in enumerate(sequences):
             sequence.sampled_row = row
         return launched
@@ -150,6 +156,20 @@ class Runner:
             launched.done = torch.cuda.Event()
             launched.done.record()
         launched.sampled, launched.routed, launched.scores = sampled, routed, scores
+
+    def _run_layers(self, layers: LayerRun) -> list[tuple[Sequence, Verdict]]:
+        sequence = layers.sequence
+        if not layers.start:
+            parts = self.steps.batches(prompt_parts(sequence, self.part_tokens))
+            self._layered = sequence, LayeredPrompt(sequence, self.decoder, parts)
+        assert self._layered is not None
+        owner, prompt = self._layered
+        assert owner is sequence, "another prompt is between its layers"
+        verdict = prompt.run(layers, self.kv_cache, self.pool.tensors)
+        if verdict is None:
+            return []
+        self._layered = None
+        return [(sequence, verdict)]
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of keys and values of one block over all layers."""

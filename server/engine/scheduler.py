@@ -18,7 +18,7 @@ from collections.abc import Callable
 from server.engine.blocks import BlockPool
 from server.engine.config import RequestError
 from server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, FairQueue
-from server.engine.plan import Chunk, Plan
+from server.engine.plan import Chunk, LayerRun, Plan
 from server.engine.sequence import Sequence
 from server.engine.shares import PATIENCE, QUANTUM, Shares
 from server.engine.starvation import AdapterPages, Starvation
@@ -86,6 +86,10 @@ class Scheduler:
         chunk.sequence.num_computed -= 1
         chunk.sequence.num_pending -= 1
 
+    def advance_layers(self, layers: LayerRun) -> None:
+        """Record that some layers of a prompt have been launched."""
+        layers.sequence.layers_done += layers.count
+
     def commit(self, chunk: Chunk, token: int | None) -> None:
         """Record that a launched chunk of a sequence that has not ended is done, and the token that it yielded."""
         sequence = chunk.sequence
@@ -116,6 +120,19 @@ class Scheduler:
         self.waiting.charge(sequence, sequence.num_prompt, INPUT_PRICE)
         self.remove(sequence)
         sequence.forget_computed()
+
+    def resume(self, sequence: Sequence) -> None:
+        """A router has decided for a prompt while taking it through all layers.
+
+        Its blocks hold what was computed as decided, and may be found now. The last token is computed once more, as a
+        row like others, which yields the next one. Where it was preempted meanwhile there is nothing to keep.
+        """
+        if sequence not in self.running:
+            return
+        sequence.num_cached = 0
+        sequence.num_computed = sequence.num_prompt - 1
+        sequence.parent_hash = sequence.cache_root
+        self._publish(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless exactly the running sequences hold blocks and pages, each as many as it needs."""
@@ -193,6 +210,8 @@ class Scheduler:
                 return
             if sequence.num_pending or not sequence.ready:  # preempted while a step, or its mask, was under way
                 continue
+            if sequence.layered and any(other.num_layers_left for other in self.running):
+                continue  # one at a time: each keeps the states of its whole prompt
             if self._full and self._victims(sequence, plan, missing=0) is None:
                 plan.passed.add(sequence.request.tenant)
                 continue

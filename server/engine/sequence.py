@@ -151,7 +151,8 @@ class Sequence:
 
     These two differ in their mix if a router chooses from the prompt: one that reads the base model does so as a row of
     it, and what is chosen may be fewer adapters than were offered. Until there is a `decision`, `reading` has what the
-    router has seen of the prompt, and nothing is sampled.
+    router has seen of the prompt, and nothing is sampled; one that chooses layer by layer has taken the prompt through
+    `layers_done` of them.
 
     `num_computed` tokens have their KV in `blocks`, or will have it when the launched steps are done; each step brings
     it closer to `len(sequence)`. `num_pending` tokens (0 or 1) are sampled, but not known to the host yet: the last
@@ -175,6 +176,7 @@ class Sequence:
     reading: PromptPass | None = None
     decision: Decision | None = None
     matching: Matching | None = None
+    layers_done: int = 0
     num_cached: int | None = None
     num_hashed_blocks: int = 0
     num_unscored: int = 0
@@ -209,6 +211,17 @@ class Sequence:
     def undecided(self) -> bool:
         """Whether a router has still to choose."""
         return self.asked.prompt_router is not None and self.decision is None
+
+    @property
+    def layered(self) -> bool:
+        """Whether a router has still to choose for it layer by layer."""
+        use = self.asked.prompt_router
+        return use is not None and use.layered and self.decision is None
+
+    @property
+    def num_layers_left(self) -> int:
+        """Layers that a layered prompt has still to be taken through."""
+        return self.router.depth - self.layers_done if self.layered and self.router is not None else 0
 
     @property
     def num_prompt(self) -> int:
@@ -262,3 +275,4 @@ class Sequence:
         self.num_hashed_blocks = 0
         self.parent_hash = self.cache_root
         self.reading = None
+        self.layers_done = 0

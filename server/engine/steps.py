@@ -1,7 +1,5 @@
 """How a step runs on a device: on a CPU as it comes, on a GPU from captured graphs with the host one step ahead."""
 
-from collections.abc import Mapping as ReadOnlyDict
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,15 +7,12 @@ from torch import Tensor
 
 from server.engine.batch import BatchBuilder
 from server.engine.decided_rows import DecidedBuilder
-from server.engine.gate_parts import make_router, part_shares
+from server.engine.gate_parts import Columns, make_router, part_shares
 from server.engine.gates import GateFactory, Shares
 from server.engine.plan import Chunk
 from server.engine.prompt_routing import prompt_routing
 from server.engine.scoring import Scores, score, spans_to_score
-from server.model.decoder import Decoder
-
-KvCache = Sequence[tuple[Tensor, Tensor]]
-Pages = ReadOnlyDict[str, tuple[Tensor, Tensor]]
+from server.model.decoder import Decoder, ForwardBatch, KvCache, Pages
 
 
 class Computed(NamedTuple):
@@ -37,6 +32,10 @@ class Steps(Protocol):
     lookahead: bool
 
     def launch(self, chunks: list[Chunk]) -> Computed: ...
+
+    def batches(self, chunks: list[Chunk]) -> list[tuple[ForwardBatch, Columns]]:
+        """Of each chunk a batch of its own, and the pages of its mappings' columns, that later steps leave alone."""
+        ...
 
     def remember(self, tokens: Tensor) -> None:
         """int64[R]: the tokens chosen from the logits of the last launch, for a launch that looks ahead."""
@@ -61,7 +60,7 @@ class EagerSteps:
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Computed:
         batch = self._builder.build(chunks)
-        columns = {group: mapping.pages for group, mapping in batch.mappings.items() if mapping is not None}
+        columns = columns_of(batch)
         batch.router = router = make_router(self.gates, chunks, columns, self.decoder.device)
         routing = prompt_routing(chunks, columns, self._decided)
         if routing is not None:
@@ -72,5 +71,17 @@ class EagerSteps:
         shares = None if router is None else part_shares(chunks, router)
         return Computed(self.decoder.logits(hidden, batch.logit_rows), None, shares, scores)
 
+    def batches(self, chunks: list[Chunk]) -> list[tuple[ForwardBatch, Columns]]:
+        found = []
+        for chunk in chunks:
+            batch = self._builder.build([chunk])
+            found.append((batch, columns_of(batch)))
+        return found
+
     def remember(self, tokens: Tensor) -> None:
         """The host knows all tokens before the next launch."""
+
+
+def columns_of(batch: ForwardBatch) -> Columns:
+    """Of a batch with the reference backend's mappings."""
+    return {group: mapping.pages for group, mapping in batch.mappings.items() if mapping is not None}

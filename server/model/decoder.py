@@ -18,6 +18,9 @@ from server.model.layers import Attention, FeedForward, RotaryEmbedding
 from server.model.lora import LayerRouter, LoraContext
 from server.model.weights import LayerWeights, ModelWeights, load_weights
 
+KvCache = Sequence[tuple[Tensor, Tensor]]
+Pages = ReadOnlyDict[str, tuple[Tensor, Tensor]]
+
 
 class LayerObserver(Protocol):
     """Sees the hidden states of some rows before each of the first `depth` layers. rows: int64[R]."""
@@ -111,8 +114,8 @@ class Decoder:
     def forward(
         self,
         batch: ForwardBatch,
-        kv_cache: Sequence[tuple[Tensor, Tensor]],
-        pages: ReadOnlyDict[str, tuple[Tensor, Tensor]],
+        kv_cache: KvCache,
+        pages: Pages,
     ) -> Tensor:
         """Logits [R, vocab] of the batch's `logit_rows`. Arguments as for `hidden`."""
         return self.logits(self.hidden(batch, kv_cache, pages), batch.logit_rows)
@@ -120,8 +123,8 @@ class Decoder:
     def hidden(
         self,
         batch: ForwardBatch,
-        kv_cache: Sequence[tuple[Tensor, Tensor]],
-        pages: ReadOnlyDict[str, tuple[Tensor, Tensor]],
+        kv_cache: KvCache,
+        pages: Pages,
     ) -> Hidden:
         """All layers. Writes the new tokens' keys and values into `kv_cache`.
 
@@ -148,7 +151,13 @@ class Decoder:
         normed, _ = self.ops.rms_norm_residual(last, residual.index_select(0, rows), self.norm, self.config.norm_eps)
         return self.ops.linear(normed, self.lm_head, None)
 
-    def _lora(self, batch: ForwardBatch, pages: ReadOnlyDict[str, tuple[Tensor, Tensor]]) -> list[LoraContext]:
+    def context(self, batch: ForwardBatch, pages: Pages, layer: int) -> LoraContext:
+        """What one layer alone needs of a batch."""
+        mappings = {name: mapping for name, mapping in batch.mappings.items() if mapping is not None}
+        own = {name: (pages[name][0][layer], pages[name][1][layer]) for name in mappings}
+        return LoraContext(layer, mappings, own, batch.router)
+
+    def _lora(self, batch: ForwardBatch, pages: Pages) -> list[LoraContext]:
         """One context a layer; unbinding all layers at once spares two calls a group and layer."""
         mappings = {name: mapping for name, mapping in batch.mappings.items() if mapping is not None}
         split = {name: list(zip(*(part.unbind() for part in pages[name]), strict=True)) for name in mappings}
@@ -158,11 +167,17 @@ class Decoder:
         ]
 
 
-def hidden_states(x: Summands, residual: Tensor | None, rows: Tensor) -> Tensor:
-    """[R, hidden]: of these rows the sum that `DecoderLayer` takes in two parts, rounded as its norm does."""
-    states = x[0].index_select(0, rows)
+def hidden_states(x: Summands, residual: Tensor | None, rows: Tensor | None) -> Tensor:
+    """[R, hidden]: of these rows, None for all, the sum that `DecoderLayer` takes in two parts, rounded as its norm
+    does. A copy.
+    """
+
+    def own(part: Tensor) -> Tensor:
+        return part if rows is None else part.index_select(0, rows)
+
+    states = own(x[0]).clone() if rows is None else own(x[0])
     if x[1] is not None:
-        states += x[1].index_select(0, rows)
+        states += own(x[1])
     if residual is not None:
-        states += residual.index_select(0, rows)
+        states += own(residual)
     return states

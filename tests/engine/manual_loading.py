@@ -112,7 +112,8 @@ class FakeRunner:
         self.gates = None
         self.max_model_len = 256
 
-    def launch(self, chunks: list[Chunk]) -> FakeLaunch:
+    def launch(self, chunks: list[Chunk], layers: None = None) -> FakeLaunch:
+        assert layers is None
         for row, chunk in enumerate(chunks):
             lease, mix = chunk.sequence.lease, chunk.sequence.request.mix
             assert (lease is not None) == bool(mix.entries)

@@ -59,6 +59,7 @@ CONFIG = EngineConfig(
     gate_slots=2,
     gates_per_slot=32,
     prompt_routers="package.module:Other",
+    max_layered_tokens=99,
     grammar_memory=7,
 )
 PARAMS = SamplingParams(

@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
-from server.engine.plan import Chunk
+from server.engine.plan import Chunk, LayerRun
 from server.engine.prompt_routers import PromptUse
 from server.engine.runner import Launched
 from server.engine.sequence import FinishReason, Output, Request
@@ -169,9 +169,9 @@ def test_equal_prompts_at_once_are_read_once(
     rows: list[int] = []
     launch = engine.runner.launch
 
-    def counted(chunks: list[Chunk], eos: frozenset[int]) -> Launched:
+    def counted(chunks: list[Chunk], layers: LayerRun | None) -> Launched:
         rows.append(sum(chunk.num_tokens for chunk in chunks))
-        return launch(chunks, eos)
+        return launch(chunks, layers)
 
     monkeypatch.setattr(engine.runner, "launch", counted)
     for number in range(4):

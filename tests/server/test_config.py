@@ -116,10 +116,12 @@ def test_loopback() -> None:
 
 def test_the_engines_share() -> None:
     serve = {"kv_memory": "1MiB", "max_num_seqs": 3, "dtype": "bfloat16", "gate_slots": 2, "gates_per_slot": 128}
+    serve |= {"max_layered_tokens": 77}
     settings = load_settings({"serve": serve})
     config = settings.serve.engine_config(Path("/models/m"), Path("/data"))
     assert (config.model, config.kv_memory, config.max_num_seqs, config.dtype) == ("/models/m", 1 << 20, 3, "bfloat16")
     assert (config.gate_slots, config.gates_per_slot) == (2, 128)
+    assert config.max_layered_tokens == 77
     assert config.page_memory is None
 
 
