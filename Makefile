@@ -11,7 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model browser demo test test-slow test-lm-eval gpu-test check bench bench-gpu lock clean
+.PHONY: setup model tools demo test test-slow test-lm-eval gpu-test check bench bench-gpu lock clean
 
 setup: $(VENV)/.ready
 
@@ -38,12 +38,13 @@ demo: model
 test: model
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# A browser for the console's tests; needs root where it is not installed yet.
-browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
-	  { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium chromium-driver; }
+# What some slow tests run: a browser, promtool, kubectl. Needs Debian and root where they are not there yet.
+TOOLS := chromium:chromium chromedriver:chromium-driver promtool:prometheus kubectl:kubernetes-client
+tools:
+	@missing=""; for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	[ -z "$$missing" ] || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends $$missing; }
 
-test-slow: model browser
+test-slow: model tools
 	$(RUN)/python -m pytest -m slow
 
 # What lm-eval needs beyond the other tests is 400 MB and makes every start of the encoder slower, so it comes last.

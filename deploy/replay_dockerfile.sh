@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Replays the Dockerfile's steps for one target in a clean temporary directory, where no Docker engine is at hand:
-# its COPY, ENV, WORKDIR and RUN lines are executed with PREFIX inside that directory; the lines that change the system
-# (apt-get, useradd) are printed and left out. Then the installed program is asked for its version.
+# its COPY, ENV, WORKDIR and RUN lines are executed with PREFIX inside that directory, for all of its stages; the lines
+# that change the system (apt-get, useradd) are printed and left out. Then the installed program is asked for its version.
 # TORCH_INDEX is empty unless set, so that the default package index is enough for the replay.
 #   deploy/replay_dockerfile.sh [cpu|cuda]
 set -euo pipefail
@@ -23,11 +23,12 @@ while read -r instruction arguments; do
     stage=${arguments##* AS }
     continue
   fi
-  [[ $stage == base || $stage == "$target" ]] || continue
+  [[ $stage == base || $stage == build || $stage == "build-$target" || $stage == "$target" ]] || continue
   case $instruction in
     ENV) eval "export $arguments" ;;
     WORKDIR) workdir=$(eval "echo $arguments") && mkdir -p "$workdir" ;;
     COPY)
+      [[ $arguments == --from=* ]] && continue # it is there: all stages share the directory
       read -ra files <<<"$arguments"
       for file in "${files[@]:0:${#files[@]}-1}"; do
         cp -r "$source/$file" "$workdir/${files[-1]}"

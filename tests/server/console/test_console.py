@@ -72,7 +72,7 @@ def served(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest
 @pytest.fixture
 def reader(served: Served, tmp_path: Path) -> Iterator[Reader]:
     if shutil.which("chromedriver") is None:
-        pytest.fail("chromedriver is missing: run `make browser` first, as `make test-slow` does")
+        pytest.fail("chromedriver is missing: run `make tools` first, as `make test-slow` does")
     options = webdriver.ChromeOptions()
     for argument in ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", *QUIET):
         options.add_argument(argument)
