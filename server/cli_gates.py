@@ -1,4 +1,4 @@
-"""The commands `train extend` and `eval gates`, for token-level routers."""
+"""The commands `train extend`, for token-level routers, and `eval gates`, for all that are inside the model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -62,12 +62,18 @@ def gates(
     adapters: Adapters,
     out: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a run in it goes on.")],
     router: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL=FOLDER", help="A trained router; repeatable.")
+        list[str] | None, typer.Option(metavar="LABEL=FOLDER", help="A MeteoRA router; repeatable.")
     ] = None,
     model: Model = DEFAULT_MODEL,
     group: Annotated[str | None, typer.Option(help="Tasks of this group of the manifest.")] = None,
     curve: Annotated[
         list[str] | None, typer.Option(metavar="ROWS=FOLDER", help="A router of so many rows a task; repeatable.")
+    ] = None,
+    prompt_router: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL=FOLDER", help="A MoA or MiLoRA router; repeatable.")
+    ] = None,
+    modules: Annotated[
+        list[int] | None, typer.Option(min=1, help="Linears of a layer that MiLoRA uses, too; repeatable.")
     ] = None,
     joint: Annotated[Path | None, typer.Option(help="PEFT folder of one adapter trained on all tasks.")] = None,
     swapped: Annotated[
@@ -85,7 +91,7 @@ def gates(
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda")] = "auto",
     data_dir: DataDir = None,
 ) -> None:
-    """Measure MeteoRA routers beside their adapters and merges. The last line printed is the page of tables."""
+    """Measure routers inside the model beside adapters and merges. The last line printed is the page of tables."""
     from routing.evaluate.gate_plan import GateEvaluation
     from routing.evaluate.gates import FAILURES, curve_of, labelled
     from routing.evaluate.gates import evaluate as run
@@ -99,6 +105,8 @@ def gates(
             routers=labelled(router or (), "router"),
             group=group,
             curve=curve_of(curve or ()),
+            prompt_routers=labelled(prompt_router or (), "prompt router"),
+            modules=tuple(modules or ()),
             joint=None if joint is None else str(joint),
             swapped=labelled(swapped or (), "swapped"),
             new=tuple(new or ()),

@@ -13,6 +13,7 @@ from adapters_store.types import Mix
 from routing.train.batches import prompt_text
 from routing.train.data import TaskRow, read_rows
 from server.engine.gates import GateUse
+from server.engine.prompt_routers import Decided, PromptUse
 from server.engine.sequence import Output, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -42,26 +43,32 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt in tokens, the most tokens of its answer, and the adapters that answer it, weighed by `gates`.
+    """A prompt in tokens, the most tokens of its answer, and the adapters that answer it.
 
-    `stops` are tokens that end the answer, beside those of the model.
+    `gates` weigh them anew for every token, a `prompt_router` chooses among them once. `stops` are tokens that end the
+    answer, beside those of the model.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int
     mix: Mix
     gates: GateUse | None = None
+    prompt_router: PromptUse | None = None
     stops: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The greedy answer to question `number`, stripped. `shares`: the gates' rows' weights, mean over its tokens."""
+    """The greedy answer to question `number`, stripped.
+
+    `shares`: the gates' rows' weights, mean over its tokens. `decided`: what a prompt-level router chose.
+    """
 
     number: int
     text: str
     shares: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
+    decided: Decided | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ def answered(
     """
     tokens: dict[int, list[int]] = {}
     shares: dict[int, list[tuple[float, ...]]] = {}
+    decided: dict[int, Decided | None] = {}
     begun = 0
     while tokens or begun < len(questions):
         while begun < len(questions) and len(tokens) < at_once:
@@ -149,10 +157,11 @@ def answered(
                 raise AnswerError(f"question {number}: {output.error}")
             tokens[number] += output.tokens
             shares[number] += [output.shares] if output.shares else []
+            decided[number] = output.decided or decided.get(number)
             if output.finish_reason is not None:
                 said = tuple(tokens.pop(number))
                 text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
-                answer = Answer(number, text, _mean(shares.pop(number)), said)
+                answer = Answer(number, text, _mean(shares.pop(number)), said, decided.pop(number))
                 if (more := follow(answer)) is None:
                     yield answer
                 else:
@@ -167,4 +176,5 @@ def _mean(shares: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 def _request(number: int, question: Question, paths: Mapping[str, str]) -> Request:
     params = SamplingParams(temperature=0.0, max_tokens=question.max_tokens, stop_token_ids=question.stops)
     own = {digest: paths[digest] for digest in question.mix.digests}
-    return Request(str(number), question.prompt, params, question.mix, own, gates=question.gates)
+    gates, prompt_router = question.gates, question.prompt_router
+    return Request(str(number), question.prompt, params, question.mix, own, gates=gates, prompt_router=prompt_router)

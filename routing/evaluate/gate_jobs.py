@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Job:
     def identity(self) -> str:
         """sha256 over all that decides the answers, but for the model."""
         parts = [
-            [question.prompt, question.max_tokens, question.mix.digest, question.gates and question.gates.key.hex()]
+            [question.prompt, question.max_tokens, question.mix.digest, _router_key(question)]
             for question in self.questions
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -69,14 +70,35 @@ def task_job(method: GateMethod, rows: Sequence[HeldOut], prompts: Sequence[Prom
         row = rows[place]
         found = scores(row.metric, answer.text, row.references)
         line = {"task": row.task, "row": row.row, "answer": answer.text, "score": found["score"], "em": found["em"]}
-        own = method.rows.get(row.task)
-        return line if own is None or not answer.shares else {**line, "share": round(answer.shares[own], 5)}
+        return line | routed(answer, method.rows.get(row.task))
 
     questions = [
-        Question(prompt, limit, method.mix_for(row.task), method.gates)
+        Question(prompt, limit, method.mix_for(row.task), method.gates, method.prompt_router)
         for row, (prompt, limit) in zip(rows, prompts, strict=True)
     ]
     return Job("tasks", method.name, questions, record)
+
+
+def routed(answer: Answer, own: int | None) -> Json:
+    """What a router did with the prompt, `own` being the row or expert of its task's adapter, if there is one.
+
+    `share`: of the gates' weights, or of the layers, that the own one had. Of prompt-level routers also `chosen`, by
+    layer, and `entropy`: of the probabilities, over its maximum, mean over the layers that were read.
+    """
+    decided = answer.decided
+    if decided is None:
+        return {} if own is None or not answer.shares else {"share": round(answer.shares[own], 5)}
+    found: Json = {"chosen": decided.chosen}
+    bits = [-sum(p * math.log(p) for p in layer if p > 0) / math.log(len(layer)) for layer in decided.probabilities]
+    found["entropy"] = round(sum(bits) / len(bits), 5)
+    if own is not None:
+        found["share"] = round(sum(own in layer for layer in decided.chosen) / len(decided.chosen), 5)
+    return found
+
+
+def _router_key(question: Question) -> str | None:
+    router = question.gates or question.prompt_router
+    return None if router is None else router.key.hex()
 
 
 def composite_job(
@@ -87,7 +109,7 @@ def composite_job(
     def record(place: int, answer: Answer) -> Json:
         return composite_line(composites[place], answer.text, metrics)
 
-    questions = [Question(prompt, limit, method.mix, method.gates) for prompt, limit in prompts]
+    questions = [Question(prompt, limit, method.mix, method.gates, method.prompt_router) for prompt, limit in prompts]
     return Job(f"composite-{len(composites[0].tasks)}", method.name, questions, record)
 
 
@@ -111,7 +133,9 @@ def guided_job(
         ids, tasks = prompts[place][0], composites[place].tasks
         before = [(*tokenise(f"{item}. "), *answer.tokens) for item, answer in enumerate(given[place], start=1)]
         begun = [token for line in before for token in (*line, *tokenise("\n"))] + [*tokenise(f"{len(before) + 1}. ")]
-        return Question((*ids, *begun), limits[tasks[len(before)]], method.mix, method.gates, stops)
+        return Question(
+            (*ids, *begun), limits[tasks[len(before)]], method.mix, method.gates, method.prompt_router, stops
+        )
 
     def follow(place: int, answer: Answer) -> Question | None:
         given[place].append(answer)

@@ -14,13 +14,15 @@ from adapters_store.types import BASE, AdapterError, LinearShape, Mix
 from routing.evaluate.answers import AdapterFolders, AnswerError
 from routing.gate_folder import GateCard, read_gates
 from server.engine.gates import GateUse
+from server.engine.prompt_routers import PromptUse
 
 
 @dataclass(frozen=True)
 class GateMethod:
-    """What answers a question: `mix`, or what `own` has for its task; weighed anew for every token where `gates` is.
+    """What answers a question: `mix`, or what `own` has for its task; with `gates` weighed anew for every token, with a
+    `prompt_router` chosen from once.
 
-    `rows`: the row of the gates that stands for the adapter of a task, where there is one.
+    `rows`: the row of the gates, or the router's expert, that stands for the adapter of a task, where there is one.
     """
 
     name: str
@@ -28,6 +30,7 @@ class GateMethod:
     gates: GateUse | None = None
     own: Mapping[str, Mix] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    prompt_router: PromptUse | None = None
 
     def mix_for(self, task: str) -> Mix:
         return self.own.get(task, self.mix)
@@ -80,18 +83,24 @@ def read_router(label: str, folder: Path, shape: LinearShape, fingerprint: str) 
 
 def check_trained_for(router: EvaluatedRouter, folders: AdapterFolders, shape: LinearShape) -> None:
     """Raises AnswerError where an adapter is missing, or is not the one that the gates were trained for."""
-    for adapter in router.card.adapters:
-        if adapter.name not in folders.digests:
-            raise AnswerError(f"router {router.label}: adapter {adapter.name} is not among the evaluated ones")
-        path = Path(folders.paths[folders.digests[adapter.name]])
+    digests = {adapter.name: adapter.digest for adapter in router.card.adapters}
+    check_adapters(router.label, digests, folders, shape)
+
+
+def check_adapters(label: str, digests: Mapping[str, str], folders: AdapterFolders, shape: LinearShape) -> None:
+    """Raises AnswerError where one of these adapters is missing, or its weights do not have the digest."""
+    for name, expected in digests.items():
+        if name not in folders.digests:
+            raise AnswerError(f"router {label}: adapter {name} is not among the evaluated ones")
+        path = Path(folders.paths[folders.digests[name]])
         try:
             digest = read_adapter(path, shape).digest
         except AdapterError as error:
             raise AnswerError(f"{path}: {error.message}") from error
-        if digest != adapter.digest:
+        if digest != expected:
             raise AnswerError(
-                f"router {router.label}: {path} has other weights ({digest[:16]}) than those that the gates were "
-                f"trained for ({adapter.digest[:16]})"
+                f"router {label}: {path} has other weights ({digest[:16]}) than those that it was trained for "
+                f"({expected[:16]})"
             )
 
 

@@ -23,6 +23,7 @@ from routing.evaluate.gate_methods import (
     single,
 )
 from routing.evaluate.held_out import read_held_out
+from routing.evaluate.prompt_methods import EvaluatedPromptRouter, check_prompt, prompt_methods, read_prompt
 from routing.train.data import TaskRow
 from server.model.config import ModelConfig
 
@@ -33,14 +34,15 @@ JOINT = "one LoRA for all tasks"
 
 @dataclass(frozen=True)
 class GateEvaluation:
-    """The settings of one evaluation of token-level routers.
+    """The settings of one evaluation of routers inside the model.
 
-    `adapters` holds a PEFT folder for each task. `routers` are folders by label, `curve` folders of routers by the
-    training rows a task that they saw, `joint` an adapter that was trained on all tasks. `swapped`: folders of other
-    adapters by task, each put in place of the task's own under the first router, which was not trained for it. `new`
-    are tasks each of which is reported apart from the others. `rows` of each task and `composite_rows` of each size are
-    asked, None for all. Composite prompts are asked of `composite_routers` (labels, by default the first), top 2, at
-    every one of `temperatures`.
+    `adapters` holds a PEFT folder for each task. `routers` are folders of MeteoRA routers by label, `curve` those by
+    the training rows a task that they saw, `prompt_routers` MoA's and MiLoRA's by label. MiLoRA over modules also
+    answers with each number of `modules` of a layer in place of its own. `joint` is an adapter that was trained on all
+    tasks. `swapped`: folders of other adapters by task, each put in place of the task's own under the first router,
+    which was not trained for it. `new` are tasks each of which is reported apart from the others. `rows` of each task
+    and `composite_rows` of each size are asked, None for all. Composite prompts are asked of `composite_routers`
+    (labels, by default the first), top 2, at every one of `temperatures`.
     """
 
     model: str
@@ -49,6 +51,8 @@ class GateEvaluation:
     routers: Mapping[str, str] = field(default_factory=dict)
     group: str | None = None
     curve: Mapping[int, str] = field(default_factory=dict)
+    prompt_routers: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[int, ...] = ()
     joint: str | None = None
     swapped: Mapping[str, str] = field(default_factory=dict)
     new: tuple[str, ...] = ()
@@ -82,6 +86,7 @@ class GatePlan:
     paths: Mapping[str, str]
     metrics: Mapping[str, str]
     routers: tuple[EvaluatedRouter, ...]
+    prompt_routers: tuple[EvaluatedPromptRouter, ...]
     curve: tuple[tuple[int, str], ...]
     temperatures: Mapping[str, tuple[str, float]]
     longest: int
@@ -101,12 +106,17 @@ def make_plan(
     """
     root = Path(asked.tasks)
     specs = [MergeSpec.parse(text) for text in asked.merges]
-    folders = _adapters(asked, names, specs, config, out)
+    deciders = [
+        read_prompt(label, Path(path), config.linear_shape, config.fingerprint())
+        for label, path in asked.prompt_routers.items()
+    ]
+    folders = _adapters(asked, names, specs, deciders, config, out)
     routers, curve = _routers(asked, folders, config)
     named = [JOINT] * (asked.joint is not None) + [spec.name for spec in specs]
     fixed = [GateMethod("base"), *(GateMethod(name, single(folders.digests[name])) for name in named)]
     of_curve = {rows: router_method(f"{router.label}, top 2", router, folders.digests, 2) for rows, router in curve}
     methods = [oracle(names, folders.digests), *fixed, *_gated(asked, names, routers, folders), *of_curve.values()]
+    methods += _by_prompt(asked, deciders, folders, config)
     rows = read_held_out(root, names, asked.rows)
     limits = answer_limits(tokenizer, root, names)
     prompts = [(tokenise(tokenizer, row.example), limits[row.task]) for row in rows]
@@ -122,6 +132,7 @@ def make_plan(
         paths=folders.paths,
         metrics=metrics,
         routers=(*routers, *(router for _, router in curve)),
+        prompt_routers=tuple(deciders),
         curve=tuple((count, method.name) for count, method in of_curve.items()),
         temperatures=heated.temperatures,
         longest=max(job.longest for job in jobs),
@@ -147,7 +158,12 @@ def _composite_jobs(
 
 
 def _adapters(
-    asked: GateEvaluation, names: Sequence[str], specs: Sequence[MergeSpec], config: ModelConfig, out: Path
+    asked: GateEvaluation,
+    names: Sequence[str],
+    specs: Sequence[MergeSpec],
+    deciders: Sequence[EvaluatedPromptRouter],
+    config: ModelConfig,
+    out: Path,
 ) -> AdapterFolders:
     """All folders by the names that methods have for them; merges are made."""
     if strangers := [name for name in (*asked.swapped, *asked.new) if name not in names]:
@@ -157,6 +173,8 @@ def _adapters(
     given = {name: Path(asked.adapters) / name for name in names}
     given |= {swapped_name(name): Path(path) for name, path in asked.swapped.items()}
     given |= {} if asked.joint is None else {JOINT: Path(asked.joint)}
+    for router in deciders:
+        given |= router.beside()
     folders = AdapterFolders.of(given)
     made = {spec.name: merged(spec, names, folders, config.linear_shape, out) for spec in specs}
     return AdapterFolders.of(given | made)
@@ -172,6 +190,16 @@ def _routers(
 
     routers = [read(label, path) for label, path in asked.routers.items()]
     return routers, [(rows, read(f"{rows} rows a task", path)) for rows, path in sorted(asked.curve.items())]
+
+
+def _by_prompt(
+    asked: GateEvaluation, deciders: Sequence[EvaluatedPromptRouter], folders: AdapterFolders, config: ModelConfig
+) -> list[GateMethod]:
+    found = []
+    for router in deciders:
+        check_prompt(router, folders, config.linear_shape)
+        found += prompt_methods(router, folders.digests, asked.modules)
+    return found
 
 
 def _gated(

@@ -23,6 +23,7 @@ from routing.evaluate.gate_methods import MERGES
 from routing.evaluate.gate_plan import GateEvaluation, GatePlan, make_plan
 from routing.evaluate.gate_scores import Lines
 from routing.evaluate.gates_report import document, write_report
+from routing.evaluate.prompt_report import described
 from routing.train.data import TaskDataError
 from routing.train.many import task_names
 from server.engine.config import EngineConfig, RequestError
@@ -115,6 +116,7 @@ def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -
         cuda_graphs="lazy",
         gates="routing.token_router:TokenGateFactory",
         gate_slots=8,
+        prompt_routers="routing.prompt_serving:PromptRouterFactory",
     )
 
 
@@ -136,6 +138,7 @@ def _circumstances(asked: GateEvaluation, plan: GatePlan, setting: Json, seconds
             router.label: {"sha256": router.card.sha256, "training": dict(router.card.training)}
             for router in plan.routers
         },
+        "prompt_routers": {router.label: described(router) for router in plan.prompt_routers},
         "seconds": round(seconds, 1),
     }
 
@@ -151,10 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         routers = labelled(given.pop("router") or (), "router")
+        deciders = labelled(given.pop("prompt_router") or (), "prompt router")
         swapped = labelled(given.pop("swapped") or (), "swapped")
         curve = curve_of(given.pop("curve") or ())
         rest = {name: value for name, value in given.items() if value is not None}
-        evaluate(GateEvaluation(routers=routers, swapped=swapped, curve=curve, **rest), out, say)
+        asked = GateEvaluation(routers=routers, prompt_routers=deciders, swapped=swapped, curve=curve, **rest)
+        evaluate(asked, out, say)
     except FAILURES as error:
         say(str(error))
         return 2
@@ -186,6 +191,10 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
@@ -200,6 +209,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group", help="tasks of this group of the manifest [all]")
     parser.add_argument("--router", action="append", metavar="LABEL=FOLDER", help="a trained router; repeatable")
     parser.add_argument("--curve", action="append", metavar="ROWS=FOLDER", help="one trained on so many rows a task")
+    parser.add_argument("--prompt-router", action="append", metavar="LABEL=FOLDER", help="MoA or MiLoRA; repeatable")
+    parser.add_argument("--modules", type=_counts, help="of a layer, for MiLoRA over modules: 1,2,7 [its own]")
     parser.add_argument("--joint", help="PEFT folder of one adapter trained on all tasks")
     parser.add_argument("--swapped", action="append", metavar="TASK=FOLDER", help="another adapter of a task")
     parser.add_argument("--new", type=_words, metavar="TASKS", help="report each of these apart from the others")

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from routing.evaluate.gate_scores import ORACLE, Lines, apart, composite_scores, task_scores
+from routing.evaluate.prompt_report import plots as prompt_plots
+from routing.evaluate.prompt_report import routed_scores
+from routing.evaluate.prompt_report import tables as prompt_tables
 from routing.evaluate.svg import line_chart
 
 Json = dict[str, Any]
@@ -31,6 +34,7 @@ def document(
     tasks = task_scores(lines.tasks, seed)
     return {
         "tasks": tasks,
+        "routed": routed_scores(lines.tasks),
         "curve": [{"rows": rows, "method": method} for rows, method in curve if method in tasks],
         "new": {name: apart(tasks, name) for name in new} if tasks else {},
         "composites": {part: composite_scores(own, seed) for part, own in lines.composites.items()},
@@ -51,6 +55,7 @@ def write_report(out: Path, found: Json) -> None:
 def markdown(found: Json) -> str:
     """The tables; figures are percent, for composite prompts numbers of answers a prompt."""
     lines = [*_methods(found["tasks"]), *_curve(found), *_new(found["new"])]
+    lines += prompt_tables(found.get("prompt_routers", {}), found["routed"])
     for part, methods in found["composites"].items():
         lines += _composites(part, methods)
     return "\n".join([*lines, *_tasks(found["tasks"])]).strip() + "\n"
@@ -58,7 +63,7 @@ def markdown(found: Json) -> str:
 
 def plots(found: Json) -> dict[str, str]:
     """`curve.svg` over training rows, and plots over temperatures by composite part and router; from two points on."""
-    charts: dict[str, str] = {}
+    charts = prompt_plots(found.get("prompt_routers", {}))
     curve, tasks = found["curve"], found["tasks"]
     if len(curve) > 1:
         lines = {"router, top 2": [tasks[point["method"]]["mean"] for point in curve]}
