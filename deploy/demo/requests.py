@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from deploy.demo.tasks import generate
 
 MAX_TOKENS = 48
-GATES, MOA = "gates", "moa"
-ROUTERS = (GATES, MOA)
-"""Names, and folders, of the demo's routers inside the model: one decides token by token, one for a prompt."""
+GATES, MOA, MILORA = "gates", "moa", "milora"
+ROUTERS = (GATES, MOA, MILORA)
+"""Names, and folders, of the demo's routers inside the model: one decides token by token, one for a prompt, and one for
+each layer of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class DemoRequest:
     """One user message for a weighted set of adapters. `target` is the right answer, where one is known.
 
     With `auto` the client names none of them: the server is to choose them from the message. So does a `router`;
-    `adapters` are then those that it chose, or that lead any token of the answer if it decides token by token.
+    `adapters` are then those that it chose, in any layer, or that lead any token of the answer if it decides token by
+    token.
     """
 
     prompt: str
@@ -26,8 +28,8 @@ class DemoRequest:
 
     @property
     def fixed(self) -> bool:
-        """Whether one set of adapters answers all of it, as peft could do, too."""
-        return self.router != GATES
+        """Whether the same adapters answer all of it, in all layers, as peft could do, too."""
+        return self.router in (None, MOA)
 
     @property
     def label(self) -> str:
@@ -48,7 +50,8 @@ def held_out(task: str, row: int = 0, *, auto: bool = False) -> DemoRequest:
 
 def demo_requests() -> list[DemoRequest]:
     """Base model, five single adapters, mixtures of two and of three, three that the server is to choose for, two that
-    a router decides token by token (one task, and two in one message), and one that a router decides by prompt.
+    a router decides token by token (one task, and two in one message), one that is decided for all layers, and one
+    layer by layer.
     """
     two = "Say it like a pirate.\nHello my friend, write to emma.stone@harbor.com or call +44 71 5523 881."
     both = DemoRequest(
@@ -73,4 +76,5 @@ def demo_requests() -> list[DemoRequest]:
         replace(held_out("number_words", 2), router=GATES),
         both,
         replace(held_out("json_fields", 2), router=MOA),
+        replace(held_out("number_words", 3), router=MILORA),
     ]

@@ -92,9 +92,10 @@ class PromptRecipe:
 class MoaRecipe(PromptRecipe):
     """Everything that decides a MoA router, bar the model, the adapters and the rows.
 
-    With frozen adapters the loss is eta L_cls, the routers' mean cross-entropy against the task. `joint`: the adapters
-    are trained on, too, at `adapter_rate`; each row goes through its own task's adapter, and the loss is
-    L_LM + `eta` L_cls. `decision` and `depth` say how the routers' votes become one choice (`routing.prompt_router`).
+    With frozen adapters the loss is eta L_cls, the routers' mean cross-entropy against the task; AdamW hardly notices
+    an eta then. `joint`: the adapters are trained on, too, at `adapter_rate`; each row goes through its own task's
+    adapter, and the loss is L_LM + `eta` L_cls. `decision` and `depth` say how the routers' votes become one choice
+    (`routing.prompt_router`).
     """
 
     decision: str = VOTE

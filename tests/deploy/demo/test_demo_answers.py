@@ -76,7 +76,7 @@ def answers(smollm2: Path) -> list[str]:
 @pytest.mark.slow
 def test_known_targets_are_hit(answers: list[str]) -> None:
     expected = {index: request.target for index, request in enumerate(demo_requests()) if request.target is not None}
-    assert len(expected) == 11
+    assert len(expected) == 12
     assert {index: answers[index] for index in expected} == expected
 
 
