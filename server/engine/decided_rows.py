@@ -1,6 +1,6 @@
 """The factors that decisions give the adapters of a step's rows, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
@@ -47,6 +47,13 @@ class BothRouters:
         return one if other is None else other if one is None else one * other
 
 
+def with_decided(router: LayerRouter | None, decided: DecidedRows | None) -> LayerRouter | None:
+    """Both on one step."""
+    if router is None or decided is None:
+        return router or decided
+    return BothRouters(router, decided)
+
+
 class DecidedBuilder:
     """Makes a step's `DecidedRows`; while the same sequences have as many rows, those of the step before stay."""
 
@@ -55,13 +62,13 @@ class DecidedBuilder:
         self._key: object = None
         self._rows: DecidedRows | None = None
 
-    def build(self, chunks: List[Chunk], columns: Columns) -> DecidedRows | None:
+    def build(self, chunks: List[Chunk], columns: Callable[[], Columns]) -> DecidedRows | None:
         """None if no row has factors of its own."""
         if all(_table(chunk) is None for chunk in chunks):
             return None
-        key = ([(chunk.sequence.lease, chunk.sequence.decision, chunk.num_tokens) for chunk in chunks], dict(columns))
-        if key != self._key:
-            self._key, self._rows = key, self._built(chunks, columns)
+        key = [(chunk.sequence.lease, chunk.sequence.decision, chunk.num_tokens) for chunk in chunks]
+        if key != self._key:  # equal leases make equal mappings
+            self._key, self._rows = key, self._built(chunks, columns())
         return self._rows
 
     def _built(self, chunks: List[Chunk], columns: Columns) -> DecidedRows:

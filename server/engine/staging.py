@@ -25,7 +25,7 @@ class StepShape:
 
     rows: tokens. decodes: sequences of one token, whose rows come first. query_blocks: pieces of longer chunks.
     logits: rows that yield a token. tiles: by target group, for the groups in which any row uses a page. gates: the
-    slots for gates, where rows may be routed by token.
+    slots for gates, where rows may be routed by token. decided: rows may have factors that a router decided.
     """
 
     rows: int
@@ -34,6 +34,7 @@ class StepShape:
     logits: int
     tiles: tuple[tuple[str, TileShape], ...] = ()
     gates: GateShape | None = None
+    decided: bool = False
 
     @cached_property
     def sections(self) -> ReadOnlyDict[str, slice]:
