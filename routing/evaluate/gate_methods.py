@@ -32,11 +32,6 @@ class GateMethod:
     rows: Mapping[str, int] = field(default_factory=dict)
     prompt_router: PromptUse | None = None
 
-    @property
-    def layered(self) -> bool:
-        """Whether every layer decides by itself."""
-        return self.prompt_router is not None and self.prompt_router.layered
-
     def mix_for(self, task: str) -> Mix:
         return self.own.get(task, self.mix)
 

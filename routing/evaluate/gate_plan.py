@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routing.evaluate.answers import MARGIN, AdapterFolders, AnswerError, answer_limits, answer_tokens, tokenise
+from routing.evaluate.answers import MARGIN, AdapterFolders, AnswerError, answer_limits, tokenise
 from routing.evaluate.composites import Composite, read_composites
-from routing.evaluate.gate_jobs import ITEM_TOKENS, Job, Prompt, composite_job, guided_job, loss_job, task_job
+from routing.evaluate.gate_jobs import ITEM_TOKENS, Job, Prompt, composite_job, guided_job, task_job
 from routing.evaluate.gate_methods import (
     MERGES,
     EvaluatedRouter,
@@ -24,7 +24,6 @@ from routing.evaluate.gate_methods import (
 )
 from routing.evaluate.held_out import read_held_out
 from routing.evaluate.prompt_methods import EvaluatedPromptRouter, check_prompt, prompt_methods, read_prompt
-from routing.prompt_router import MODULES
 from routing.train.data import TaskRow
 from server.model.config import ModelConfig
 
@@ -38,13 +37,12 @@ class GateEvaluation:
     """The settings of one evaluation of routers inside the model.
 
     `adapters` holds a PEFT folder for each task. `routers` are folders of MeteoRA routers by label, `curve` those by
-    the training rows a task that they saw, `prompt_routers` MoA's and MiLoRA's by label. The first MiLoRA over modules
-    also answers with each number of `modules` of a layer in place of its own. `joint` is an adapter that was trained on
-    all tasks. `swapped`: folders of other adapters by task, each put in place of the task's own under the first router,
+    the training rows a task that they saw, `prompt_routers` MoA's and MiLoRA's by label. MiLoRA over modules also
+    answers with each number of `modules` of a layer in place of its own. `joint` is an adapter that was trained on all
+    tasks. `swapped`: folders of other adapters by task, each put in place of the task's own under the first router,
     which was not trained for it. `new` are tasks each of which is reported apart from the others. `rows` of each task
     and `composite_rows` of each size are asked, None for all. Composite prompts are asked of `composite_routers`
-    (labels, by default the first), top 2, at every one of `temperatures`. `perplexity`: of the rows' targets, too, but
-    not where every layer decides by itself, which is no mix.
+    (labels, by default the first), top 2, at every one of `temperatures`.
     """
 
     model: str
@@ -62,7 +60,6 @@ class GateEvaluation:
     rows: int | None = None
     composite_rows: int | None = None
     composite_routers: tuple[str, ...] = ()
-    perplexity: bool = False
     temperatures: tuple[float, ...] = (1.0, 5.0, 15.0, 20.0, 30.0)
     device: str = "auto"
     dtype: str = "auto"
@@ -124,9 +121,6 @@ def make_plan(
     limits = answer_limits(tokenizer, root, names)
     prompts = [(tokenise(tokenizer, row.example), limits[row.task]) for row in rows]
     jobs = [task_job(method, rows, prompts) for method in methods]
-    if asked.perplexity:
-        targets = [answer_tokens(tokenizer, row.example) for row in rows]
-        jobs += [loss_job(method, rows, prompts, targets) for method in methods if not method.layered]
     metrics = {row.task: row.metric for row in rows}
     heated = _Heated({})
     for composites in read_composites(root, names, asked.composite_rows).values():
@@ -202,11 +196,9 @@ def _by_prompt(
     asked: GateEvaluation, deciders: Sequence[EvaluatedPromptRouter], folders: AdapterFolders, config: ModelConfig
 ) -> list[GateMethod]:
     found = []
-    over_modules = [router.label for router in deciders if router.card.form.experts == MODULES]
     for router in deciders:
         check_prompt(router, folders, config.linear_shape)
-        modules = asked.modules if router.label in over_modules[:1] else ()
-        found += prompt_methods(router, folders.digests, modules)
+        found += prompt_methods(router, folders.digests, asked.modules)
     return found
 
 

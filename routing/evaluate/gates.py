@@ -219,7 +219,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--composite-rows", type=int, help="composite prompts of a size [all]")
     parser.add_argument("--composite-routers", type=_words, metavar="LABELS", help="asked composites [the first]")
     parser.add_argument("--temperatures", type=_numbers, help="of composite prompts [1,5,15,20,30]")
-    parser.add_argument("--perplexity", action="store_true", help="of the targets, too")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16")
     parser.add_argument("--backend", help="auto, reference or triton")
