@@ -23,6 +23,7 @@ from kernels.shapes import SHAPES
 from server.engine import peers
 from server.engine.bench_arrivals import latency, many_adapters
 from server.engine.bench_gated import gated
+from server.engine.bench_grammar import grammar
 from server.engine.bench_loads import loads
 from server.engine.bench_scenarios import Json, memory, steady_decode, throughput
 from server.engine.bench_session import Options, Session
@@ -37,6 +38,7 @@ SCENARIOS: Mapping[str, Callable[[Session], Json]] = MappingProxyType(
         "many_adapters": many_adapters,
         "loads": loads,
         "gated": gated,
+        "grammar": grammar,
         "memory": memory,
     }
 )

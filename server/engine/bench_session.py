@@ -20,6 +20,7 @@ from server.engine.adapters import EngineAdapters
 from server.engine.bench_measure import serve
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.grammar_bank import open_bank
 from server.engine.reads import start_loader
 from server.engine.runner import Runner, choose_device, choose_dtype
 from server.engine.workload import Lengths, SyntheticAdapters, Traffic, Workload, make_workload, write_config
@@ -90,7 +91,7 @@ class Session:
     def __post_init__(self) -> None:
         self.shape: ModelShape = SHAPES[self.options.model]
         self._folder = tempfile.TemporaryDirectory()
-        write_config(self.shape, Path(self._folder.name))
+        write_config(self.shape, self.folder)
         self.model = ModelConfig.from_folder(self._folder.name)
         self.device = choose_device(self.options.device)
         self.dtype = choose_dtype(self.options.dtype, self.device, self.model)
@@ -104,6 +105,11 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
         self._folder.cleanup()
+
+    @property
+    def folder(self) -> Path:
+        """Where the model is."""
+        return Path(self._folder.name)
 
     @property
     def cuda(self) -> bool:
@@ -205,7 +211,7 @@ class Session:
         loader = start_loader(config.load_threads, runner.device)
         adapters = EngineAdapters(host, runner.pool, loader, self.adapters.read, self.clock)
         gates = runner.gate_bank(loader, random_gates=self.most_adapters)
-        return Engine(config, runner, adapters, self.clock, gates)
+        return Engine(config, runner, adapters, self.clock, gates, grammars=open_bank(config, runner.model))
 
     def saturating_rate(self, engine: Engine, traffic: Traffic) -> float:
         """Requests a second that `throughput` served; measured now, with half the requests, where that has not run."""

@@ -156,11 +156,13 @@ def _choice(texts: object) -> str:
 
 
 def _lark(text: str) -> str:
-    """GBNF is translated, Lark is left as it is."""
-    from llguidance.gbnf_to_lark import any_to_lark
+    """GBNF, which has `::=` outside of its strings, is translated; Lark is left as it is."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
+    if "::=" not in text or is_lark_syntax(text):
+        return text
     try:
-        return any_to_lark(text)
+        return gbnf_to_lark(text)
     except RecursionError:
         raise
     except Exception as error:  # a parser that raises what comes

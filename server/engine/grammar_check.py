@@ -1,7 +1,7 @@
 """Constraints tried in a process of its own, which ends when one takes too long.
 
-`python -m server.engine.grammar_check FOLDER VOCABULARY EOS...` reads a JSON line for each constraint, kind and source,
-and answers each with a line, null or the reason why it cannot be used. A line before all says that it is ready.
+`python -m server.engine.grammar_check SECONDS FOLDER VOCABULARY EOS...` reads a JSON line for each constraint, kind and
+source, and answers each with a line, null or the reason why it cannot be used. A line before all says that it is ready.
 """
 
 import json
@@ -31,9 +31,12 @@ class CheckedCompiler:
     There are as many of these processes as threads that need one at a time; they start when they are first needed.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int], seconds: float = CHECK_SECONDS
+    ) -> None:
         eos_token_ids = sorted(eos_token_ids)
-        arguments = [str(folder), str(vocab_size), *map(str, eos_token_ids)]
+        arguments = [str(seconds), str(folder), str(vocab_size), *map(str, eos_token_ids)]
+        self._seconds = seconds
         self._compiler = GrammarCompiler(folder, vocab_size, eos_token_ids)
         self._command = [sys.executable, "-P", "-m", "server.engine.grammar_check", *arguments]
         self._lock = threading.Lock()
@@ -53,7 +56,7 @@ class CheckedCompiler:
         answer = _ask(process, line)
         if not answer:
             self._forget(process)
-            raise GrammarError(f"it is too complex: {CHECK_SECONDS:.0f} seconds were not enough to compile it")
+            raise GrammarError(f"it is too complex: {self._seconds:g} seconds were not enough to compile it")
         with self._lock:
             self._idle.append(process)
         error = json.loads(answer)
@@ -111,7 +114,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def serve(compiler: GrammarCompiler) -> None:
+def serve(compiler: GrammarCompiler, seconds: float) -> None:
     """Answer until there is nothing more to read. What takes too long ends the process, by a signal that nothing holds
     up: the library does not return to the interpreter meanwhile."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -119,7 +122,7 @@ def serve(compiler: GrammarCompiler) -> None:
     answers.write(b"null\n")
     for line in sys.stdin.buffer:
         kind, source = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             compiler.compile(Constraint(ConstraintKind(kind), source))
             error = None
@@ -133,11 +136,11 @@ def main() -> int:
     for name in (signal.SIGINT, signal.SIGTERM):  # they may go to the whole group; the engine closes our input
         signal.signal(name, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-    folder, vocab_size, *eos = sys.argv[1:]
+    seconds, folder, vocab_size, *eos = sys.argv[1:]
     compiler = GrammarCompiler(Path(folder), int(vocab_size), map(int, eos))
     compiler.load()
     threading.stack_size(STACK_BYTES)
-    worker = threading.Thread(target=serve, args=(compiler,))
+    worker = threading.Thread(target=serve, args=(compiler, float(seconds)))
     worker.start()
     worker.join()
     return 0

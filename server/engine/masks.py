@@ -74,7 +74,7 @@ def no_mask(sequence: Sequence, matching: Matching) -> RequestError:
     assert constraint is not None
     logger.warning("request %s has no mask: %s", sequence.request.id, matching.error)
     return RequestError(
-        f"{constraint.param}: after {sequence.num_output} tokens it is too complex, or nothing can follow",
+        f"{constraint.param}: at token {sequence.num_output + 1} it is too complex, or nothing can follow",
         param=constraint.param,
         code="invalid_constraint",
     )

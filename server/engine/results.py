@@ -119,6 +119,18 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("loss", "loss", _percent),
         Column("GPU busy", "gpu_busy", _percent),
     ),
+    "grammar": (
+        Column("rows", "rows"),
+        Column("grammar", "traffic"),
+        Column("ms a step", "ms", _three),
+        Column("p10", "ms_p10", _three),
+        Column("p90", "ms_p90", _three),
+        Column("loss", "loss", _percent),
+        Column("us a mask", "mask_us", _one),
+        Column("mean", "mask_us_mean", _one),
+        Column("host ms", "host_ms", _three),
+        Column("GPU busy", "gpu_busy", _percent),
+    ),
     "memory": (
         Column("kind", "kind"),
         Column("planned GB", "planned", _gigabytes),
@@ -145,6 +157,7 @@ TITLES: Mapping[str, str] = {
     "many_adapters": "Many adapters, S-LoRA's synthetic workload",
     "loads": "Steady decoding while adapters come from host memory",
     "gated": "Token-level routing beside the base model",
+    "grammar": "Constrained decoding beside free decoding",
     "memory": "Memory",
 }
 
@@ -154,6 +167,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], Mapping[str, bool]]] = {
     "latency": (("traffic", "load"), {"ttft_p50_ms": False, "gap_p50_ms": False}),
     "many_adapters": (("traffic",), {"tokens_per_second": True}),
     "loads": (("rate",), {"ms": False}),
+    "grammar": (("rows", "traffic"), {"ms": False}),
     "gated": (("what", "rows", "traffic"), {"ms": False, "tokens_per_second": True}),
     "kernels": (("op", "case", "rows", "backend"), {"us_p50": False}),
 }

@@ -10,12 +10,16 @@ import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
+from server.engine import matching
 from server.engine.config import EngineConfig
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
+from server.engine.masks import MaskThreads
+from server.engine.matching import Matching
+from server.engine.plan import Chunk
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from tests.engine.spoken import spoken, tokenizer
-from tests.engine.test_engine import PROMPTS, drain
+from tests.engine.test_engine import PROMPTS, Registered, drain
 from tests.engine.test_lookahead import DelayedSteps
 
 SMALL = {"device": "cpu", "kv_memory": 1 << 22, "page_memory": 1 << 22}
@@ -146,3 +150,157 @@ def test_constrained_and_free_rows_give_what_each_gives_alone(make: Make) -> Non
     assert ahead == together
     assert preempted == together
     assert few_blocks.scheduler.preemptions > 0
+
+
+def test_max_tokens_cuts(make: Make, words: Tokenizer) -> None:
+    outputs = outputs_of(make(), [Request("r", PROMPTS[0], replace(GREEDY, constraint=SCHEMA, max_tokens=4))])["r"]
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert text_of(outputs, words).startswith("{")
+
+
+@pytest.mark.parametrize("change", [{"ignore_eos": True}, {"min_tokens": 100}, {"logit_bias": {1: -100.0}}], ids=str)
+def test_a_complete_text_ends_whatever_is_asked_for(make: Make, words: Tokenizer, change: dict[str, object]) -> None:
+    params = replace(GREEDY, constraint=CHOICE, **change)  # type: ignore[arg-type]
+    outputs = outputs_of(make(), [Request("r", PROMPTS[0], params)])["r"]
+    assert outputs[-1].finish_reason is FinishReason.STOP
+    assert text_of(outputs, words) in CHOICES
+
+
+def test_min_tokens_keeps_a_text_going_where_it_can(make: Make) -> None:
+    constraint = Constraint(ConstraintKind.REGEX, "a{1,30}")
+    params = replace(GREEDY, constraint=constraint, logit_bias={1: 100.0})
+    for least in (0, 5):
+        engine = make(ahead=bool(least))
+        outputs = outputs_of(engine, [Request("r", PROMPTS[1], replace(params, min_tokens=least))])["r"]
+        assert sum(len(output.tokens) for output in outputs) == max(1, least)
+
+
+def test_a_stop_token_of_the_request_ends_it(make: Make, words: Tokenizer) -> None:
+    brace = words.encode("{").ids[0]
+    params = replace(GREEDY, constraint=OBJECT, stop_token_ids=frozenset({brace}), logit_bias={brace: 100.0})
+    outputs = outputs_of(make(), [Request("r", PROMPTS[0], params)])["r"]
+    assert [output.finish_reason for output in outputs] == [FinishReason.STOP]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_an_abort_frees_the_matcher(make: Make, ahead: bool, steps: int) -> None:
+    engine = make(ahead)
+    engine.add_request(Request("r", PROMPTS[0], replace(GREEDY, constraint=SCHEMA)))
+    (sequence,) = engine._sequences.values()
+    for _ in range(steps):
+        engine.step()
+    engine.abort("r")
+    outputs = drain(engine)["r"]
+    assert outputs[-1].finish_reason is FinishReason.ABORT
+    assert sequence.matching is None
+    assert engine.arrivals.grammars is not None
+    assert not engine.arrivals.grammars._users
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_slow_masks_change_nothing(make: Make, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow ones are never launched ahead; their rows wait for them, others do not."""
+    expected = texts(outputs_of(make(), batch()))
+    monkeypatch.setattr(matching, "SLOW_SECONDS", -1.0)
+    engine = make(ahead)
+    waited = 0
+    advance = engine.scheduler.advance
+
+    def watched(chunk: Chunk) -> None:
+        nonlocal waited
+        own = chunk.sequence.matching
+        assert own is None or (own.slow and not own.pending and not chunk.sequence.num_pending)
+        waited += own is not None
+        advance(chunk)
+
+    monkeypatch.setattr(engine.scheduler, "advance", watched)
+    assert texts(outputs_of(engine, batch())) == expected
+    assert waited > 100
+
+
+class LazyMasks(MaskThreads):
+    """Computes masks in the engine's own thread, and only when a step has waited for them `patience` times in vain."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__()
+        self.patience = patience
+        self.vain = 0
+        self.moves: list[tuple[Matching, int]] = []
+
+    def advance(self, moves: Sequence[tuple[Matching, int]]) -> None:
+        for own, _ in moves:
+            own.pending, own.behind = True, False
+        self.moves += moves
+
+    def wait(self, *_: object) -> None:
+        self.vain += 1
+        if self.vain > self.patience:
+            self._run(self.moves)
+            self.vain, self.moves = 0, []
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("patience", [0, 1, 2, 5])
+def test_late_masks_change_nothing(make: Make, ahead: bool, patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose mask does not come in time gives up its token, and gets the same one later; free rows go on."""
+    expected = texts(outputs_of(make(), batch()))
+    engine = make(ahead, kv_memory=24 * BLOCK_BYTES, max_model_len=256, max_num_seqs=12)
+    engine.masks = LazyMasks(patience)
+    late = 0
+    retract = engine.scheduler.retract
+
+    def watched(chunk: Chunk) -> None:
+        nonlocal late
+        late += 1
+        retract(chunk)
+
+    monkeypatch.setattr(engine.scheduler, "retract", watched)
+    assert texts(outputs_of(engine, batch())) == expected
+    assert bool(late) == bool(patience)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_mask_that_fails_ends_its_request_only(make: Make, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does when a grammar turns out to be too complex behind some tokens."""
+    engine = make(ahead)
+    free = Request("free", PROMPTS[1], GREEDY)
+    constrained_too = Request("r", PROMPTS[0], constrained(GREEDY, SCHEMA))
+    alone = texts(outputs_of(engine, [free, constrained_too]))["free"]
+    advance = Matching.advance
+
+    def failing(own: Matching, token: int) -> None:
+        advance(own, token)
+        own.error = "too many items"
+
+    monkeypatch.setattr(Matching, "advance", failing)
+    outputs = outputs_of(engine, [constrained_too, free])
+    last = outputs["r"][-1]
+    assert (last.finish_reason, last.error_code, last.error_param) == (
+        FinishReason.ERROR,
+        "invalid_constraint",
+        "response_format",
+    )
+    assert last.error == "response_format: at token 2 it is too complex, or nothing can follow"
+    assert texts(outputs)["free"] == alone
+
+
+def test_masks_cover_vocabularies_larger_than_the_tokenizers(make: Make, words: Tokenizer) -> None:
+    """No token that the tokenizer does not know is ever chosen, however likely."""
+    bias = dict.fromkeys(range(words.get_vocab_size(), 512), 100.0)
+    engine = make()
+    outputs = outputs_of(engine, [Request("r", PROMPTS[0], replace(GREEDY, constraint=REGEX, logit_bias=bias))])["r"]
+    assert matches(REGEX, text_of(outputs, words))
+
+
+def test_every_adapter_mix(make: Make, words: Tokenizer, tiny_model: Path, adapters: dict[str, Path]) -> None:
+    registered = Registered(tiny_model, adapters)
+    mixes = [{"all4": 1.0}, {"qv16": 0.7, "wide24": -0.3}, {"rslora8": 1.0, "all4": 0.5, "qv16": 0.2}]
+    requests = [
+        Request(str(index), PROMPTS[index], constrained(GREEDY, SCHEMA), registered.mix(mix), registered.paths)
+        for index, mix in enumerate(mixes)
+    ]
+    outputs = outputs_of(make(True), requests)
+    for request in requests:
+        assert matches(SCHEMA, text_of(outputs[request.id], words))
+    assert len(set(texts(outputs).values())) == len(mixes)

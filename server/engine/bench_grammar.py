@@ -1,0 +1,142 @@
+"""What constraints cost a decode step: rows under a grammar beside as many free ones.
+
+The tokenizer has as many tokens as the model, made of random words and signs: no file is needed. The grammars never
+end, so that every step has all rows; what is generated is noise that keeps to them.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from server.engine.bench_measure import decode, percentile
+from server.engine.bench_scenarios import add_loss
+from server.engine.bench_session import Session, Setup
+from server.engine.constraint import Constraint, ConstraintKind
+from server.engine.matching import Matching
+from server.engine.workload import Lengths, Traffic, Workload
+
+Json = dict[str, Any]
+
+RECORDS = {
+    "type": "array",
+    "minItems": 1_000_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "kind": {"enum": ["person", "place", "thing"]},
+            "count": {"type": "integer"},
+            "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{2,12}$"}, "maxItems": 4},
+        },
+        "required": ["name", "kind", "count", "tags"],
+        "additionalProperties": False,
+    },
+}
+GRAMMARS = {
+    "0": None,
+    "json_schema": Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(RECORDS)),
+    "regex": Constraint(ConstraintKind.REGEX, r"([A-Za-z0-9 ,;]{1,200}[.!?]\n){1000000}"),
+}
+PRINTABLE = [chr(code) for code in range(0x21, 0x7F)] + ["\u0120", "\u010a"]  # byte-level BPE's space and new line
+
+
+def grammar(session: Session) -> Json:
+    """Milliseconds of a decode step by rows and grammar, and microseconds of computing a mask."""
+    write_tokenizer(session.folder, session.shape.vocab_size, session.options.seed)
+    results = []
+    for count in session.options.rows:
+        rows = [_decode(session, name, constraint, count) for name, constraint in GRAMMARS.items()]
+        add_loss(rows, "ms", higher=False)
+        results += rows
+    return {"scenario": "grammar", "steps": session.options.steps, "rows": results}
+
+
+def _decode(session: Session, name: str, constraint: Constraint | None, count: int) -> Json:
+    options = session.options
+    engine = session.engine(Setup(max(count, options.concurrency), session.most_adapters))
+    prompt = max(1, options.context - options.warm - options.steps // 2)
+    plain = session.workload(f"grammar-{count}-{name}", Traffic.parse("0"), _lengths(session, count, prompt))
+    requests = tuple(
+        replace(request, params=replace(request.params, constraint=constraint)) for request in plain.requests
+    )
+    with MaskTimes() as masks:
+        done = decode(
+            engine,
+            Workload(requests, plain.arrivals),
+            warm=options.warm,
+            steps=options.steps,
+            profiled=options.profiled,
+            cuda=session.cuda,
+        )
+    middle = percentile(done.seconds, 50) * 1e3
+    session.say(f"grammar {name}, {count} rows: {middle:.3f} ms a step")
+    return {
+        "rows": count,
+        "traffic": name,
+        "ms": middle,
+        "ms_p10": percentile(done.seconds, 10) * 1e3,
+        "ms_p90": percentile(done.seconds, 90) * 1e3,
+        "mask_us": percentile(masks.seconds, 50) * 1e6 if masks.seconds else None,
+        "mask_us_mean": sum(masks.seconds) / len(masks.seconds) * 1e6 if masks.seconds else None,
+        "host_ms": None if done.host is None else done.host * 1e3,
+        "gpu_busy": done.busy,
+    }
+
+
+def _lengths(session: Session, count: int, prompt: int) -> Lengths:
+    return Lengths.constant(count, prompt, session.longest - prompt)
+
+
+class MaskTimes:
+    """CPU seconds of every mask that is computed meanwhile."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._original: Callable[[Matching, int], None] = Matching.advance
+
+    def __enter__(self) -> Self:
+        original, seconds = self._original, self.seconds
+
+        def advance(matching: Matching, token: int) -> None:
+            started = time.thread_time()
+            original(matching, token)
+            seconds.append(time.thread_time() - started)
+
+        Matching.advance = advance  # type: ignore[assignment, method-assign]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        Matching.advance = self._original  # type: ignore[assignment, method-assign]
+
+
+def write_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
+    """tokenizer.json of a byte-level vocabulary of random words, half of them behind a space; id 1 ends the text."""
+    rng = np.random.default_rng([seed, 2])
+    letters = list("etaoinshrdlcumwfgypbvkjxqz")
+    likely = 1 / np.arange(2, len(letters) + 2)
+    vocabulary = dict.fromkeys(["<s>", "</s>", *PRINTABLE])
+    while len(vocabulary) < vocab_size:
+        length = int(rng.integers(2, 11))
+        pool, weights = (PRINTABLE[:-2], None) if rng.random() < 0.1 else (letters, likely / likely.sum())
+        word = "".join(rng.choice(pool, length, p=weights))
+        vocabulary["\u0120" * int(rng.random() < 0.5) + word] = None
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": index, "content": text, **special} for index, text in enumerate(["<s>", "</s>"])],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {text: index for index, text in enumerate(vocabulary)}, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")

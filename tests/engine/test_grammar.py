@@ -1,0 +1,359 @@
+"""Constraints compiled for a vocabulary: what is kept, and what is refused with a reason."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from server.engine.config import EngineConfig
+from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
+from server.engine.engine import Engine
+from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
+from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
+from server.engine.sequence import FinishReason, Request, SamplingParams
+from tests.engine.spoken import spoken, tokenizer
+from tests.engine.test_engine import drain
+
+EOS = 1
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return spoken(tiny_model, tmp_path_factory.mktemp("spoken") / "model")
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return tokenizer()
+
+
+@pytest.fixture(scope="module")
+def compiler(model: Path) -> GrammarCompiler:
+    return GrammarCompiler(model, VOCABULARY, {EOS})
+
+
+@pytest.fixture(scope="module")
+def checked(model: Path) -> Iterator[CheckedCompiler]:
+    compiler = CheckedCompiler(model, VOCABULARY, {EOS}, seconds=0.5)
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    engine = Engine.from_config(EngineConfig(str(model), device="cpu", kv_memory=1 << 24, page_memory=1 << 20))
+    yield engine
+    engine.close()
+
+
+def schema(value: object) -> Constraint:
+    return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(value))
+
+
+def regex(source: str) -> Constraint:
+    return Constraint(ConstraintKind.REGEX, source)
+
+
+def lark(source: str) -> Constraint:
+    return Constraint(ConstraintKind.GRAMMAR, source)
+
+
+def compile_deep(compiler: GrammarCompiler | CheckedCompiler, constraint: Constraint) -> Grammar:
+    """In a thread with the stack that compiling needs."""
+    found: list[Grammar | GrammarError] = []
+
+    def work() -> None:
+        try:
+            found.append(compiler.compile(constraint))
+        except GrammarError as error:
+            found.append(error)
+
+    usual = threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=work)
+    thread.start()
+    threading.stack_size(usual)
+    thread.join()
+    if isinstance(found[0], GrammarError):
+        raise found[0]
+    return found[0]
+
+
+def accepts(grammar: Grammar, text: str, words: Tokenizer) -> bool:
+    """Whether the masks allow the text's tokens one after the other, and then the end."""
+    matching = grammar.start()
+    for token in words.encode(text).ids:
+        if token not in matching.allowed():
+            return False
+        matching.advance(token)
+        assert matching.error is None
+    return EOS in matching.allowed()
+
+
+CHOICES = ["a b", 'q"\\\n', "", "é漢"]
+NESTED = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "good", "bad"),
+    [
+        (Constraint(ConstraintKind.JSON_OBJECT), ['{"a": [1, {}]}', "{}"], ["[]", "{", '"a"', '{"a": 1} ']),
+        (schema({"type": "integer", "multipleOf": 3}), ["9", "-12"], ["10", "9.5"]),
+        (schema({"type": "string", "format": "date"}), ['"2024-02-28"'], ['"2024-13-28"', '"x"']),
+        (schema(True), ["null", "[1,2]", '{"a":{}}'], ["nul", ""]),
+        (regex("a|bc"), ["a", "bc"], ["b", "abc", ""]),
+        (regex("^a+$"), ["aaa"], ["b"]),
+        (regex(""), [""], ["a"]),
+        (
+            Constraint(ConstraintKind.CHOICE, json.dumps(["a b", 'q"\\\n', "", "é漢"])),
+            ["a b", 'q"\\\n', "", "é漢"],
+            ["a"],
+        ),
+        (lark('start: "x" y\ny: /[0-9]/ | "(" y ")"'), ["x1", "x((2))"], ["x", "x(1", "x1)"]),
+        (lark('root ::= "x" y\ny ::= [0-9] | "(" y ")"'), ["x1", "x((2))"], ["x", "x(1", "x1)"]),
+        (
+            schema({"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}),
+            ["[[],[[]]]"],
+            ["[1]"],
+        ),
+    ],
+)
+def test_exactly_the_texts_of_the_language(
+    compiler: GrammarCompiler, words: Tokenizer, constraint: Constraint, good: list[str], bad: list[str]
+) -> None:
+    grammar = compiler.compile(constraint)
+    assert [text for text in good if not accepts(grammar, text, words)] == []
+    assert [text for text in bad if accepts(grammar, text, words)] == []
+
+
+def test_white_space_is_bounded(compiler: GrammarCompiler, words: Tokenizer) -> None:
+    grammar = compiler.compile(schema({"type": "array", "items": {"type": "integer"}}))
+    for text in ("[1,2]", "[1, 2]", "[\n    1,\n    2\n]"):
+        assert accepts(grammar, text, words)
+    for text in ("[1,  2]", "[\n\n1]", "[\t1]", "[\n" + " " * 33 + "1]"):
+        assert not accepts(grammar, text, words)
+
+
+REFUSED = [
+    (schema({"not": {"type": "null"}}), "not"),
+    (schema({"type": "object", "if": {}, "then": {}}), "if"),
+    (schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+    (schema({"type": "array", "contains": {}}), "contains"),
+    (schema({"x-guidance": {"lenient": True}, "not": {}}), "not"),
+    (lark('start: %json {"x-guidance": {"lenient": true}, "not": {}}'), "not"),
+    (schema({"oneOf": [{"type": "number"}, {"type": "integer"}]}), "oneOf"),
+    (schema({"type": "string", "format": "klingon"}), "format"),
+    (schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
+    (schema({"$ref": "http://127.0.0.1:9/a.json"}), "not present"),
+    (schema({"$ref": "file:///etc/passwd"}), "not present"),
+    (schema({"$ref": "#/nowhere"}), "does not exist"),
+    (schema({"type": "integer", "minimum": 3, "maximum": 2}), "minimum"),
+    (schema({"enum": []}), "empty"),
+    (schema({"$ref": "#"}), "no text"),
+    (schema({"type": "wrong"}), "wrong"),
+    (schema(False), "false"),
+    (schema([]), "object"),
+    (Constraint(ConstraintKind.JSON_SCHEMA, "{"), "property name"),
+    (Constraint(ConstraintKind.JSON_SCHEMA, "[" * 100_000), "deeply"),
+    (regex("("), "unclosed"),
+    (regex("(?=a)b"), "look-around"),
+    (regex(r"(a)\1"), "backreference"),
+    (regex(r"[^\x00-\U0010ffff]"), "no text"),
+    (regex("((a{1000}){1000}){1000}"), "too complex"),
+    (regex("(" * 60_000 + "a" + ")" * 60_000), "regex"),
+    (regex("a" * (LONGEST_SOURCE + 1)), "at most"),
+    (Constraint(ConstraintKind.CHOICE, "[]"), "not empty"),
+    (Constraint(ConstraintKind.CHOICE, "[1]"), "texts"),
+    (lark(""), "Empty"),
+    (lark('foo: "a"'), "no start rule"),
+    (lark('foo ::= "a"'), "root"),
+    (lark("start: foo"), "unknown name"),
+    (lark("start: start"), "no text"),
+    (lark('start: "a" start'), "impossible"),
+    (lark("start: " + "(" * 60_000), "nested"),
+    (lark("root ::= " + "(" * 5_000), "deeply"),
+]
+
+
+@pytest.mark.parametrize(("constraint", "reason"), REFUSED)
+def test_what_cannot_be_kept_is_refused_in_a_sentence(
+    compiler: GrammarCompiler, constraint: Constraint, reason: str
+) -> None:
+    with pytest.raises(GrammarError, match=re.escape(reason)) as refused:
+        compiler.compile(constraint)
+    assert len(str(refused.value)) < 300
+    assert "\n" not in str(refused.value)
+
+
+def chain(length: int, link: Any) -> Constraint:
+    definitions = {f"d{index}": link(f"#/$defs/d{index + 1}") for index in range(length)}
+    return schema({"$defs": {**definitions, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"})
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        chain(1500, lambda target: {"properties": {"a": {"$ref": target}}}),
+        chain(3500, lambda target: {"$ref": target}),
+        lark("start: r0\n" + "\n".join(f"r{index}: r{index + 1}" for index in range(6000)) + '\nr6000: "a"'),
+        lark("start: T0\n" + "\n".join(f"T{index}: T{index + 1}" for index in range(6000)) + '\nT6000: "a"'),
+    ],
+    ids=["properties", "references", "rules", "terminals"],
+)
+def test_long_chains_overflow_no_stack(compiler: GrammarCompiler, constraint: Constraint) -> None:
+    """Each of them ends a process whose thread has eight megabytes."""
+    assert SMALL_SOURCE < len(constraint.source) <= LONGEST_SOURCE
+    compile_deep(compiler, constraint).start().advance(65)
+
+
+ENDLESS = [
+    schema({"patternProperties": {f"^p{index}x": {} for index in range(700)}}),
+    lark("\n".join(f"start{index or ''}: start{index + 1}" for index in range(2500))),
+]
+
+
+@pytest.mark.parametrize("constraint", ENDLESS, ids=["patternProperties", "an error below a chain"])
+def test_what_takes_too_long_is_refused_and_the_next_one_is_not(
+    checked: CheckedCompiler, constraint: Constraint
+) -> None:
+    with pytest.raises(GrammarError, match=r"0\.5 seconds were not enough"):
+        checked.compile(constraint)
+    big = schema({"enum": [f"value {index}" for index in range(200)]})
+    assert len(big.source) > SMALL_SOURCE
+    assert checked.compile(big).num_bytes > 0
+
+
+def test_the_other_process_gives_the_reason(checked: CheckedCompiler) -> None:
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        checked.compile(schema({"uniqueItems": True, "description": "x" * SMALL_SOURCE}))
+
+
+def test_a_process_that_was_killed_is_replaced(checked: CheckedCompiler) -> None:
+    big = regex("a" * (SMALL_SOURCE + 1))
+    checked.compile(big)
+    for process in checked._all:
+        process.kill()
+    with pytest.raises(GrammarError):
+        checked.compile(big)
+    assert checked.compile(big).num_bytes > 0
+
+
+def test_a_folder_without_a_tokenizer_cannot_constrain(tiny_model: Path) -> None:
+    with pytest.raises(GrammarError, match="tokenizer cannot constrain"):
+        GrammarCompiler(tiny_model, VOCABULARY, {EOS}).compile(regex("a"))
+
+
+def test_the_engine_runs_without_the_library(tiny_model: Path) -> None:
+    """Only a constrained request needs it, and says so."""
+    program = f"""
+import sys
+sys.modules["llguidance"] = None
+from server.engine.config import EngineConfig
+from server.engine.constraint import Constraint, ConstraintKind
+from server.engine.engine import Engine
+from server.engine.sequence import Request, SamplingParams
+engine = Engine.from_config(EngineConfig({str(tiny_model)!r}, device="cpu", kv_memory=1 << 22, page_memory=1 << 20))
+engine.add_request(Request("free", (5,), SamplingParams(max_tokens=2, ignore_eos=True)))
+engine.add_request(Request("r", (5,), SamplingParams(constraint=Constraint(ConstraintKind.JSON_OBJECT))))
+while engine.has_work:
+    for output in engine.step():
+        if output.finish_reason:
+            print(output.request_id, output.finish_reason, output.error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.splitlines()) == [
+        "free length None",
+        "r error response_format: this server has no grammar library (llguidance)",
+    ]
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-50, 50) | st.text('ab é"\\\n', max_size=3)
+NAMES = st.text("abc_", min_size=1, max_size=3)
+FEW = st.integers(0, 2)
+
+
+def integers(low: int, width: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": low, "maximum": low + width}
+
+
+def strings(least: int, more: int) -> dict[str, Any]:
+    return {"type": "string", "minLength": least, "maxLength": least + more}
+
+
+def arrays(items: Any, least: int, more: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": least + more}
+
+
+def objects(properties: dict[str, Any], optional: set[str]) -> dict[str, Any]:
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SIMPLE = [{"type": "boolean"}, {"type": ["boolean", "null"]}, {"type": "string", "pattern": "^[a-c]{1,4}x?$"}]
+SCHEMAS = st.recursive(
+    st.sampled_from(SIMPLE)
+    | st.builds(integers, st.integers(-99, 99), st.integers(0, 200))
+    | st.builds(strings, FEW, st.integers(0, 4))
+    | st.fixed_dictionaries({"enum": st.lists(SCALARS, min_size=1, max_size=4)})
+    | st.fixed_dictionaries({"const": SCALARS}),
+    lambda parts: (
+        st.builds(objects, st.dictionaries(NAMES, parts, max_size=3), st.sets(NAMES))
+        | st.builds(arrays, parts, FEW, FEW)
+        | st.fixed_dictionaries({"anyOf": st.lists(parts, min_size=1, max_size=3)})
+    ),
+    max_leaves=6,
+)
+PIECES = st.sampled_from(["a", "b", "é", r"\.", "[a-f]", "[^a-z\n]", r"[0-9]", "(ab|c)", " ", "漢"])
+REGEXES = st.recursive(
+    PIECES,
+    lambda parts: (
+        st.builds("".join, st.lists(parts, min_size=1, max_size=3))
+        | st.builds("({}|{})".format, parts, parts)
+        | st.builds(lambda one, least, more: f"({one}){{{least},{least + more}}}", parts, FEW, FEW)
+    ),
+    max_leaves=6,
+)
+
+
+def text_of(engine: Engine, words: Tokenizer, constraint: Constraint, seed: int) -> str | None:
+    """What the random model says under the constraint; None if it came to no end."""
+    params = SamplingParams(seed=seed, max_tokens=400, constraint=constraint)
+    engine.add_request(Request("r", (7, 8, 9), params))
+    outputs = drain(engine)["r"]
+    assert outputs[-1].error is None
+    if outputs[-1].finish_reason is not FinishReason.STOP:
+        return None
+    return str(words.decode([token for output in outputs for token in output.tokens]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCHEMAS, st.integers(0, 1000))
+def test_random_schemas_hold(engine: Engine, words: Tokenizer, value: Any, seed: int) -> None:
+    text = text_of(engine, words, schema(value), seed)
+    assert text is not None
+    jsonschema.validate(json.loads(text), value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(REGEXES, st.integers(0, 1000))
+def test_random_regular_expressions_hold(engine: Engine, words: Tokenizer, pattern: str, seed: int) -> None:
+    text = text_of(engine, words, regex(pattern), seed)
+    assert text is not None
+    assert re.fullmatch(pattern, text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=5), st.integers(0, 1000))
+def test_random_choices_hold(engine: Engine, words: Tokenizer, choices: list[str], seed: int) -> None:
+    text = text_of(engine, words, Constraint(ConstraintKind.CHOICE, json.dumps(choices)), seed)
+    assert text in choices

@@ -1,0 +1,78 @@
+"""Masks: bits, their way to the device, and their place in sampling."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from server.engine.masks import forbid
+from server.engine.matching import Matching
+from server.engine.sampler import sample
+from server.engine.sequence import Request, SamplingParams, Sequence
+
+WORDS = 3
+VOCABULARY = 90
+ALLOWED = st.sets(st.integers(0, VOCABULARY - 1), min_size=1)
+
+
+def mask_of(allowed: set[int]) -> NDArray[np.uint32]:
+    mask = np.zeros(WORDS, np.uint32)
+    for token in allowed:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    return mask
+
+
+def matching(allowed: set[int]) -> Matching:
+    return Matching(None, mask_of(allowed))  # type: ignore[arg-type]
+
+
+@given(st.lists(ALLOWED, min_size=1, max_size=5), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_what_a_row_does_not_allow_is_minus_infinity(rows: list[set[int]], dtype: torch.dtype) -> None:
+    logits = torch.randn(len(rows), VOCABULARY).to(dtype)
+    masked = forbid(logits, [mask_of(allowed) for allowed in rows])
+    for row, allowed in enumerate(rows):
+        for token in range(VOCABULARY):
+            expected = logits[row, token] if token in allowed else torch.tensor(-torch.inf)
+            assert torch.equal(masked[row, token], expected.to(dtype))
+
+
+@given(ALLOWED)
+def test_the_allowed_tokens_are_listed_in_order(allowed: set[int]) -> None:
+    assert matching(allowed).allowed().tolist() == sorted(allowed)
+
+
+@given(ALLOWED, st.frozensets(st.integers(0, VOCABULARY - 1)))
+def test_tokens_are_taken_from_a_mask_unless_nothing_would_be_left(allowed: set[int], taken: frozenset[int]) -> None:
+    own = matching(allowed)
+    left = Matching(None, own.mask_without(taken)).allowed().tolist()  # type: ignore[arg-type]
+    assert left == sorted(allowed - taken or allowed)
+    assert own.allowed().tolist() == sorted(allowed), "the mask itself is as it was"
+
+
+@given(st.lists(st.none() | ALLOWED, min_size=1, max_size=6), st.booleans())
+def test_rows_choose_from_what_they_may_and_leave_others_alone(rows: list[set[int] | None], greedy: bool) -> None:
+    """The most likely of the allowed tokens, or one drawn among them; rows without a mask as if they were alone."""
+    logits = torch.randn(len(rows), VOCABULARY)
+    params = SamplingParams(temperature=0.0 if greedy else 1.0, seed=5)
+    sequences = [Sequence.of(Request(str(index), (1,), params)) for index in range(len(rows))]
+    free, _ = sample(logits.clone(), sequences, frozenset()).read()
+    for sequence, allowed in zip(sequences, rows, strict=True):
+        sequence.matching = None if allowed is None else matching(allowed)
+    tokens, _ = sample(logits.clone(), sequences, frozenset()).read()
+    for row, allowed in enumerate(rows):
+        if allowed is None:
+            assert tokens[row] == free[row]
+        else:
+            assert tokens[row] in allowed
+            if greedy:
+                assert tokens[row] == max(allowed, key=lambda token: float(logits[row, token]))
+
+
+def test_a_pending_mask_is_not_looked_at() -> None:
+    sequence = Sequence.of(Request("r", (1,), SamplingParams(temperature=0.0)))
+    sequence.matching = matching({3})
+    sequence.matching.pending = True
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 50] = 1.0
+    assert sample(logits, [sequence], frozenset()).read()[0] == [50]
