@@ -101,6 +101,7 @@ class Outcome(StrEnum):
     NO_CANDIDATES = "no_candidates"
     EMPTY_TEXT = "empty_text"
     NO_ADAPTER = "no_adapter"
+    UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)

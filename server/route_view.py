@@ -23,7 +23,9 @@ def lora_object(route: Route) -> dict[str, Any]:
         "route_ms": round(route.seconds * 1000, 3),
         "adapters": adapters,
     }
-    if route.outcome is not Outcome.ROUTED:
+    if route.prompt_router is not None and route.decided is None:
+        shown["outcome"] = Outcome.UNDECIDED.value  # as in a dry run, where no engine decides
+    elif route.outcome is not Outcome.ROUTED:
         shown["outcome"] = route.outcome.value
     if route.warnings:
         shown["warnings"] = list(route.warnings)

@@ -72,6 +72,8 @@ def print_route(out: Printer, answer: Json, most: int) -> None:
     if not weights:
         reason = REASONS.get(answer.get("outcome", ""), "nothing was chosen")
         out.line(f"the base model answers: {reason}", style="yellow")
+    elif answer.get("outcome") == "undecided":
+        out.line(f"decided when the prompt is computed, among {', '.join(weights)}", style="yellow")
     scores = answer.get("scores", [])
     cells = []
     for rank, entry in enumerate(scores[:most], 1):

@@ -85,8 +85,11 @@ class RouteAnswer(AnswerModel):
     route_ms: float
     adapters: list[RoutedAdapter]
     outcome: Annotated[
-        Literal["below_min_score", "no_candidates", "empty_text"] | None,
-        Field(description="Why nothing was chosen: then the base model answers."),
+        Literal["below_min_score", "no_candidates", "empty_text", "undecided"] | None,
+        Field(
+            description="Why nothing was chosen: then the base model answers; or, for a router by prompt inside the"
+            " model, that it chooses among these adapters only when the prompt is computed."
+        ),
     ] = None
     scores: Annotated[list[CandidateScore], Field(description="Every candidate, best first.")] = []
     warnings: Annotated[list[str], Field(description="Adapters that are not meant to be used like this.")] = []

@@ -11,7 +11,8 @@ from server.engine.config import RequestError
 from server.engine.engine import Engine
 from server.engine.plan import Plan
 from server.engine.prompt_routers import PromptUse
-from server.engine.sequence import FinishReason, Output, Request
+from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request
+from tests.conftest import MakeAdapter
 from tests.engine.plain_routing import Made, Plain, make_prompt_router, routed
 from tests.engine.test_engine import GREEDY, PROMPTS, Registered, drain, tokens_of
 from tests.engine.test_gated_engine import FACTORY as GATES
@@ -114,16 +115,16 @@ def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
     made = {"milora": (plain, milora)}
     made |= {each.folder.name: (Plain(tiny_model, registered, each), each) for each in (other, moa)}
     asked: dict[str, tuple[str, tuple[int, ...], PromptUse]] = {}
-    for number, prompt in enumerate(PROMPTS[1:]):
+    for number, prompt in enumerate(PROMPTS[2:5]):
         for which, (_, own) in made.items():
             asked[f"{which}-{number}"] = (which, prompt, own.use(only=own.names[number % 2 :] or own.names))
     requests = [routed(name, prompt, registered, use, SCORED) for name, (_, prompt, use) in asked.items()]
-    plainly = [Request(f"base-{number}", prompt, SCORED) for number, prompt in enumerate(PROMPTS[:4])]
+    plainly = [Request(f"base-{number}", prompt, SCORED) for number, prompt in enumerate(PROMPTS[:3])]
     plainly += [
         Request(f"mix-{number}", prompt, SCORED, registered.mix({"all4": 0.5, "qv16": 0.3}), registered.paths)
-        for number, prompt in enumerate(PROMPTS[:4])
+        for number, prompt in enumerate(PROMPTS[:3])
     ]
-    plainly += [gated(f"gated-{number}", PROMPTS[number], registered, gates.use(2), SCORED) for number in range(3)]
+    plainly += [gated(f"gated-{number}", PROMPTS[number], registered, gates.use(2), SCORED) for number in range(2)]
     requests += plainly
     random.Random(2).shuffle(requests)
     engine = routed_engine(tiny_model, gates=GATES, **settings)
@@ -198,6 +199,34 @@ def test_one_at_a_time_and_nobody_waits_for_more_than_a_step(
     assert most == 1
     assert steps >= 9, "several steps for each prompt"
     drain(engine)
+
+
+def test_the_next_one_takes_nothing_before_its_turn(tiny_model: Path, milora: Made, registered: Registered) -> None:
+    engine = routed_engine(tiny_model, max_batch_tokens=64, max_num_seqs=8)  # more than one prompt needs
+    registered.load(engine)
+    for number in range(2):
+        engine.add_request(routed(str(number), (*PROMPTS[5], number), registered, milora.use(), GREEDY))
+    while not engine.scheduler.running:
+        engine.step()
+    assert [sequence.request.id for sequence in engine.scheduler.running] == ["0"]
+    engine.step()
+    assert [sequence.request.id for sequence in engine.scheduler.running] == ["0", "1"]
+    drain(engine)
+
+
+def test_states_that_overflow_decide_nothing(
+    engine: Engine, tiny_model: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """The request ends with an error of its own, and the next one is not told what was never decided."""
+    known = Registered(tiny_model, {"huge": make_adapter("huge", strength=1e18), "all4": make_adapter("fine", seed=3)})
+    broken = make_prompt_router(tmp_path / "broken", tiny_model, known, ("huge",), **MILORA | {"top_k": 7})
+    fine = make_prompt_router(tmp_path / "fine", tiny_model, known, ("all4",), **MILORA)
+    for name, made in (("broken", broken), ("fine", fine), ("again", broken)):
+        engine.add_request(routed(name, PROMPTS[2], known, made.use(), SCORED))
+    outputs = drain(engine)
+    assert outputs["broken"][-1].error == outputs["again"][-1].error == NOT_FINITE
+    assert_equals_plain(outputs["fine"], Plain(tiny_model, known, fine), PROMPTS[2], fine.use())
+    assert engine.deciding.num_remembered == 1
 
 
 @pytest.mark.parametrize("steps", range(6))

@@ -102,3 +102,5 @@ async def test_what_was_decided_for_a_prompt_is_shown_by_layer(
     lines = (await loramux("explain", "Hi", "--router", "moa")).stdout.splitlines()
     assert lines[0] == "the base model answers: the router chose no adapter"
     assert lines[-1].endswith("remembered")
+    lines = (await loramux("explain", "Hi", "--router", "moa", "--tokens", "0")).stdout.splitlines()
+    assert lines[0] == "decided when the prompt is computed, among sql, sea"
