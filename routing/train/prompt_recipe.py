@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from adapters_store.types import TARGETS
 from routing.prompt_folder import MAX_TOP_K
 from routing.prompt_router import (
     ACTIVATIONS,
@@ -184,10 +183,6 @@ class MiloraRecipe(PromptRecipe):
                 for name in ("rank", "alpha", "coefficients_every")
             },
         }
-
-    def num_experts(self, adapters: int) -> int:
-        """Of a layer's router."""
-        return len(TARGETS) if self.experts == MODULES else adapters + self.null
 
 
 @dataclass(frozen=True, slots=True)
