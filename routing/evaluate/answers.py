@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -46,7 +46,8 @@ class Question:
     """A prompt in tokens, the most tokens of its answer, and the adapters that answer it.
 
     `gates` weigh them anew for every token, a `prompt_router` chooses among them once. `stops` are tokens that end the
-    answer, beside those of the model.
+    answer, beside those of the model. With `scored` nothing is answered: so many of the prompt's last tokens are asked
+    how likely they were.
     """
 
     prompt: tuple[int, ...]
@@ -55,13 +56,15 @@ class Question:
     gates: GateUse | None = None
     prompt_router: PromptUse | None = None
     stops: frozenset[int] = frozenset()
+    scored: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
     """The greedy answer to question `number`, stripped.
 
-    `shares`: the gates' rows' weights, mean over its tokens. `decided`: what a prompt-level router chose.
+    `shares`: the gates' rows' weights, mean over its tokens. `decided`: what a prompt-level router chose. `loss`: of
+    scored tokens, mean negative log-likelihood in nats.
     """
 
     number: int
@@ -69,6 +72,7 @@ class Answer:
     shares: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     decided: Decided | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[int, ...
     return tuple(tokenizer(prompt_text(tokenizer, row), add_special_tokens=False)["input_ids"])
 
 
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, row: TaskRow) -> tuple[int, ...]:
+    """The row's target and the end of turn, as they follow its prompt in training."""
+    ids: list[int] = tokenizer(row.target, add_special_tokens=False)["input_ids"]
+    return (*ids, tokenizer.eos_token_id)
+
+
 def answers(
     engine: Steps,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,31 +152,47 @@ def answered(
     `follow` is told every answer, and may ask more under the same number: then only the last of them is yielded.
     Raises AnswerError as `answers`.
     """
-    tokens: dict[int, list[int]] = {}
-    shares: dict[int, list[tuple[float, ...]]] = {}
-    decided: dict[int, Decided | None] = {}
+    asked: dict[int, _Asked] = {}
     begun = 0
-    while tokens or begun < len(questions):
-        while begun < len(questions) and len(tokens) < at_once:
+    while asked or begun < len(questions):
+        while begun < len(questions) and len(asked) < at_once:
             engine.add_request(_request(begun, questions[begun], paths))
-            tokens[begun], shares[begun] = [], []
+            asked[begun] = _Asked(questions[begun])
             begun += 1
         for output in engine.step():
             number = int(output.request_id)
             if output.error is not None:
                 raise AnswerError(f"question {number}: {output.error}")
-            tokens[number] += output.tokens
-            shares[number] += [output.shares] if output.shares else []
-            decided[number] = output.decided or decided.get(number)
+            asked[number].outputs.append(output)
             if output.finish_reason is not None:
-                said = tuple(tokens.pop(number))
-                text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
-                answer = Answer(number, text, _mean(shares.pop(number)), said, decided.pop(number))
+                answer = asked.pop(number).answer(number, tokenizer)
                 if (more := follow(answer)) is None:
                     yield answer
                 else:
                     engine.add_request(_request(number, more, paths))
-                    tokens[number], shares[number] = [], []
+                    asked[number] = _Asked(more)
+
+
+@dataclass
+class _Asked:
+    """A question with what the engine has said so far."""
+
+    question: Question
+    outputs: list[Output] = field(default_factory=list)
+
+    def answer(self, number: int, tokenizer: PreTrainedTokenizerBase) -> Answer:
+        tokens = tuple(token for output in self.outputs for token in output.tokens)
+        shares = [output.shares for output in self.outputs if output.shares]
+        scores = [each.logprob for output in self.outputs for each in output.prompt_logprobs]
+        scored = self.question.scored
+        return Answer(
+            number,
+            str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+            _mean(shares),
+            tokens,
+            next((output.decided for output in self.outputs if output.decided is not None), None),
+            -sum(scores[-scored:]) / scored if scored else None,
+        )
 
 
 def _mean(shares: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
@@ -174,7 +200,12 @@ def _mean(shares: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 
 def _request(number: int, question: Question, paths: Mapping[str, str]) -> Request:
-    params = SamplingParams(temperature=0.0, max_tokens=question.max_tokens, stop_token_ids=question.stops)
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=question.max_tokens,
+        stop_token_ids=question.stops,
+        prompt_logprobs=0 if question.scored else None,
+    )
     own = {digest: paths[digest] for digest in question.mix.digests}
     gates, prompt_router = question.gates, question.prompt_router
     return Request(str(number), question.prompt, params, question.mix, own, gates=gates, prompt_router=prompt_router)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters_store.types import Mix
 from routing.evaluate.answers import Answer, Question, Steps, answered
 from routing.evaluate.composites import Composite, judge
 from routing.evaluate.gate_methods import GateMethod
 from routing.evaluate.held_out import HeldOut
 from routing.evaluate.quality import scores
+from server.engine.gates import GateUse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +34,8 @@ Prompt = tuple[tuple[int, ...], int]
 class Job:
     """One method's questions; `record` makes the line of answer `place` of them.
 
-    `part` is "tasks", "composite-n" or "composite-n, item by item". `follow`, told place and answer, may ask more,
-    with prompts that are longer by `room` tokens at most.
+    `part` is "tasks", "loss", "composite-n" or "composite-n, item by item". `follow`, told place and answer, may ask
+    more, with prompts that are longer by `room` tokens at most.
     """
 
     part: str
@@ -52,7 +54,7 @@ class Job:
     def identity(self) -> str:
         """sha256 over all that decides the answers, but for the model."""
         parts = [
-            [question.prompt, question.max_tokens, question.mix.digest, _router_key(question)]
+            [question.prompt, question.max_tokens, question.mix.digest, _router_key(question), question.scored]
             for question in self.questions
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -163,6 +165,36 @@ def composite_line(composite: Composite, answer: str, metrics: Mapping[str, str]
         "em": found.exact,
         "scores": [round(score, 5) for score in found.scores],
     }
+
+
+def loss_job(
+    method: GateMethod, rows: Sequence[HeldOut], prompts: Sequence[Prompt], targets: Sequence[tuple[int, ...]]
+) -> Job:
+    """How likely each row's target is. A prompt-level router decides first, by the prompt alone."""
+
+    def scored(place: int, mix: Mix, gates: GateUse | None = None) -> Question:
+        ids, target = prompts[place][0], targets[place]
+        return Question((*ids, *target), 0, mix, gates, scored=len(target))
+
+    def follow(place: int, answer: Answer) -> Question | None:
+        use = method.prompt_router
+        if use is None or answer.decided is None:
+            return None
+        chosen = [use.rows[expert] for expert in answer.decided.chosen[0] if expert < len(use.rows)]
+        own = [digest for digest in chosen if digest is not None]
+        return scored(place, Mix(tuple((digest, 1 / len(answer.decided.chosen[0])) for digest in sorted(own))))
+
+    def record(place: int, answer: Answer) -> Json:
+        return {"task": rows[place].task, "row": rows[place].row, "loss": answer.loss}
+
+    questions = [
+        scored(place, method.mix_for(row.task), method.gates)
+        if method.prompt_router is None
+        else Question(prompts[place][0], 1, method.mix, None, method.prompt_router)
+        for place, row in enumerate(rows)
+    ]
+    room = max(map(len, targets)) if method.prompt_router is not None else 0
+    return Job("loss", method.name, questions, record, follow, room)
 
 
 def finished(job: Job, folder: Path, setting: Json) -> list[Json] | None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters_store.merging import MergeRecipe, merge
-from adapters_store.peft_format import WEIGHTS_NAME, read_adapter
+from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from adapters_store.peft_write import write_peft
 from adapters_store.types import BASE, AdapterError, LinearShape, Mix
 from routing.evaluate.answers import AdapterFolders, AnswerError
 from routing.gate_folder import GateCard, read_gates
+from routing.train.trained_adapters import ADAPTERS_FOLDER
 from server.engine.gates import GateUse
 from server.engine.prompt_routers import PromptUse
 
@@ -32,8 +33,30 @@ class GateMethod:
     rows: Mapping[str, int] = field(default_factory=dict)
     prompt_router: PromptUse | None = None
 
+    @property
+    def layered(self) -> bool:
+        """Whether every layer decides by itself."""
+        return self.prompt_router is not None and self.prompt_router.layered
+
     def mix_for(self, task: str) -> Mix:
         return self.own.get(task, self.mix)
+
+
+@dataclass(frozen=True)
+class OwnAdapters:
+    """What a router's adapters are called among all that are evaluated: some may have been trained with it."""
+
+    label: str
+    folder: Path
+    names: tuple[str, ...]
+
+    def name(self, name: str) -> str:
+        """Of the adapter that the router's card calls so."""
+        return f"{name} of {self.label}" if (self.folder / ADAPTERS_FOLDER / name / CONFIG_NAME).is_file() else name
+
+    def beside(self) -> dict[str, Path]:
+        """The folders of those that were trained with it."""
+        return {self.name(name): self.folder / ADAPTERS_FOLDER / name for name in self.names if self.name(name) != name}
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,10 @@ class EvaluatedRouter:
     label: str
     folder: Path
     card: GateCard
+
+    @property
+    def own(self) -> OwnAdapters:
+        return OwnAdapters(self.label, self.folder, tuple(adapter.name for adapter in self.card.adapters))
 
 
 @dataclass(frozen=True)
@@ -83,7 +110,7 @@ def read_router(label: str, folder: Path, shape: LinearShape, fingerprint: str) 
 
 def check_trained_for(router: EvaluatedRouter, folders: AdapterFolders, shape: LinearShape) -> None:
     """Raises AnswerError where an adapter is missing, or is not the one that the gates were trained for."""
-    digests = {adapter.name: adapter.digest for adapter in router.card.adapters}
+    digests = {router.own.name(adapter.name): adapter.digest for adapter in router.card.adapters}
     check_adapters(router.label, digests, folders, shape)
 
 
@@ -121,7 +148,7 @@ def router_method(
     temperature: float | None = None,
 ) -> GateMethod:
     """A router over the adapters that `digests` has for its names. Of its rows at most all are chosen."""
-    rows = tuple(digests[adapter.name] for adapter in router.card.adapters)
+    rows = tuple(digests[router.own.name(adapter.name)] for adapter in router.card.adapters)
     use = GateUse(
         router.card.sha256,
         str(router.folder),

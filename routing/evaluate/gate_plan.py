@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routing.evaluate.answers import MARGIN, AdapterFolders, AnswerError, answer_limits, tokenise
+from routing.evaluate.answers import MARGIN, AdapterFolders, AnswerError, answer_limits, answer_tokens, tokenise
 from routing.evaluate.composites import Composite, read_composites
-from routing.evaluate.gate_jobs import ITEM_TOKENS, Job, Prompt, composite_job, guided_job, task_job
+from routing.evaluate.gate_jobs import ITEM_TOKENS, Job, Prompt, composite_job, guided_job, loss_job, task_job
 from routing.evaluate.gate_methods import (
     MERGES,
     EvaluatedRouter,
     GateMethod,
     MergeSpec,
+    OwnAdapters,
     check_trained_for,
     merged,
     oracle,
@@ -24,6 +27,7 @@ from routing.evaluate.gate_methods import (
 )
 from routing.evaluate.held_out import read_held_out
 from routing.evaluate.prompt_methods import EvaluatedPromptRouter, check_prompt, prompt_methods, read_prompt
+from routing.prompt_router import MODULES
 from routing.train.data import TaskRow
 from server.model.config import ModelConfig
 
@@ -37,12 +41,13 @@ class GateEvaluation:
     """The settings of one evaluation of routers inside the model.
 
     `adapters` holds a PEFT folder for each task. `routers` are folders of MeteoRA routers by label, `curve` those by
-    the training rows a task that they saw, `prompt_routers` MoA's and MiLoRA's by label. MiLoRA over modules also
-    answers with each number of `modules` of a layer in place of its own. `joint` is an adapter that was trained on all
-    tasks. `swapped`: folders of other adapters by task, each put in place of the task's own under the first router,
+    the training rows a task that they saw, `prompt_routers` MoA's and MiLoRA's by label. The first MiLoRA over modules
+    also answers with each number of `modules` of a layer in place of its own. `joint` is an adapter that was trained on
+    all tasks. `swapped`: folders of other adapters by task, each put in place of the task's own under the first router,
     which was not trained for it. `new` are tasks each of which is reported apart from the others. `rows` of each task
     and `composite_rows` of each size are asked, None for all. Composite prompts are asked of `composite_routers`
-    (labels, by default the first), top 2, at every one of `temperatures`.
+    (labels, by default the first), top 2, at every one of `temperatures`. `perplexity`: of the rows' targets, too, but
+    not where every layer decides by itself, which is no mix.
     """
 
     model: str
@@ -60,6 +65,7 @@ class GateEvaluation:
     rows: int | None = None
     composite_rows: int | None = None
     composite_routers: tuple[str, ...] = ()
+    perplexity: bool = False
     temperatures: tuple[float, ...] = (1.0, 5.0, 15.0, 20.0, 30.0)
     device: str = "auto"
     dtype: str = "auto"
@@ -68,6 +74,17 @@ class GateEvaluation:
     batch_tokens: int = 512
     load_threads: int = 4
     seed: int = 0
+
+    def check(self) -> None:
+        """Raise AnswerError for the first field that cannot be."""
+        for name, least in (("rows", 1), ("composite_rows", 0), ("batch", 1), ("batch_tokens", 1), ("load_threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise AnswerError(f"{name} {value}: expected a whole number of at least {least}")
+        if wrong := [t for t in self.temperatures if not 0 < t < math.inf]:
+            raise AnswerError(f"temperatures {wrong[0]}: expected numbers above 0")
+        if wrong := [count for count in self.modules if count < 1]:
+            raise AnswerError(f"modules {wrong[0]}: expected whole numbers of at least 1")
 
 
 def swapped_name(task: str) -> str:
@@ -105,38 +122,90 @@ def make_plan(
         TaskDataError, AnswerError, RouterFolderError: tasks, adapters and routers do not fit together.
     """
     root = Path(asked.tasks)
-    specs = [MergeSpec.parse(text) for text in asked.merges]
-    deciders = [
-        read_prompt(label, Path(path), config.linear_shape, config.fingerprint())
-        for label, path in asked.prompt_routers.items()
-    ]
-    folders = _adapters(asked, names, specs, deciders, config, out)
-    routers, curve = _routers(asked, folders, config)
-    named = [JOINT] * (asked.joint is not None) + [spec.name for spec in specs]
-    fixed = [GateMethod("base"), *(GateMethod(name, single(folders.digests[name])) for name in named)]
-    of_curve = {rows: router_method(f"{router.label}, top 2", router, folders.digests, 2) for rows, router in curve}
-    methods = [oracle(names, folders.digests), *fixed, *_gated(asked, names, routers, folders), *of_curve.values()]
-    methods += _by_prompt(asked, deciders, folders, config)
+    given = _read(asked, names, config, out)
+    fixed, methods = _fixed(asked, given), _methods(asked, names, given)
     rows = read_held_out(root, names, asked.rows)
     limits = answer_limits(tokenizer, root, names)
     prompts = [(tokenise(tokenizer, row.example), limits[row.task]) for row in rows]
     jobs = [task_job(method, rows, prompts) for method in methods]
+    if asked.perplexity:
+        targets = [answer_tokens(tokenizer, row.example) for row in rows]
+        jobs += [loss_job(method, rows, prompts, targets) for method in methods if not method.layered]
     metrics = {row.task: row.metric for row in rows}
     heated = _Heated({})
     for composites in read_composites(root, names, asked.composite_rows).values():
-        together = [*fixed, *heated.methods(asked, routers, folders, composites)]
+        together = [*fixed, *heated.methods(asked, given.routers, given.folders, composites)]
         jobs += _composite_jobs(together, composites, tokenizer, limits, metrics)
+    _check_names(jobs)
     jobs.sort(key=lambda job: job.questions[0].gates is not None)  # captured steps serve rows without gates alone
     return GatePlan(
         jobs=tuple(jobs),
-        paths=folders.paths,
+        paths=given.folders.paths,
         metrics=metrics,
-        routers=(*routers, *(router for _, router in curve)),
-        prompt_routers=tuple(deciders),
-        curve=tuple((count, method.name) for count, method in of_curve.items()),
+        routers=(*given.routers, *given.curve.values()),
+        prompt_routers=given.deciders,
+        curve=tuple((count, curve_name(router)) for count, router in given.curve.items()),
         temperatures=heated.temperatures,
         longest=max(job.longest for job in jobs),
     )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The routers that are evaluated, `curve` by training rows a task, and the folders of all adapters by name."""
+
+    routers: tuple[EvaluatedRouter, ...]
+    curve: Mapping[int, EvaluatedRouter]
+    deciders: tuple[EvaluatedPromptRouter, ...]
+    folders: AdapterFolders
+
+
+def _read(asked: GateEvaluation, names: Sequence[str], config: ModelConfig, out: Path) -> _Given:
+    """Reads the routers, and checks that their adapters are those that they were trained for."""
+    shape, fingerprint = config.linear_shape, config.fingerprint()
+    routers = tuple(read_router(label, Path(path), shape, fingerprint) for label, path in asked.routers.items())
+    curve = {
+        rows: read_router(f"{rows} rows a task", Path(path), shape, fingerprint)
+        for rows, path in sorted(asked.curve.items())
+    }
+    deciders = tuple(read_prompt(label, Path(path), shape, fingerprint) for label, path in asked.prompt_routers.items())
+    trained = [router.own for router in (*routers, *curve.values())] + [router.own for router in deciders]
+    folders = _adapters(asked, names, trained, config, out)
+    for router in (*routers, *curve.values()):
+        check_trained_for(router, folders, shape)
+    for decider in deciders:
+        check_prompt(decider, folders, shape)
+    return _Given(routers, curve, deciders, folders)
+
+
+def _fixed(asked: GateEvaluation, given: _Given) -> list[GateMethod]:
+    """What is the same for all tasks and prompts."""
+    named = [JOINT] * (asked.joint is not None) + [MergeSpec.parse(text).name for text in asked.merges]
+    return [GateMethod("base"), *(GateMethod(name, single(given.folders.digests[name])) for name in named)]
+
+
+def _methods(asked: GateEvaluation, names: Sequence[str], given: _Given) -> list[GateMethod]:
+    """All that answer the rows of tasks."""
+    digests = given.folders.digests
+    of_curve = [router_method(curve_name(router), router, digests, 2) for router in given.curve.values()]
+    over_modules = [router for router in given.deciders if router.card.form.experts == MODULES]
+    by_prompt = [
+        method
+        for router in given.deciders
+        for method in prompt_methods(router, digests, asked.modules if router in over_modules[:1] else ())
+    ]
+    gated = _gated(asked, names, given.routers, given.folders)
+    return [oracle(names, digests), *_fixed(asked, given), *gated, *of_curve, *by_prompt]
+
+
+def curve_name(router: EvaluatedRouter) -> str:
+    return f"{router.label}, top 2"
+
+
+def _check_names(jobs: Sequence[Job]) -> None:
+    counts = Counter((job.part, job.method) for job in jobs)
+    if twice := [method for (_, method), count in counts.items() if count > 1]:
+        raise AnswerError(f"{twice[0]}: two methods have this name, expected another label")
 
 
 def _composite_jobs(
@@ -158,48 +227,22 @@ def _composite_jobs(
 
 
 def _adapters(
-    asked: GateEvaluation,
-    names: Sequence[str],
-    specs: Sequence[MergeSpec],
-    deciders: Sequence[EvaluatedPromptRouter],
-    config: ModelConfig,
-    out: Path,
+    asked: GateEvaluation, names: Sequence[str], trained: Sequence[OwnAdapters], config: ModelConfig, out: Path
 ) -> AdapterFolders:
     """All folders by the names that methods have for them; merges are made."""
     if strangers := [name for name in (*asked.swapped, *asked.new) if name not in names]:
         raise AnswerError(f"{strangers[0]}: expected one of the evaluated tasks, {', '.join(names)}")
     if asked.swapped and not asked.routers:
         raise AnswerError("swapped: expected a router whose adapter is swapped")
+    specs = [MergeSpec.parse(text) for text in asked.merges]
     given = {name: Path(asked.adapters) / name for name in names}
     given |= {swapped_name(name): Path(path) for name, path in asked.swapped.items()}
     given |= {} if asked.joint is None else {JOINT: Path(asked.joint)}
-    for router in deciders:
-        given |= router.beside()
+    for own in trained:
+        given |= own.beside()
     folders = AdapterFolders.of(given)
     made = {spec.name: merged(spec, names, folders, config.linear_shape, out) for spec in specs}
     return AdapterFolders.of(given | made)
-
-
-def _routers(
-    asked: GateEvaluation, folders: AdapterFolders, config: ModelConfig
-) -> tuple[list[EvaluatedRouter], list[tuple[int, EvaluatedRouter]]]:
-    def read(label: str, path: str) -> EvaluatedRouter:
-        router = read_router(label, Path(path), config.linear_shape, config.fingerprint())
-        check_trained_for(router, folders, config.linear_shape)
-        return router
-
-    routers = [read(label, path) for label, path in asked.routers.items()]
-    return routers, [(rows, read(f"{rows} rows a task", path)) for rows, path in sorted(asked.curve.items())]
-
-
-def _by_prompt(
-    asked: GateEvaluation, deciders: Sequence[EvaluatedPromptRouter], folders: AdapterFolders, config: ModelConfig
-) -> list[GateMethod]:
-    found = []
-    for router in deciders:
-        check_prompt(router, folders, config.linear_shape)
-        found += prompt_methods(router, folders.digests, asked.modules)
-    return found
 
 
 def _gated(

@@ -17,19 +17,22 @@ ORACLE = "oracle"
 
 @dataclass
 class Lines:
-    """The lines of every job that is done: of `tasks` by method, of `composites` by part too.
+    """The lines of every job that is done: of `tasks` and `losses` by method, of `composites` by part too.
 
     Methods stay in `order`, in whatever order their jobs end.
     """
 
     order: Sequence[str] = ()
     tasks: dict[str, list[Json]] = field(default_factory=dict)
+    losses: dict[str, list[Json]] = field(default_factory=dict)
     composites: dict[str, dict[str, list[Json]]] = field(default_factory=dict)
 
     def add(self, part: str, method: str, lines: Sequence[Json]) -> None:
         """`part` is that of a job."""
         if part == "tasks":
             self.tasks = self._ordered({**self.tasks, method: list(lines)})
+        elif part == "loss":
+            self.losses = self._ordered({**self.losses, method: list(lines)})
         else:
             self.composites[part] = self._ordered({**self.composites.get(part, {}), method: list(lines)})
 
@@ -42,6 +45,8 @@ class Lines:
         if part == "tasks":
             found = task_scores({method: self.tasks[method]}, seed=0)[method]
             return f"{100 * found['mean']:.1f} %"
+        if part == "loss":
+            return f"perplexity {loss_scores({method: self.losses[method]}, seed=0)[method]['perplexity']:.3f}"
         own = composite_scores({method: self.composites[part][method]}, seed=0)[method]
         return f"{own['attempts']:.2f} attempts, {own['correct']:.2f} correct of {len(own['tasks'])}"
 
@@ -76,6 +81,25 @@ def task_scores(lines: Mapping[str, Sequence[Json]], seed: int) -> Json:
             other = methods.index(ORACLE)
             difference = float((means[place] - means[other]).mean())
             found[method]["above_oracle"] = {"mean": difference, "interval": interval(drawn[place] - drawn[other])}
+    return found
+
+
+def loss_scores(lines: Mapping[str, Sequence[Json]], seed: int) -> Json:
+    """By method the perplexity of the targets: exp of the mean over tasks of the rows' mean loss a token.
+
+    Intervals are those of a bootstrap that draws rows within each task, the same ones for all methods.
+    """
+    found: Json = {}
+    for method, own in lines.items():
+        names = list(dict.fromkeys(line["task"] for line in own))
+        places = np.array([names.index(line["task"]) for line in own])
+        losses = np.array([[line["loss"] for line in own]])
+        means, drawn = by_task(losses, places, len(names))[0], resampled(losses, places, len(names), seed)[0].mean(0)
+        found[method] = {
+            "perplexity": float(np.exp(means.mean())),
+            "interval": [float(np.exp(value)) for value in interval(drawn)],
+            "tasks": dict(zip(names, np.exp(means).tolist(), strict=True)),
+        }
     return found
 
 

@@ -54,8 +54,10 @@ def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Jso
         ModelError: the model cannot be served.
     """
     started = time.perf_counter()
+    asked.check()
     names = task_names(Path(asked.tasks), asked.group)
-    tokenizer, config = _tokenizer(asked.model), ModelConfig.from_folder(asked.model)
+    config = ModelConfig.from_folder(asked.model)
+    tokenizer = _tokenizer(asked.model)
     plan = make_plan(asked, names, tokenizer, config, out / "merges")
     say(f"{len(plan.jobs)} methods and parts, {sum(len(job.questions) for job in plan.jobs)} questions")
     setting = _setting(asked, config)
@@ -123,7 +125,11 @@ def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -
 def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{folder}: expected a tokenizer that can be read ({reason})") from error
     return tokenizer
 
 
@@ -219,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--composite-rows", type=int, help="composite prompts of a size [all]")
     parser.add_argument("--composite-routers", type=_words, metavar="LABELS", help="asked composites [the first]")
     parser.add_argument("--temperatures", type=_numbers, help="of composite prompts [1,5,15,20,30]")
+    parser.add_argument("--perplexity", action="store_true", help="of the targets, too")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16")
     parser.add_argument("--backend", help="auto, reference or triton")

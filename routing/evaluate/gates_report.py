@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from routing.evaluate.gate_scores import ORACLE, Lines, apart, composite_scores, task_scores
+from routing.evaluate.gate_scores import ORACLE, Lines, apart, composite_scores, loss_scores, task_scores
 from routing.evaluate.prompt_report import plots as prompt_plots
 from routing.evaluate.prompt_report import routed_scores
 from routing.evaluate.prompt_report import tables as prompt_tables
@@ -34,6 +34,7 @@ def document(
     tasks = task_scores(lines.tasks, seed)
     return {
         "tasks": tasks,
+        "perplexity": loss_scores(lines.losses, seed),
         "routed": routed_scores(lines.tasks),
         "curve": [{"rows": rows, "method": method} for rows, method in curve if method in tasks],
         "new": {name: apart(tasks, name) for name in new} if tasks else {},
@@ -55,6 +56,7 @@ def write_report(out: Path, found: Json) -> None:
 def markdown(found: Json) -> str:
     """The tables; figures are percent, for composite prompts numbers of answers a prompt."""
     lines = [*_methods(found["tasks"]), *_curve(found), *_new(found["new"])]
+    lines += _perplexity(found["perplexity"])
     lines += prompt_tables(found.get("prompt_routers", {}), found["routed"])
     for part, methods in found["composites"].items():
         lines += _composites(part, methods)
@@ -130,6 +132,13 @@ def _new(new: Mapping[str, Json]) -> list[str]:
             others = "" if own["others"] is None else _percent(own["others"])
             lines.append(_row([name, _percent(own["own"]), others]))
     return lines
+
+
+def _perplexity(methods: Mapping[str, Json]) -> list[str]:
+    if not methods:
+        return []
+    lines = ["", *_head(["method", "perplexity of the targets", "95 % interval"])]
+    return [*lines, *(_row([m, f"{own['perplexity']:.3f}", _plain(own["interval"])]) for m, own in methods.items())]
 
 
 def _composites(part: str, methods: Mapping[str, Json]) -> list[str]:

@@ -9,16 +9,12 @@ from pathlib import Path
 
 import torch
 
-from adapters_store.peft_format import CONFIG_NAME
 from adapters_store.types import LinearShape, Mix
 from routing.evaluate.answers import AdapterFolders
-from routing.evaluate.gate_methods import GateMethod, check_adapters
+from routing.evaluate.gate_methods import GateMethod, OwnAdapters, check_adapters
 from routing.prompt_folder import PromptCard, load_prompt_router
 from routing.prompt_router import MODULES, LayerRouter, rational
 from server.engine.prompt_routers import PromptUse
-
-BESIDE = "adapters"
-"""The folder of the adapters that were trained with a router, in the router's own."""
 
 CURVE = tuple(step / 4 for step in range(-16, 17))
 """Where a learned activation is drawn."""
@@ -33,15 +29,9 @@ class EvaluatedPromptRouter:
     card: PromptCard
     curves: tuple[tuple[float, ...], ...] = ()
 
-    def adapter(self, name: str) -> str:
-        """What one of its adapters is called among all that are evaluated."""
-        beside = self.folder / BESIDE / name / CONFIG_NAME
-        return f"{name} of {self.label}" if beside.is_file() else name
-
-    def beside(self) -> dict[str, Path]:
-        """The adapters that were trained with it."""
-        names = (adapter.name for adapter in self.card.adapters)
-        return {self.adapter(name): self.folder / BESIDE / name for name in names if self.adapter(name) != name}
+    @property
+    def own(self) -> OwnAdapters:
+        return OwnAdapters(self.label, self.folder, tuple(adapter.name for adapter in self.card.adapters))
 
 
 def read_prompt(label: str, folder: Path, shape: LinearShape, fingerprint: str) -> EvaluatedPromptRouter:
@@ -60,7 +50,7 @@ def _curve(layer: LayerRouter) -> tuple[float, ...]:
 
 def check_prompt(router: EvaluatedPromptRouter, folders: AdapterFolders, shape: LinearShape) -> None:
     """Raises AnswerError where an adapter is missing, or is not the one that the router was trained for."""
-    names = {router.adapter(adapter.name): adapter.digest for adapter in router.card.adapters}
+    names = {router.own.name(adapter.name): adapter.digest for adapter in router.card.adapters}
     check_adapters(router.label, names, folders, shape)
 
 
@@ -69,7 +59,7 @@ def prompt_methods(
 ) -> list[GateMethod]:
     """The router as it was trained; over modules also with each number of `modules` of a layer in place of its own."""
     form, card = router.card.form, router.card
-    rows = tuple(digests[router.adapter(adapter.name)] for adapter in card.adapters)
+    rows = tuple(digests[router.own.name(adapter.name)] for adapter in card.adapters)
     parts = [card.sha256, repr(form), repr(card.has_null), *rows]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     counts = {router.label: form.top_k}

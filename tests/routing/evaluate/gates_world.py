@@ -48,6 +48,7 @@ def make_adapter(folder: Path, shape: LinearShape, seed: int) -> None:
 
 
 def make_router(folder: Path, names: Sequence[str], model: Path, adapters: Path, seed: int = 0) -> Path:
+    """Random gates over adapters of these names."""
     config = ModelConfig.from_folder(model)
     shape = config.linear_shape
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """The whole evaluation of gates on a tiny random model: answers are what the adapters would say by themselves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,34 @@ def test_what_does_not_fit_is_one_line(
     refused("elsewhere: expected one of the evaluated tasks, ab, xyz", "--new", "elsewhere")
     refused("composite routers: none: there is no router of this label", "--composite-routers", "none")
     refused("there is no group 'none'", "--group", "none")
+    refused("rows 0: expected a whole number of at least 1", "--rows", "0")
+    refused("batch -1: expected a whole number of at least 1", "--batch", "-1")
+    refused("temperatures 0.0: expected numbers above 0", "--temperatures", "1,0")
+    refused("modules 0: expected whole numbers of at least 1", "--modules", "3,0")
+    refused("merge cat of 1/n each: two methods have this name", "--merges", "cat,cat")
+    refused("expected a tokenizer", "--model", str(without_tokenizer(chat_model, tmp_path / "bare")))
+    refused("nowhere", "--model", str(tmp_path / "nowhere"))
+
+
+def test_adapters_that_were_trained_with_a_router_are_used_with_it(
+    common: list[str], adapters: Path, chat_model: Path, root: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "joint" / "adapters"
+    shutil.copytree(adapters / "other", beside / "ab")
+    router = make_router(tmp_path / "joint", ["ab"], chat_model, beside)
+    more = ["--router", str(router), "--merges", "", "--composite-rows", "0", "--out", str(tmp_path / "out")]
+    assert main([*common, *more]) == 0
+    for task in NAMES:
+        answers = [line["answer"] for line in given(tmp_path / "out", "joint, top 2") if line["task"] == task]
+        assert answers == by_peft(chat_model, adapters, root, task, "other")
+
+
+def without_tokenizer(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in model.iterdir():
+        if not path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            shutil.copy(path, folder)
+    return folder
 
 
 def test_a_router_of_other_weights_is_refused(

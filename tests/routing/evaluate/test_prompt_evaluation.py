@@ -1,14 +1,18 @@
 """Prompt-level routers in the evaluation: answers are those of what was chosen, and choices are counted."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from gates_world import NAMES, by_peft, given, make_adapter, write_tasks
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import TARGETS
@@ -18,6 +22,8 @@ from routing.evaluate.prompt_report import plots, routed_scores, tables
 from routing.evaluate.svg import curve_chart
 from routing.prompt_folder import PromptCard, write_prompt_router
 from routing.prompt_router import LayerRouter, RouterForm
+from routing.train.batches import encode
+from routing.train.data import read_rows
 from server.model.config import ModelConfig
 
 
@@ -67,7 +73,17 @@ def out(chat_model: Path, root: Path, adapters: Path, tmp_path_factory: pytest.T
     found = [f"moa={make_prompt_router(folder / 'moa', chat_model, adapters, NAMES, **moa)}"]
     found.append(f"mi={make_prompt_router(folder / 'milora', chat_model, own, ('mine',), **milora)}")
     arguments = ["--model", str(chat_model), "--tasks", str(root), "--adapters", str(adapters), "--device", "cpu"]
-    arguments += ["--out", str(folder / "out"), "--merges", "", "--composite-rows", "0", "--modules", "1,7"]
+    arguments += [
+        "--out",
+        str(folder / "out"),
+        "--merges",
+        "",
+        "--composite-rows",
+        "0",
+        "--modules",
+        "1,7",
+        "--perplexity",
+    ]
     assert main([*arguments, *(part for each in found for part in ("--prompt-router", each)), "--batch", "8"]) == 0
     return folder / "out"
 
@@ -105,6 +121,34 @@ def test_the_document_counts_the_choices(out: Path) -> None:
     plotted = {"activation-mi.svg", "accuracy-by-layer.svg", "accuracy-by-depth.svg"}
     assert plotted <= {path.name for path in out.glob("*.svg")}
     assert "| moa | adapters | mean | none | vote | 1 | 75.0 | 50.0 |" in (out / "gates.md").read_text()
+
+
+def loss_by_peft(model: Path, adapter: Path | None, root: Path, task: str, row: int) -> float:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    causal: Any = base if adapter is None else PeftModel.from_pretrained(base, adapter)
+    example = encode(tokenizer, [read_rows(root / task / "test.jsonl")[row]], 128)[0]
+    ids, first = torch.tensor([example.ids]), len(example.ids) - example.answer_length
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < first, -100)
+    with torch.inference_mode():
+        return float(causal(input_ids=ids, labels=labels).loss)
+
+
+def test_targets_are_as_likely_as_in_transformers(out: Path, chat_model: Path, adapters: Path, root: Path) -> None:
+    chosen = {(line["task"], line["row"]): line["chosen"][0][0] for line in given(out, "moa")}
+    for method in ("base", "oracle", "moa"):
+        for line in given(out, method, "loss"):
+            name = {"base": None, "oracle": line["task"], "moa": NAMES[chosen[line["task"], line["row"]]]}[method]
+            adapter = None if name is None else adapters / name
+            expected = loss_by_peft(chat_model, adapter, root, line["task"], line["row"])
+            assert line["loss"] == pytest.approx(expected, abs=1e-4)
+    found = json.loads((out / "gates.json").read_text())["perplexity"]
+    assert found.keys() == {"oracle", "base", "moa"}  # where layers decide by themselves there is no mix
+    base = given(out, "base", "loss")
+    means = [np.mean([line["loss"] for line in base if line["task"] == task]) for task in NAMES]
+    assert found["base"]["perplexity"] == pytest.approx(math.exp(np.mean(means)))
+    low, high = found["base"]["interval"]
+    assert low <= found["base"]["perplexity"] <= high
+    assert f"| base | {found['base']['perplexity']:.3f} |" in (out / "gates.md").read_text()
 
 
 def test_choices_are_counted_by_hand() -> None:
