@@ -59,10 +59,13 @@ In the body, of a stream in the last event with choices or usage. Of a base answ
 | `route_ms` | milliseconds for the decision |
 | `adapters[].name`, `.digest`, `.weight` | the mix |
 | `adapters[].score` | similarity to the prompt, of routers that compare |
-| `adapters[].share` | part in the answer, of token-level routers |
-| `outcome` | why a router chose nothing: `below_min_score`, `no_candidates`, `empty_text` |
+| `adapters[].share` | part in the answer, of token-level routers; of the layers or linears, of prompt-level ones |
+| `outcome` | why a router chose nothing: `below_min_score`, `no_candidates`, `empty_text`, `no_adapter` |
 | `scores[].name`, `.score` | all candidates, best first, if `lora.explain` |
 | `tokens` | the leading adapter of each token, of token-level routers, if `lora.explain` |
+| `layers[].chosen` | adapters or linears that act in a layer, of prompt-level routers, if `lora.explain` |
+| `layers[].probabilities[].name`, `.probability` | what a layer's router gave to each, where it was read |
+| `warnings` | sentences, as of an adapter that is used without the router it was trained with |
 | `truncated` | in the header only: there are more adapters |
 """
 

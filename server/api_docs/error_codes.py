@@ -26,6 +26,7 @@ ERROR_CODES = tuple(
                 "invalid_json": "The body is no JSON object.",
                 "body_too_complex": "The body has more values, strings or objects than any request needs.",
                 "context_length_exceeded": "Prompt and `max_tokens` do not fit into the context.",
+                "prompt_too_long": "Longer than routers that decide by layer read (`serve.max_layered_tokens`).",
                 "mix_too_large": "The adapters of a request do not fit into the page pool together.",
                 "too_many_logprobs": "More log-probabilities of prompts than `limits.prompt_logprobs`.",
                 "no_chat_template": "The model has none; /v1/completions serves it.",

@@ -21,7 +21,8 @@ class LoraOptions(RouterFields, RequestModel):
     sticky: bool | None = None
     """Default false. Keeps the decision of the conversation's first user turn."""
     explain: bool | None = None
-    """Default false. The answer has the scores of all candidates, of token-level routers each token's adapter."""
+    """Default false. The answer has the scores of all candidates, of token-level routers each token's adapter, of
+    prompt-level ones what each layer chose."""
 
     @field_validator("adapters")
     @classmethod
