@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Protocol
 
 from adapters_store.registry import Resolved
@@ -143,7 +144,7 @@ class Route:
         needed = set(self.mix.digests)
         return tuple({entry.resolved: None for entry in self.adapters if entry.digest in needed})
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Name of the mix in metrics."""
         if self.gates is not None or self.prompt_router is not None:

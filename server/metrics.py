@@ -47,6 +47,7 @@ class Metrics:
         self._names: dict[str, str] = {}
         self._active: collections.Counter[str] = collections.Counter()
         self._stats = EngineStats()
+        self._gaps_by_label: dict[tuple[str, str], Histogram] = {}
         self._labels = TopLabels(max_adapters, self._drop)
         self._make_request_metrics()
         self._make_engine_metrics()
@@ -58,7 +59,12 @@ class Metrics:
             self._names[adapter.digest] = adapter.name
 
     def gap(self, tenant: str, route: Route, seconds: float) -> None:
-        self._gaps.labels(tenant, self._labels.label(route.label)).observe(seconds)
+        """One came between two tokens, as it does for every token: what it is counted under is looked up once."""
+        labels = tenant, self._labels.label(route.label)
+        histogram = self._gaps_by_label.get(labels)
+        if histogram is None:
+            histogram = self._gaps_by_label[labels] = self._gaps.labels(*labels)
+        histogram.observe(seconds)
 
     def end(self, ending: Ending) -> None:
         """A choice that began has ended."""
@@ -208,6 +214,7 @@ class Metrics:
         """Remove the series of an adapter that lost its label."""
         for metric in self._by_adapter:
             metric.remove_by_labels({"adapter": adapter})
+        self._gaps_by_label = {labels: gaps for labels, gaps in self._gaps_by_label.items() if labels[1] != adapter}
 
 
 def _grown(before: int, now: int) -> int:

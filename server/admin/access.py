@@ -11,7 +11,7 @@ from server.errors import Forbidden
 from server.tenants import Caller
 
 
-def get_admin(caller: CallerDep) -> Caller:
+async def get_admin(caller: CallerDep) -> Caller:
     """Raises Forbidden for a tenant's key."""
     if not caller.admin:
         raise Forbidden("this needs the admin key")
@@ -21,7 +21,7 @@ def get_admin(caller: CallerDep) -> Caller:
 AdminDep = Annotated[Caller, Depends(get_admin)]
 
 
-def no_query(_: Annotated[NoQuery, Query()]) -> None:
+async def no_query(_: Annotated[NoQuery, Query()]) -> None:
     """Refuses every query parameter."""
 
 

@@ -49,11 +49,15 @@ class EngineStartError(RuntimeError):
 
 
 class EngineClient(AdapterCalls):
-    """One engine process. When it dies, requests in flight end with an error each, and it is started again."""
+    """One engine process. When it dies, requests in flight end with an error each, and it is started again.
+
+    `program`: the module that it runs, and arguments before the address.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__()
         self.config = config
+        self.program: tuple[str, ...] = ("server.engine.loop",)
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.stats = EngineStats()
@@ -125,7 +129,7 @@ class EngineClient(AdapterCalls):
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.bind(address)
             # -P: whoever starts the server in a folder with a package `server` of its own gets ours all the same.
-            command = (sys.executable, "-P", "-m", "server.engine.loop", address, str(os.getpid()))
+            command = (sys.executable, "-P", "-m", *self.program, address, str(os.getpid()))
             process = None
             try:
                 process = await asyncio.create_subprocess_exec(*command, env=OPENMP | os.environ)

@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 def spans_to_score(chunks: list[Chunk]) -> list[Span]:
     """What a step that is about to be launched has to score: what no step before it did."""
-    if not any(chunk.scores for chunk in chunks):
+    if not any(chunk.sequence.num_unscored for chunk in chunks):
         return []
     spans, row = [], 0
     for index, chunk in enumerate(chunks):

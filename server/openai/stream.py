@@ -116,7 +116,8 @@ class EventStream(Response):
         def encode() -> bytes:
             return b"".join(map(_event, self._answer.events(piece)))
 
-        body = await asyncio.to_thread(encode) if self._answer.is_long(piece) else encode()
+        is_long = bool(piece.prompt_scores) and self._answer.is_long(piece)
+        body = await asyncio.to_thread(encode) if is_long else encode()
         if body:
             await pulse.send(body)
 

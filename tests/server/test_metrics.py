@@ -146,3 +146,24 @@ def test_counted_names_are_bounded() -> None:
 
 def test_long_mixes_have_short_labels() -> None:
     assert route_of(*(f"adapter-{number}" for number in range(100))).label == "100 adapters"
+
+
+def test_gaps_follow_labels_that_come_and_go() -> None:
+    """An adapter that lost its label is counted under the common one, and not forgotten when it has one again."""
+    metrics = Metrics(max_adapters=1)
+    count = "loramux_inter_token_latency_seconds_count"
+    serve(metrics, route_of("one"))
+    metrics.gap("default", route_of("one"), 0.1)
+    assert value(metrics, count, tenant="default", adapter="one") == 1
+    for _ in range(2):
+        serve(metrics, route_of("star"))
+    metrics.gap("default", route_of("one"), 0.1)
+    metrics.gap("default", route_of("star"), 0.1)
+    assert value(metrics, count, tenant="default", adapter="one") is None
+    assert value(metrics, count, tenant="default", adapter="other") == 1
+    assert value(metrics, count, tenant="default", adapter="star") == 1
+    for _ in range(4):
+        serve(metrics, route_of("one"))
+    metrics.gap("default", route_of("one"), 0.1)
+    assert value(metrics, count, tenant="default", adapter="one") == 1
+    assert value(metrics, count, tenant="default", adapter="star") is None
