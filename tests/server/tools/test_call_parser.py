@@ -42,6 +42,7 @@ HERMES_EXAMPLES = {
     ),
     # Models forget the last brace, the closing marker, or the opening one of a second call.
     '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}</tool_call>.': Spoken(".", (ROME,)),
+    '<tool_call>{"name": "weather", "arguments": {"city": "Rome"} Done.': Spoken("Done.", (ROME,)),
     f"<tool_call>{WEATHER}": Spoken("", (ROME,)),
     f"<tool_call>{WEATHER}\nDone.": Spoken("Done.", (ROME,)),
     f"<tool_call>{WEATHER}\n{WEATHER}</tool_call>": Spoken("", (ROME, ROME)),
@@ -50,6 +51,7 @@ HERMES_EXAMPLES = {
     tagged('{"name": "nobody", "arguments": {}}'): Spoken(tagged('{"name": "nobody", "arguments": {}}')),
     tagged("{'name': 'now'}"): Spoken(tagged("{'name': 'now'}")),
     tagged('{"name": "now", "arguments": {\'a\': 1}}'): Spoken(tagged('{"name": "now", "arguments": {\'a\': 1}}')),
+    tagged('{"name": "now", "arguments": { x}}'): Spoken(tagged('{"name": "now", "arguments": { x}}')),
     tagged('{"name": "now", "arguments": [1]}'): Spoken(tagged('{"name": "now", "arguments": [1]}')),
     tagged('{"name": "now", "arguments": 5}'): Spoken(tagged('{"name": "now", "arguments": 5}')),
     tagged('{"name": "now", "arguments": "five"}'): Spoken(tagged('{"name": "now", "arguments": "five"}')),
