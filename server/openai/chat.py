@@ -34,7 +34,7 @@ class ChatRequest(GenerationRequest):
     tools: Tools | None = None
     """Functions that the model may call."""
     tool_choice: AnyToolChoice | None = None
-    """Default `auto` with tools. A forced call needs a grammar in the engine."""
+    """Default `auto` with tools. A call that is forced is valid, whatever the model: a grammar takes nothing else."""
     parallel_tool_calls: bool | None = None
     """Default true."""
 
@@ -56,7 +56,8 @@ class ChatRequest(GenerationRequest):
     @cached_property
     def tool_use(self) -> ToolUse | None:
         """The tools that may be called. Raises BadRequest."""
-        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        has_grammar = self.constraint() is not None
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, has_grammar=has_grammar)
 
 
 class ChatAnswer(Answer):
@@ -113,7 +114,11 @@ class ChatAnswer(Answer):
         parser = CallParser(self._form, tools.names, None if tools.is_parallel else 1)
         if tools.is_forced:
             parser.feed(self._form.beginning)
-        return ToolCalls(parser, lambda number: self._form.call_id(f"{self._generation.id}-{index}-{number}"))
+        return ToolCalls(
+            parser,
+            lambda number: self._form.call_id(f"{self._generation.id}-{index}-{number}"),
+            is_forced=tools.is_forced,
+        )
 
     def _delta(self, index: int, delta: Json, tokens: tuple[ScoredToken, ...] = ()) -> Json:
         return {

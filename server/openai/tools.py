@@ -105,8 +105,13 @@ AnyToolChoice = Annotated[
 Tools = Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)]
 
 
-def tool_use(tools: list[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse | None:
-    """What this asks for; None where nothing may be called. Raises BadRequest."""
+def tool_use(
+    tools: list[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None, *, has_grammar: bool = False
+) -> ToolUse | None:
+    """What this asks for; None where nothing may be called. `has_grammar`: the answer has one in any case.
+
+    Raises BadRequest.
+    """
     given = tuple(tool.function.tool for tool in tools or ())
     names = tuple(tool.name for tool in given)
     for index, name in enumerate(names):
@@ -121,8 +126,8 @@ def tool_use(tools: list[FunctionTool] | None, choice: ToolChoice | None, parall
     if absent := [name for name in allowed if name not in names]:
         raise BadRequest(f"tool_choice: none of the tools is called {absent[0]}", param="tool_choice")
     use = ToolUse(given, allowed, choice is not None and choice.is_forced, is_parallel=parallel is not False)
-    if use.length > MOST_FORCED and use.is_forced:
-        message = f"tools: have {use.length} characters, expected at most {MOST_FORCED} where one has to be called"
+    if use.length > MOST_FORCED and (use.is_forced or has_grammar):
+        message = f"tools: have {use.length} characters, expected at most {MOST_FORCED} as a part of a grammar"
         raise BadRequest(message, param="tools")
     return use
 

@@ -42,11 +42,12 @@ def answer_or_calls(answer: Constraint, use: ToolUse, form: ToolForm, tokens: Ma
     """What the answer must be, or calls in its place. Only JSON can be told from calls; other answers stay alone."""
     if answer.kind not in (ConstraintKind.JSON_OBJECT, ConstraintKind.JSON_SCHEMA):
         return answer
-    schema = json.loads(answer.source) if answer.kind is ConstraintKind.JSON_SCHEMA else {"type": "object"}
-    if not isinstance(schema, dict):
+    try:
+        schema = json.loads(answer.source) if answer.kind is ConstraintKind.JSON_SCHEMA else {"type": "object"}
+        answered = f"answer: %json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+    except (ValueError, TypeError, RecursionError):  # no JSON, or no object; the engine says what it thinks of it
         return answer
     start = f"start: answer | {_literal(form.beginning, tokens)} calls {_literal(form.end, tokens)}"
-    answered = f"answer: %json {json.dumps({**schema, 'x-guidance': _SPACING})}"
     return replace(answer, kind=ConstraintKind.GRAMMAR, source="\n".join([start, answered, *_rules(use, form, tokens)]))
 
 

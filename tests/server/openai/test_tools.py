@@ -13,8 +13,9 @@ from openai.types.chat import ChatCompletionMessage
 from pydantic import BaseModel
 
 from adapters_store.store import AdapterStore
-from server.config import Settings
+from server.config import LimitSettings, Settings
 from server.engine.constraint import ConstraintKind
+from server.openai.messages import ChatMessage, plain
 from server.tools.form import HERMES
 
 USER = {"role": "user", "content": "What is the weather in Rome?"}
@@ -221,6 +222,20 @@ async def test_a_forced_call(official: AsyncOpenAI, harness: Harness, choice: An
     assert {name for name in ("weather", "now") if f'{{"const": "{name}"}}' in constraint.source} == names
 
 
+async def test_a_forced_call_that_is_cut(official: AsyncOpenAI, harness: Harness) -> None:
+    """There is no text, neither of the call nor of what stands between two of them."""
+    call = '{"name": "now", "arguments": {}}'
+    for text, calls in (('{"name": "no', []), (f"{call}\n</tool_call>\n<tool_", [("now", {})])):
+        harness.engine.say(text)
+        count = len(harness.engine.encode(text))
+        asked: dict[str, Any] = {"model": "tiny", "messages": [USER], "tools": [NOW], "max_tokens": count}
+        answer = await official.chat.completions.create(**asked, tool_choice="required")
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.choices[0].message.content is None
+        assert said(answer.choices[0].message) == calls
+        assert (await stream(official, **asked, tool_choice="required"))[0] == ""
+
+
 async def test_a_conversation(official: AsyncOpenAI, harness: Harness) -> None:
     """What the client got is what it sends back, and the template shows it as the model had written it."""
     harness.engine.say(f"I look.\n{CALL}\n{NOW_CALL}")
@@ -240,6 +255,22 @@ async def test_a_conversation(official: AsyncOpenAI, harness: Harness) -> None:
     )
     await ask(official, messages=[USER, {**message.model_dump(), "content": None}, *results])
     assert f"<|im_start|>assistant\n{CALL}\n{NOW_CALL}<|im_end|>" in await prompt_of(harness)
+
+
+def test_results_get_the_name_of_their_function() -> None:
+    """Some templates show it, and clients are not obliged to send it."""
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    sent: list[dict[str, Any]] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "c1"},
+        {"role": "tool", "content": "night", "tool_call_id": "c1", "name": "its own"},
+        {"role": "tool", "content": "?", "tool_call_id": "c2"},
+    ]
+    shown = plain([ChatMessage.model_validate(message, context=LimitSettings()) for message in sent])
+    assert [message["role"] for message in shown] == ["system", "assistant", "tool", "tool", "tool"]
+    assert [message.get("name") for message in shown[2:]] == ["now", "its own", None]
+    assert (shown[1]["content"], shown[1]["tool_calls"]) == ("", [call])
 
 
 async def test_usage_counts_the_tools(official: AsyncOpenAI, live: str) -> None:
