@@ -57,6 +57,9 @@ class Ask:
 
     @property
     def prompt_param(self) -> str:
+        """What the request calls its prompts."""
+        if self.params.pooled:
+            return "input"
         return "prompt" if self.messages is None else "messages"
 
     async def query_text(self, tokenizer: ChatTokenizer) -> str:

@@ -8,6 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from routing.router import Route
 from server.chat import ChatTokenizer
 from server.engine.client import EngineUnavailable
@@ -114,6 +116,8 @@ class Choice:
         self.num_tokens = 0
         self.cached_tokens = 0
         self.prompt_scores: tuple[TokenLogprobs, ...] = ()
+        self.pooled: np.ndarray | None = None
+        """The sum of the prompt's last hidden states (hidden,) float32, of a request that is pooled."""
         self.routed = RoutedTokens(explains)
         self.decided: Decided | None = None
         self._route = route
@@ -145,8 +149,11 @@ class Choice:
             async with aclosing(self._services.engine.submit(self._in_time())) as outputs:
                 async for output in outputs:
                     self.prompt_scores += output.prompt_logprobs
+                    if output.pooled:
+                        part = np.frombuffer(output.pooled, np.float32)
+                        self.pooled = part if self.pooled is None else self.pooled + part
                     if not output.tokens and output.finish_reason is None:
-                        continue  # a part of the prompt is scored
+                        continue  # a part of the prompt is scored or pooled
                     piece = self._take(output)
                     if piece.finish_reason is not None:
                         is_late = output.finish_reason is FinishReason.TIMEOUT

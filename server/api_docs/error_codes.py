@@ -31,6 +31,7 @@ ERROR_CODES = tuple(
                 "too_many_logprobs": "More log-probabilities of prompts than `limits.prompt_logprobs`.",
                 "no_chat_template": "The model has none; /v1/completions serves it.",
                 "no_router": "`auto`, and the server has no such router. 503 from calls that need one.",
+                "request_quarantined": "The engine died twice while it computed this very request.",
                 "output_not_finite": "The weights asked for more than numbers can hold, found by computing.",
                 "invalid_name": "A name that is not allowed, or reserved.",
                 "invalid_merge": "Adapters that cannot be merged so.",
@@ -123,6 +124,7 @@ ERROR_CODES = tuple(
             503,
             {
                 "draining": "The server is shutting down.",
+                "queue_full": "Too many requests wait already.",
                 "engine_unavailable": "The engine is being restarted.",
                 "engine_error": "The engine died while it answered.",
                 "adapter_unavailable": "An adapter's files cannot be read at the moment.",

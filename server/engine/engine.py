@@ -9,6 +9,7 @@ while engine.has_work:
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain
 
 from adapters_store.tiers import HostTier, folder_reader
@@ -255,25 +256,27 @@ class Engine:
         outputs: list[Output] = []
         moves: list[tuple[Matching, int]] = []
         sampled = iter(zip(tokens, logprobs, strict=True))
-        prompt_logprobs = launched.prompt_logprobs()
+        prompt_logprobs, pools = launched.prompt_logprobs(), launched.pools()
         for index, (chunk, shares) in enumerate(zip(launched.chunks, launched.shares(), strict=True)):
             token, logprob = next(sampled) if chunk.samples else (None, None)
             sequence = chunk.sequence
             if self._sequences.get(sequence.request.id) is not sequence:
                 continue
-            scored, late = prompt_logprobs.get(index, ()), sequence in launched.late
+            scored, pooled = prompt_logprobs.get(index, ()), pools.get(index, b"")
+            late = sequence in launched.late
             token = None if late else token
-            if (chunk.samples and token is None and not late) or scored is None:
+            if (chunk.samples and token is None and not late) or scored is None or pooled is None:
                 self._end(sequence, forget=True)
                 outputs.append(not_finite(sequence.request.id))
                 continue
             self.scheduler.commit(chunk, token)
             if token is not None:
-                outputs.append(self._output(sequence, token, logprob, shares, scored))
+                output = self._output(sequence, token, logprob, shares, scored)
+                outputs.append(replace(output, pooled=pooled) if pooled else output)
                 if sequence.matching is not None:
                     moves.append((sequence.matching, token))
-            elif scored:
-                outputs.append(Output(sequence.request.id, prompt_logprobs=scored))
+            elif scored or pooled:
+                outputs.append(Output(sequence.request.id, prompt_logprobs=scored, pooled=pooled))
         self.masks.advance(moves)
         for sequence, verdict in launched.verdicts:
             if self._sequences.get(sequence.request.id) is sequence and sequence.undecided:

@@ -20,6 +20,7 @@ from server.engine.gate_stage import staged_shares
 from server.engine.gates import Shares, SlotMemory
 from server.engine.plan import Chunk
 from server.engine.planner import StepTiles, TilePlanner, nothing
+from server.engine.pooling import pool, rows_to_pool
 from server.engine.prompt_routing import PromptRouting, prompt_routing
 from server.engine.scoring import score, spans_to_score
 from server.engine.staging import Staging, StepShape, StepViews, fill
@@ -83,17 +84,19 @@ class GraphSteps:
     def launch(self, chunks: list[Chunk]) -> Computed:
         """Nothing waits for the device.
 
-        Steps that score tokens of prompts, or with rows of prompt-level routers, run without a graph.
+        Steps that score tokens of prompts, or pool them, or with rows of prompt-level routers, run without a graph.
         """
         rows = sum(chunk.num_tokens for chunk in chunks)
         decoding = rows == len(chunks)
         tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
         shape = self.capacities.smallest(rows, decoding, tiles.plans, tiles.gates is not None)
         routing = self._routing(chunks, tiles)
-        spans, scores, staging = spans_to_score(chunks), None, self._staging
-        if shape is None or spans or routing is not None or not self.use_graphs:
+        spans, pooling, staging = spans_to_score(chunks), rows_to_pool(chunks), self._staging
+        scores, pooled = None, None
+        if shape is None or spans or pooling or routing is not None or not self.use_graphs:
             staging, shape, hidden = self._run_eagerly(chunks, tiles, routing)
             scores = score(self.decoder, hidden, spans) if spans else None
+            pooled = pool(self.decoder, hidden, pooling) if pooling else None
         else:
             graph = self._graphs.get(shape) or self._capture(shape)
             self._stage(self._staging, shape, chunks, tiles)
@@ -103,7 +106,7 @@ class GraphSteps:
                 graph.replay()
         count = sum(chunk.samples for chunk in chunks)
         shares = None if tiles.gates is None else self._shares(chunks, staging, shape)
-        return Computed(self._logits[:count], self._sampled[:count].clone(), shares, scores)
+        return Computed(self._logits[:count], self._sampled[:count].clone(), shares, scores, pooled)
 
     @torch.inference_mode()
     def batches(self, chunks: list[Chunk]) -> list[tuple[ForwardBatch, Columns]]:

@@ -36,7 +36,7 @@ class Chunk:
 
     @property
     def scores(self) -> bool:
-        """Whether rows of the prompt may still have to tell how likely the tokens behind them were."""
+        """Whether rows of the prompt may still have to tell how likely the tokens behind them were, or be pooled."""
         return self.sequence.num_unscored > 0 and not self.sequence.undecided
 
 

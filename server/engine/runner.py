@@ -19,6 +19,7 @@ from server.engine.gates import Shares, SlotMemory, gate_factory
 from server.engine.layered import LayeredPrompt, prompt_parts
 from server.engine.memory import gate_shape, plan_memory
 from server.engine.plan import Chunk, LayerRun
+from server.engine.pooling import Pooled
 from server.engine.prompt_reading import verdicts
 from server.engine.prompt_routers import Verdict, prompt_router_factory
 from server.engine.sampler import Sampled, sample
@@ -54,6 +55,7 @@ class Launched:
     done: torch.cuda.Event | None = None
     routed: Shares | None = None
     scores: Scores | None = None
+    pooled: Pooled | None = None
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
@@ -69,6 +71,10 @@ class Launched:
     def prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...] | None]:
         """`Output.prompt_logprobs` by the index of a chunk that has some, after `wait`; None: not finite."""
         return {} if self.scores is None else self.scores.read()
+
+    def pools(self) -> dict[int, bytes | None]:
+        """`Output.pooled` by the index of a chunk that has some, after `wait`; None: not finite."""
+        return {} if self.pooled is None else self.pooled.read()
 
 
 class Runner:
@@ -144,7 +150,7 @@ class Runner:
 
     def choose(self, launched: Launched, eos_token_ids: frozenset[int]) -> None:
         """Choose the tokens of the last launch, of which nothing else has been chosen."""
-        logits, greedy, routed, scores = launched.computed
+        logits, greedy, routed, scores, pooled = launched.computed
         sampled = sample(logits, launched.sequences, eos_token_ids, greedy, launched.indices)
         if sampled.tokens is not greedy:
             self.steps.remember(sampled.tokens)
@@ -152,10 +158,11 @@ class Runner:
             sampled = sampled.to_host()
             routed = None if routed is None else routed.to_host()
             scores = None if scores is None else scores.to_host()
+            pooled = None if pooled is None else pooled.to_host()
             launched.verdicts = [(sequence, verdict.to_host()) for sequence, verdict in launched.verdicts]
             launched.done = torch.cuda.Event()
             launched.done.record()
-        launched.sampled, launched.routed, launched.scores = sampled, routed, scores
+        launched.sampled, launched.routed, launched.scores, launched.pooled = sampled, routed, scores, pooled
 
     def _run_layers(self, layers: LayerRun) -> list[tuple[Sequence, Verdict]]:
         sequence = layers.sequence

@@ -79,7 +79,7 @@ class Scheduler:
         sequence.num_computed += chunk.num_tokens
         sequence.num_pending += chunk.samples
         if chunk.scores:
-            sequence.num_unscored = min(sequence.num_unscored, max(0, sequence.num_prompt - 1 - chunk.stop))
+            sequence.num_unscored = min(sequence.num_unscored, max(0, sequence.num_telling - chunk.stop))
 
     def retract(self, chunk: Chunk) -> None:
         """Record that a launched chunk does not yield its token after all; its last token will be computed again."""

@@ -40,9 +40,9 @@ def spans_to_score(chunks: list[Chunk]) -> list[Span]:
     for index, chunk in enumerate(chunks):
         sequence = chunk.sequence
         first = max(chunk.start, sequence.first_unscored)
+        most = sequence.request.params.prompt_logprobs
         targets = sequence.request.prompt[first + 1 : chunk.stop + 1] if chunk.scores else ()
-        if targets:
-            most = sequence.request.params.prompt_logprobs or 0
+        if targets and most is not None:
             spans.append(Span(index, row + first - chunk.start, targets, most))
         row += chunk.num_tokens
     return spans

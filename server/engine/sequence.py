@@ -35,6 +35,7 @@ class SamplingParams:
     determine its random number, whatever shares the batch. `logprobs` is the number of most likely tokens reported at
     each step, beside the chosen one; None reports nothing. `prompt_logprobs` is the same for the prompt, from its
     second token on. With a `constraint` only tokens that it allows are chosen. max_tokens 0 computes the prompt alone.
+    `pooled` asks for the sum of the prompt's last hidden states, and excludes `prompt_logprobs`.
     """
 
     temperature: float = 1.0
@@ -52,6 +53,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooled: bool = False
     constraint: Constraint | None = None
 
     @property
@@ -128,7 +130,8 @@ class Output:
     token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates; what a
     prompt-level one `decided` comes with the first token.
     `prompt_logprobs` belong to the prompt's next tokens, in order and each once, beginning with the second; the last
-    of them come with the first token or before it.
+    of them come with the first token or before it. `pooled` is the sum of the last hidden states of some of the
+    prompt's rows, each once: fp32[hidden] in native byte order.
     """
 
     request_id: str
@@ -143,6 +146,7 @@ class Output:
     shares: tuple[float, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     decided: Decided | None = None
+    pooled: bytes = b""
 
 
 @dataclass(eq=False)
@@ -157,8 +161,8 @@ class Sequence:
     `num_computed` tokens have their KV in `blocks`, or will have it when the launched steps are done; each step brings
     it closer to `len(sequence)`. `num_pending` tokens (0 or 1) are sampled, but not known to the host yet: the last
     launched step writes them as its row `sampled_row`. Waiting sequences hold neither blocks nor rank pages.
-    `num_unscored` rows at the end of the prompt are still to tell how likely the tokens behind them were; those before
-    have told, or will have when the launched steps are done.
+    `num_unscored` rows at the end of the prompt are still to tell how likely the tokens behind them were, or to be
+    pooled; those before have told, or will have when the launched steps are done.
     """
 
     asked: Request
@@ -189,6 +193,7 @@ class Sequence:
     @classmethod
     def of(cls, request: Request, arrival: float = 0.0) -> "Sequence":
         unscored = 0 if request.params.prompt_logprobs is None else len(request.prompt) - 1
+        unscored = len(request.prompt) if request.params.pooled else unscored
         return cls(
             asked=request,
             request=request,
@@ -242,9 +247,14 @@ class Sequence:
         return len(self) - self.num_computed
 
     @property
+    def num_telling(self) -> int:
+        """The prompt's rows that tell something, if it is asked for: the last one knows no token behind it."""
+        return self.num_prompt if self.request.params.pooled else self.num_prompt - 1
+
+    @property
     def first_unscored(self) -> int:
-        """The first of the prompt's rows that are still to be scored, if any are."""
-        return self.num_prompt - 1 - self.num_unscored
+        """The first of the prompt's rows that are still to be scored or pooled, if any are."""
+        return self.num_telling - self.num_unscored
 
     @property
     def num_reusable(self) -> int:

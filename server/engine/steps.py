@@ -10,6 +10,7 @@ from server.engine.decided_rows import DecidedBuilder
 from server.engine.gate_parts import Columns, make_router, part_shares
 from server.engine.gates import GateFactory, Shares
 from server.engine.plan import Chunk
+from server.engine.pooling import Pooled, pool, rows_to_pool
 from server.engine.prompt_routing import prompt_routing
 from server.engine.scoring import Scores, score, spans_to_score
 from server.model.decoder import Decoder, ForwardBatch, KvCache, Pages
@@ -17,13 +18,14 @@ from server.model.decoder import Decoder, ForwardBatch, KvCache, Pages
 
 class Computed(NamedTuple):
     """Of a launched step: logits [R, vocab] of the chunks that yield a token, and their most likely tokens int64[R] if
-    these are known too; how much gates counted, if any rows are routed by token; and the scores of its prompts'
-    tokens."""
+    these are known too; how much gates counted, if any rows are routed by token; the scores of its prompts' tokens, and
+    the sums of their states."""
 
     logits: Tensor
     greedy: Tensor | None
     shares: Shares | None
     scores: Scores | None = None
+    pooled: Pooled | None = None
 
 
 class Steps(Protocol):
@@ -68,8 +70,10 @@ class EagerSteps:
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
         spans = spans_to_score(chunks)
         scores = score(self.decoder, hidden, spans) if spans else None
+        rows = rows_to_pool(chunks)
+        pooled = pool(self.decoder, hidden, rows) if rows else None
         shares = None if router is None else part_shares(chunks, router)
-        return Computed(self.decoder.logits(hidden, batch.logit_rows), None, shares, scores)
+        return Computed(self.decoder.logits(hidden, batch.logit_rows), None, shares, scores, pooled)
 
     def batches(self, chunks: list[Chunk]) -> list[tuple[ForwardBatch, Columns]]:
         found = []

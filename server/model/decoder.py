@@ -146,10 +146,14 @@ class Decoder:
 
     def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
         """[R, vocab] in the model's dtype, of the rows int64[R] of the hidden state."""
+        return self.ops.linear(self.last_states(hidden, rows), self.lm_head, None)
+
+    def last_states(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """[R, hidden] in the model's dtype: the rows int64[R] behind the last norm."""
         (y, delta), residual = hidden
         last = y.index_select(0, rows), None if delta is None else delta.index_select(0, rows)
         normed, _ = self.ops.rms_norm_residual(last, residual.index_select(0, rows), self.norm, self.config.norm_eps)
-        return self.ops.linear(normed, self.lm_head, None)
+        return normed
 
     def context(self, batch: ForwardBatch, pages: Pages, layer: int) -> LoraContext:
         """What one layer alone needs of a batch."""

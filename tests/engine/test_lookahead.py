@@ -15,6 +15,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.fairness import OUTPUT_PRICE
 from server.engine.plan import Chunk
+from server.engine.pooling import pool, rows_to_pool
 from server.engine.runner import Runner
 from server.engine.scoring import score, spans_to_score
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Sequence
@@ -50,7 +51,9 @@ class DelayedSteps:
         decoder, spans = self.runner.decoder, spans_to_score(chunks)
         hidden = decoder.hidden(batch, self.runner.kv_cache, self.runner.pool.tensors)
         scores = score(decoder, hidden, spans) if spans else None
-        return Computed(decoder.logits(hidden, batch.logit_rows), None, None, scores)
+        rows = rows_to_pool(chunks)
+        pooled = pool(decoder, hidden, rows) if rows else None
+        return Computed(decoder.logits(hidden, batch.logit_rows), None, None, scores, pooled)
 
     def remember(self, tokens: Tensor) -> None:
         self.sampled[: len(tokens)] = tokens

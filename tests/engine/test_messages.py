@@ -78,6 +78,7 @@ PARAMS = SamplingParams(
     ignore_eos=True,
     logprobs=0,
     prompt_logprobs=5,
+    pooled=True,
     constraint=Constraint(ConstraintKind.CHOICE, '["ja", "nein"]'),
 )
 REQUEST = Request(
@@ -107,6 +108,7 @@ OUTPUT = Output(
     shares=(0.25, 0.75),
     prompt_logprobs=(TokenLogprobs(-2.5, (), 17),),
     decided=Decided(((0, 2), ()), ((0.5, 0.25, 0.25), (1.0, 0.0, 0.0)), 0.125, cached=True),
+    pooled=b"\x00\x00\x80?",
 )
 STATS = EngineStats(
     running=1,

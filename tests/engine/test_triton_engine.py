@@ -106,18 +106,24 @@ def test_the_triton_backend_equals_the_reference(micro_model: Path, micro: Regis
 
 
 @interpreted
-def test_prompts_are_scored_on_triton(micro_model: Path, micro: Registered) -> None:
+def test_prompts_are_scored_and_pooled_on_triton(micro_model: Path, micro: Registered) -> None:
     """In chunks, beside rows that decode."""
     prompt = tuple(range(2, 29))
     requests = [
         Request("0", (5, 9, 11), replace(GREEDY, max_tokens=4)),
         Request("1", prompt, replace(GREEDY, max_tokens=1, prompt_logprobs=2), micro.mix({"all4": 0.7}), micro.paths),
+        Request("2", prompt, replace(GREEDY, max_tokens=0, pooled=True), micro.mix({"all4": 0.7}), micro.paths),
     ]
     found, expected = [], []
+    sums = []
     for backend, scored in (("triton", found), ("reference", expected)):
         engine = micro_engine(micro_model, backend)
         micro.load(engine)
-        scored += [s for output in outputs_of(engine, requests)["1"] for s in output.prompt_logprobs]
+        outputs = outputs_of(engine, requests)
+        scored += [s for output in outputs["1"] for s in output.prompt_logprobs]
+        pooled = [output.pooled for output in outputs["2"] if output.pooled]
+        sums.append(sum(torch.frombuffer(bytearray(part), dtype=torch.float32) for part in pooled))
+    torch.testing.assert_close(sums[0], sums[1], atol=1e-3, rtol=1e-3)
     assert len(found) == len(prompt) - 1
     assert [s.logprob for s in found] == pytest.approx([s.logprob for s in expected], abs=1e-4)
     assert [s.rank for s in found] == [s.rank for s in expected]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -67,6 +68,11 @@ def byte_level_tokenizer(
         additional_special_tokens=["<|im_start|>"],
         chat_template=chat_template,
     )
+
+
+def pooled_row(token: int) -> np.ndarray:
+    """The last hidden state that the fake engine has for a token, wherever it stands."""
+    return np.float32([1, token, token % 7])
 
 
 class FakeEngine:
@@ -182,6 +188,10 @@ class FakeEngine:
         scores = self._prompt_scores(request)
         if len(scores) > 1:
             yield Output(request.id, prompt_logprobs=scores[:1])
+        if request.params.pooled:
+            await self.gate.wait()
+            for token in request.prompt:
+                yield Output(request.id, pooled=pooled_row(token).tobytes())
         if not tokens:
             yield Output(request.id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scores[bool(scores[1:]) :])
         for index, token in enumerate(tokens):

@@ -368,7 +368,7 @@ TOKENS = [
     Case("/tokenize", {"prompt": "a" * 100_000}, "prompt", "context_length_exceeded"),
     Case("/tokenize", {"messages": USER * 1000}, "messages", "context_length_exceeded"),
     Case("/detokenize", {"tokens": [2**40]}, "tokens"),
-    Case("/v1/embeddings", {"input": "a", "model": "tiny"}, "model", "model_not_found", 404),
+    Case("/v1/embeddings", {"input": "a", "model": "nobody"}, "model", "model_not_found", 404),
     Case("/v1/responses", {"input": "a"}, None, "unknown_endpoint", 404),
     Case("/v1/models", {}, None, "method_not_allowed", 405),
 ]

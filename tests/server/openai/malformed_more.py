@@ -28,7 +28,7 @@ OF_EMBEDDINGS = [
     embed("model", "invalid_type", model=None),
     embed("model", "invalid_type", model=["tiny"]),
     embed("model", "invalid_value", model=""),
-    embed("model", "model_not_found", 404),
+    embed("model", "model_not_found", 404, model="nobody"),
     embed("input", "missing_required_parameter", input=...),
     embed("input", "invalid_type", input=None),
     embed("input", "invalid_type", input=5),

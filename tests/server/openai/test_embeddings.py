@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fakes import MODEL, Harness
+from fakes import MODEL, Harness, pooled_row
 from in_process_encoder import InProcess
 from openai import AsyncOpenAI
 from sentence_transformers import SentenceTransformer
@@ -117,8 +117,12 @@ async def test_many_texts_take_turns_with_other_requests(
     ("fields", "param", "code", "status"),
     [
         ({"model": None}, "model", "invalid_type", 400),
-        ({"model": MODEL}, "model", "model_not_found", 404),
-        ({"model": "sql"}, "model", "model_not_found", 404),
+        ({"model": "nobody"}, "model", "model_not_found", 404),
+        ({"model": MODEL, "dimensions": 3}, "dimensions", "unsupported_value", 400),
+        ({"model": MODEL, "truncate_prompt_tokens": -1}, "truncate_prompt_tokens", "unsupported_value", 400),
+        ({"model": MODEL, "input": ["a"] * 129}, "input", "invalid_value", 400),
+        ({"model": MODEL, "input": "x" * 5000}, "input", "context_length_exceeded", 400),
+        ({"model": MODEL, "input": [10**6]}, "input", "invalid_value", 400),
         ({"input": None}, "input", "invalid_type", 400),
         ({"input": ""}, "input", "invalid_value", 400),
         ({"input": []}, "input", "invalid_type", 400),
@@ -155,6 +159,7 @@ async def test_without_an_encoder_there_is_no_model(make_harness: Callable[..., 
     async with make_harness().client() as client:
         response = await client.post("/v1/embeddings", json={"model": "encoder", "input": "a"})
         assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await client.post("/v1/embeddings", json={"model": MODEL, "input": "a"})).status_code == 200
         assert [model["kind"] for model in (await client.get("/v1/models")).json()["data"]] == ["base"] + [
             "adapter"
         ] * 3
@@ -167,6 +172,38 @@ async def test_the_model_is_listed(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/models/encoder")).json() == models["data"][1]
     rest = (await client.get("/v1/models", params={"cursor": models["next"]})).json()
     assert {model["kind"] for model in rest["data"]} == {"adapter"}
+
+
+async def test_other_models_give_the_mean_of_their_last_states(
+    official: AsyncOpenAI, harness: Harness, encoder: InProcess
+) -> None:
+    for model, uses in ((MODEL, 0), ("sql", 1)):
+        answer = await official.embeddings.create(model=model, input=["Hi", "Hello world"])
+        prompts = [request.prompt for request in harness.engine.requests[-2:]]
+        sums = [np.sum([pooled_row(token) for token in prompt], axis=0) for prompt in prompts]
+        expected = [each / np.linalg.norm(each) for each in sums]
+        np.testing.assert_allclose([entry.embedding for entry in answer.data], expected, rtol=1e-6)
+        assert answer.usage.total_tokens == sum(map(len, prompts))
+        assert answer.model == model
+        assert [len(request.mix.entries) for request in harness.engine.requests[-2:]] == [uses, uses]
+    ids = await official.embeddings.create(model=MODEL, input=[5, 6])
+    assert harness.engine.requests[-1].prompt == (5, 6)
+    assert ids.usage.total_tokens == 2
+    assert not encoder.calls
+    assert harness.endings() == {"length": 5.0}
+
+
+async def test_a_client_that_leaves_the_engine(live: str, harness: Harness) -> None:
+    harness.engine.gate.clear()
+    async with httpx.AsyncClient() as client:
+        asking = asyncio.create_task(client.post(f"{live}/v1/embeddings", json={"model": "sql", "input": ["a", "b"]}))
+        while len(harness.engine.requests) < 2:
+            await asyncio.sleep(0.005)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        while len(harness.engine.ended) < 2:
+            await asyncio.sleep(0.005)
+    assert set(harness.engine.ended.values()) == {"closed"}
 
 
 async def account(harness: Harness, name: str, **quotas: int) -> dict[str, str]:
