@@ -124,7 +124,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     async with open_store(base.linear_shape, base_name, config, reserved) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
         engine_config = settings.serve.engine_config(folder, settings.data_dir)
-        engine = EngineClient(engine_config)
+        engine = EngineClient(engine_config, settings.serve.stall_timeout)
         process, absent = encoder_process(settings)
         services = assemble(settings, served_name, engine, store, tokenizer, base.fingerprint(), process, absent)
         engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
@@ -239,6 +239,7 @@ def assemble(
         new_id=_new_id,
         new_seed=lambda: secrets.randbelow(SEEDS),
         most_scores=settings.limits.prompt_logprobs,
+        most_waiting=serve.max_waiting,
     )
     keys = Keys(
         [key.get_secret_value() for key in serve.api_key],
@@ -286,6 +287,14 @@ def _add_operations(app: FastAPI) -> None:
         if services.generator.is_draining:
             return _state("shutting down", False)
         return _state("ready" if services.engine.alive else "no engine", services.engine.alive)
+
+    @app.head("/health/decode", include_in_schema=False)
+    @app.get("/health/decode", tags=["operations"])
+    async def decode(services: ServicesDep) -> JSONResponse:
+        """503 while a step of the engine is stuck: it has requests, and is silent longer than `--stall-timeout`."""
+        if not services.engine.alive:
+            return _state("no engine", False)
+        return _state("stuck" if services.engine.stalled else "ok", not services.engine.stalled)
 
     @app.head("/version", include_in_schema=False)
     @app.get("/version", tags=["operations"])

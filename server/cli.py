@@ -101,6 +101,13 @@ def serve(
     ] = None,
     kernel_cache: Annotated[Path | None, typer.Option(help="GPU: folder of compiled kernels [in --data-dir].")] = None,
     shutdown_timeout: Annotated[float | None, typer.Option(help="Seconds that streams may go on [30].")] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(help="Requests without a first token; more get 503 [4096].")
+    ] = None,
+    stall_timeout: Annotated[
+        float | None,
+        typer.Option(help="Silent seconds until /health/decode fails; after twice that the engine is replaced [60]."),
+    ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Serve other machines without keys.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
 ) -> None:

@@ -103,6 +103,8 @@ class ServeSettings(BaseModel):
     cuda_graphs: Literal["capture", "lazy", "eager"] = "capture"
     kernel_cache: Path | None = None
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    stall_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    max_waiting: int = Field(default=4096, ge=1)
     insecure: bool = False
 
     @model_validator(mode="after")

@@ -31,6 +31,9 @@ class ServingEngine(Engine, TieredEngine, Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    @property
+    def stalled(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Services:

@@ -45,7 +45,8 @@ class Usage:
 class Generator:
     """Starts generations. `new_id` and `new_seed` never repeat themselves; a seed is below 2**63.
 
-    A request gets at most `most_scores` log-probabilities of prompt tokens.
+    A request gets at most `most_scores` log-probabilities of prompt tokens; at most `most_waiting` requests wait for
+    their first token at a time.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Generator:
         new_id: Callable[[], str],
         new_seed: Callable[[], int],
         most_scores: int,
+        most_waiting: int,
     ) -> None:
         self.services = services
         self.store = store
@@ -67,13 +69,21 @@ class Generator:
         self.new_id = new_id
         self.new_seed = new_seed
         self.most_scores = most_scores
+        self.most_waiting = most_waiting
         self.is_draining = False
         self.running: set[Generation] = set()
+        self.waiting: set[Generation] = set()
 
     def start(self, ask: Ask) -> "Generation":
-        """A generation, of which nothing has happened yet. Raises Unavailable when the server is shutting down."""
+        """A generation, of which nothing has happened yet.
+
+        Raises Unavailable when the server is shutting down, and when too many requests wait already: an answer that
+        nobody waits for any more costs the same as one that is read.
+        """
         if self.is_draining:
             raise Unavailable("the server is shutting down", code="draining")
+        if len(self.waiting) >= self.most_waiting:
+            raise Unavailable(f"the queue is full: {self.most_waiting} requests wait already", code="queue_full")
         return Generation(self, ask)
 
     def end_all(self) -> None:
@@ -156,6 +166,7 @@ class Generation:
                     self.choices = self._make_choices(info, self.route, paths)
                     async with aclosing(interleave([choice.pieces() for choice in self.choices])) as pieces:
                         async for piece in pieces:
+                            self._generator.waiting.discard(self)
                             self._charge(meter, self.choices[piece.index])
                             self._count_decision()
                             yield piece
@@ -163,10 +174,12 @@ class Generation:
     @contextmanager
     def _running(self) -> Iterator[None]:
         self._generator.running.add(self)
+        self._generator.waiting.add(self)
         try:
             yield
         finally:
             self._generator.running.discard(self)
+            self._generator.waiting.discard(self)
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:

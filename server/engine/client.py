@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import zmq
@@ -29,10 +30,13 @@ from server.engine.messages import (
     encode,
 )
 from server.engine.sequence import FinishReason, Output, Request
+from server.engine.suspects import Suspects
 
 FIRST_BACKOFF = 0.5
 LONGEST_BACKOFF = 30.0
 SHUTDOWN_SECONDS = 5.0
+STALL_SECONDS = 60.0
+"""An engine that works reports four times a second; a step that compiles kernels may take half a minute."""
 OPENMP = {"GOMP_SPINCOUNT": "10000"}
 """How long threads of the CPU backend spin at a barrier before they sleep, unless the environment says otherwise.
 
@@ -54,15 +58,22 @@ class EngineClient(AdapterCalls):
     `program`: the module that it runs, and arguments before the address.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, stall_seconds: float = STALL_SECONDS) -> None:
+        """`stall_seconds`: a process that is silent so long with requests in flight counts as stuck, and is ended when
+        it has been for twice that time.
+        """
         super().__init__()
         self.config = config
         self.program: tuple[str, ...] = ("server.engine.loop",)
+        self.stall_seconds = stall_seconds
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._streams: dict[str, asyncio.Queue[Output | RequestError]] = {}
+        self._requests: dict[str, Request] = {}
+        self._suspects = Suspects()
+        self._heard = 0.0
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -73,6 +84,11 @@ class EngineClient(AdapterCalls):
     def pid(self) -> int | None:
         """Process id of the engine, or None when none lives."""
         return self._process.pid if self._process and self._process.returncode is None else None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a step seems to be stuck: there is work, and nothing has been heard of it for too long."""
+        return self._silent_for > self.stall_seconds
 
     async def start(self) -> None:
         """Spawn the process and wait until the model is loaded. Raises EngineStartError."""
@@ -95,13 +111,21 @@ class EngineClient(AdapterCalls):
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
         """Outputs of the request as they come; the last has a finish reason.
 
-        Closing the generator early aborts the request. Raises RequestError for what the engine refuses and
-        EngineUnavailable when no engine lives.
+        Closing the generator early aborts the request. A request that was in flight when an engine died is tried once
+        more, while no other such request is. Raises RequestError for what the engine refuses, and for a request that
+        an engine died of twice; EngineUnavailable when no engine lives.
         """
+        async with self._suspects.admitted(request), aclosing(self._submit(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _submit(self, request: Request) -> AsyncGenerator[Output, None]:
         if not self.alive:
             raise EngineUnavailable("the inference engine is not running, it is being restarted")
         stream: asyncio.Queue[Output | RequestError] = asyncio.Queue()
-        self._streams[request.id] = stream
+        if not self._streams:
+            self._heard = asyncio.get_running_loop().time()  # before it had nothing to say
+        self._streams[request.id], self._requests[request.id] = stream, request
         ended = False
         try:
             self._send(Submit(request))
@@ -110,9 +134,12 @@ class EngineClient(AdapterCalls):
                 ended = isinstance(item, RequestError) or item.finish_reason is not None
                 if isinstance(item, RequestError):
                     raise item
+                if item.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                    self._suspects.cleared(request)
                 yield item
         finally:
             self._streams.pop(request.id, None)
+            self._requests.pop(request.id, None)
             if not ended:
                 self.abort(request.id)
 
@@ -172,6 +199,7 @@ class EngineClient(AdapterCalls):
                 await self._serve()
             if self._stopping:
                 return
+            self._suspects.crashed(self._requests.values())
             self._lost("the inference engine stopped unexpectedly; please retry")
             backoff = FIRST_BACKOFF if clock() - started > LONGEST_BACKOFF else min(2 * backoff, LONGEST_BACKOFF)
             await asyncio.sleep(backoff)
@@ -185,19 +213,33 @@ class EngineClient(AdapterCalls):
         """Hand out what the engine sends until its process ends."""
         assert self._process is not None
         reader = asyncio.create_task(self._read())
+        watchdog = asyncio.create_task(self._watch())
         exited = asyncio.create_task(self._process.wait())
-        await asyncio.wait((reader, exited), return_when=asyncio.FIRST_COMPLETED)
-        if not exited.done():  # it sent what nobody understands
+        await asyncio.wait((reader, watchdog, exited), return_when=asyncio.FIRST_COMPLETED)
+        if not exited.done():  # it sent what nobody understands, or nothing any more
             self._process.kill()
             await exited
+        watchdog.cancel()
         reader.cancel()
         (failure,) = await asyncio.gather(reader, return_exceptions=True)
         if isinstance(failure, Exception):
             logger.error("the engine's messages could not be read", exc_info=failure)
 
+    async def _watch(self) -> None:
+        """Returns when the engine has been stuck for too long."""
+        while self._silent_for <= 2 * self.stall_seconds:
+            await asyncio.sleep(min(1.0, self.stall_seconds / 4))
+        logger.error("the engine has been silent for %.0f s with requests in flight; it is ended", self._silent_for)
+
+    @property
+    def _silent_for(self) -> float:
+        """Seconds since the engine was heard of, if it has requests."""
+        return asyncio.get_running_loop().time() - self._heard if self._streams and self.alive else 0.0
+
     async def _read(self) -> None:
         while True:
             message = await self._receive()
+            self._heard = asyncio.get_running_loop().time()
             assert isinstance(message, Update)
             for output in message.outputs:
                 self._deliver(output.request_id, _as_refusal(output) or output)

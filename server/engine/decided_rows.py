@@ -1,15 +1,14 @@
 """The factors that decisions give the adapters of a step's rows, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adapters_store.pool import PageLease
 from adapters_store.types import GROUPS, TARGETS
-from kernels.gate_rows import Gated
 from kernels.ops import Mapping as PageMapping
 from server.engine.decisions import Decision
 from server.engine.gate_parts import Columns
@@ -42,13 +41,17 @@ class BothRouters:
     gated: LayerRouter
     decided: LayerRouter
 
-    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor | Gated | None:
-        """fp32[S, T, U], None for 1, or the gates that say it."""
+    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor | None:
+        """fp32[S, T, U], None for 1."""
         one, other = (each.scale(layer, group, x, mapping) for each in (self.gated, self.decided))
-        assert not isinstance(other, Gated), "decisions are factors"
-        if isinstance(one, Gated):
-            return replace(one, factors=other)
         return one if other is None else other if one is None else one * other
+
+
+def with_decided(router: LayerRouter | None, decided: DecidedRows | None) -> LayerRouter | None:
+    """Both on one step."""
+    if router is None or decided is None:
+        return router or decided
+    return BothRouters(router, decided)
 
 
 class DecidedBuilder:
@@ -59,13 +62,13 @@ class DecidedBuilder:
         self._key: object = None
         self._rows: DecidedRows | None = None
 
-    def build(self, chunks: List[Chunk], columns: Columns) -> DecidedRows | None:
+    def build(self, chunks: List[Chunk], columns: Callable[[], Columns]) -> DecidedRows | None:
         """None if no row has factors of its own."""
         if all(_table(chunk) is None for chunk in chunks):
             return None
-        key = ([(chunk.sequence.lease, chunk.sequence.decision, chunk.num_tokens) for chunk in chunks], dict(columns))
-        if key != self._key:
-            self._key, self._rows = key, self._built(chunks, columns)
+        key = [(chunk.sequence.lease, chunk.sequence.decision, chunk.num_tokens) for chunk in chunks]
+        if key != self._key:  # equal leases make equal mappings
+            self._key, self._rows = key, self._built(chunks, columns())
         return self._rows
 
     def _built(self, chunks: List[Chunk], columns: Columns) -> DecidedRows:

@@ -6,6 +6,7 @@ the smallest one that holds it; one that none holds runs without a graph, slower
 
 import gc
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
-from server.engine.decided_rows import DecidedBuilder
+from server.engine.decided_memory import MOST_PAGES, DecidedMemory
+from server.engine.decided_rows import DecidedBuilder, with_decided
 from server.engine.gate_parts import Columns
 from server.engine.gate_stage import staged_shares
 from server.engine.gates import Shares, SlotMemory
 from server.engine.plan import Chunk
-from server.engine.planner import StepTiles, TilePlanner, nothing
+from server.engine.planner import StepTiles, TilePlanner, no_tiles
 from server.engine.pooling import pool, rows_to_pool
 from server.engine.prompt_routing import PromptRouting, prompt_routing
 from server.engine.scoring import score, spans_to_score
@@ -71,6 +73,7 @@ class GraphSteps:
         self._eager_staging = self._staging
         self._planner = TilePlanner(None if gates is None else gates.shape)
         self._decided = DecidedBuilder(device)
+        self._decisions = DecidedMemory(decoder.config.num_layers, capacities.max_batch_tokens, rows, device)
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._without: set[StepShape] = set()
         self._pool: Any = None
@@ -84,17 +87,20 @@ class GraphSteps:
     def launch(self, chunks: list[Chunk]) -> Computed:
         """Nothing waits for the device.
 
-        Steps that score tokens of prompts, or pool them, or with rows of prompt-level routers, run without a graph.
+        Steps that score tokens of prompts, or pool them, or in which routers read them, run without a graph.
         """
         rows = sum(chunk.num_tokens for chunk in chunks)
         decoding = rows == len(chunks)
         tiles = self._planner.plan(chunks, DECODE_BLOCK if decoding else MIXED_BLOCK)
         shape = self.capacities.smallest(rows, decoding, tiles.plans, tiles.gates is not None)
-        routing = self._routing(chunks, tiles)
+        routing = prompt_routing(chunks, lambda: _columns(tiles), self._decided)
+        is_held = routing is not None and routing.decided is not None and self._decisions.write(routing.decided)
+        if shape is not None and routing is not None:
+            shape = with_decisions(shape) if is_held and routing.reading is None else None
         spans, pooling, staging = spans_to_score(chunks), rows_to_pool(chunks), self._staging
         scores, pooled = None, None
-        if shape is None or spans or pooling or routing is not None or not self.use_graphs:
-            staging, shape, hidden = self._run_eagerly(chunks, tiles, routing)
+        if shape is None or spans or pooling or not self.use_graphs:
+            staging, shape, hidden = self._run_eagerly(chunks, tiles, routing, is_held)
             scores = score(self.decoder, hidden, spans) if spans else None
             pooled = pool(self.decoder, hidden, pooling) if pooling else None
         else:
@@ -140,13 +146,10 @@ class GraphSteps:
         staging.send(fill(staging.begin(), shape, chunks, words, self.block_size, tiles.gates))
 
     def _shares(self, chunks: list[Chunk], staging: Staging, shape: StepShape) -> Shares:
-        """Sums: the next step writes over their summands."""
+        """A copy: the next step writes over them."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
         assert views.gates is not None, "a step with gated rows has room for gates"
-        return staged_shares(chunks, views.gates.rows.totals)
-
-    def _routing(self, chunks: list[Chunk], tiles: StepTiles) -> PromptRouting | None:
-        return prompt_routing(chunks, _columns(tiles), self._decided)
+        return staged_shares(chunks, views.gates.rows.totals.clone())
 
     def _run(self, staging: Staging, shape: StepShape, routing: PromptRouting | None = None) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
@@ -154,8 +157,12 @@ class GraphSteps:
         router = None if views.gates is None or self.gates is None else self.gates.router(views.gates)
         ids = self.ops.input_ids(views.ids, views.sources, self._sampled)
         batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, router)
-        if routing is not None:
-            routing.act(batch)
+        if shape.decided:
+            pages = {group: tiles.padded_pages for group, tiles in shape.tiles}
+            batch.router = with_decided(router, self._decisions.view(shape.rows, pages))
+        elif routing is not None:
+            batch.router = with_decided(router, routing.decided)
+        batch.observer = None if routing is None else routing.reading
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)
         logits = self.decoder.logits(hidden, views.logit_rows)
         self._sampled[: len(logits)].copy_(self.ops.greedy(logits))
@@ -163,11 +170,11 @@ class GraphSteps:
         return hidden
 
     def _run_eagerly(
-        self, chunks: list[Chunk], tiles: StepTiles, routing: PromptRouting | None
+        self, chunks: list[Chunk], tiles: StepTiles, routing: PromptRouting | None, decided: bool
     ) -> tuple[Staging, StepShape, Hidden]:
         """A step of exactly its own size; metadata that outgrow the common array get one of their own."""
         self.eager_steps += 1
-        shape = self._exact_shape(chunks, tiles)
+        shape = replace(self._exact_shape(chunks, tiles), decided=decided)
         if shape.words + self._table_words > self._eager_staging.capacity:
             self._eager_staging = Staging(shape.words + self._table_words, self.decoder.device)
         self._stage(self._eager_staging, shape, chunks, tiles)
@@ -189,7 +196,7 @@ class GraphSteps:
         """
         if shape in self._without or self.num_graphs >= MOST_GRAPHS:
             return None
-        self._stage(self._staging, shape, [], nothing(shape))
+        self._stage(self._staging, shape, [], StepTiles({group: no_tiles(tiles) for group, tiles in shape.tiles}))
         sampled = self._sampled.clone()  # the step about to be launched may look ahead to them
         # one stream for all captures: cuBLAS keeps a workspace for each that it meets
         stream = self._capturing = self._capturing or torch.cuda.Stream(self.decoder.device)
@@ -211,6 +218,12 @@ class GraphSteps:
         torch.cuda.current_stream().wait_stream(stream)
         self._sampled.copy_(sampled)
         return self._graphs.get(shape)
+
+
+def with_decisions(shape: StepShape) -> StepShape | None:
+    """With room for what routers decided; None where a kernel would read columns that `DecidedMemory` does not have."""
+    fits = all(tiles.padded_pages <= MOST_PAGES for _, tiles in shape.tiles)
+    return replace(shape, decided=True) if fits else None
 
 
 def _columns(tiles: StepTiles) -> Columns:

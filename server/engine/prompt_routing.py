@@ -1,9 +1,10 @@
 """What prompt-level routers do in a step: they read the prompts that are undecided, and weigh rows that are decided."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
-from server.engine.decided_rows import BothRouters, DecidedBuilder, DecidedRows
+from server.engine.decided_rows import DecidedBuilder, DecidedRows, with_decided
 from server.engine.gate_parts import Columns
 from server.engine.plan import Chunk
 from server.engine.prompt_reading import StepReading, step_reading
@@ -20,11 +21,14 @@ class PromptRouting:
     def act(self, batch: ForwardBatch) -> None:
         """In the forward pass of this batch, beside the token-level routers that are in it."""
         batch.observer = self.reading
-        if self.decided is not None:
-            batch.router = self.decided if batch.router is None else BothRouters(batch.router, self.decided)
+        batch.router = with_decided(batch.router, self.decided)
 
 
-def prompt_routing(chunks: List[Chunk], columns: Columns, builder: DecidedBuilder) -> PromptRouting | None:
-    """None for a step with which prompt-level routers have nothing to do."""
+def prompt_routing(
+    chunks: List[Chunk], columns: Callable[[], Columns], builder: DecidedBuilder
+) -> PromptRouting | None:
+    """None for a step with which prompt-level routers have nothing to do. `columns` are asked for only if they have."""
+    if all(chunk.sequence.asked.prompt_router is None for chunk in chunks):
+        return None
     decided, reading = builder.build(chunks, columns), step_reading(chunks, builder.device)
     return None if decided is None and reading is None else PromptRouting(decided, reading)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.attention import PagedMeta, query_blocks
-from kernels.gated_pages import GatedPages, GatedShape
 from kernels.tiles import LoraTiles, TileShape, view_tiles
 from server.engine.gate_stage import GateViews, GateWords, Words, fill_gates, gate_sections, view_gates
 from server.engine.gates import GateShape
@@ -26,15 +25,16 @@ class StepShape:
 
     rows: tokens. decodes: sequences of one token, whose rows come first. query_blocks: pieces of longer chunks.
     logits: rows that yield a token. tiles: by target group, for the groups in which any row uses a page. gates: the
-    slots for gates, where rows may be routed by token; the tiles are in the form for gates then.
+    slots for gates, where rows may be routed by token. decided: rows may have factors that a router decided.
     """
 
     rows: int
     decodes: int
     query_blocks: int
     logits: int
-    tiles: tuple[tuple[str, TileShape | GatedShape], ...] = ()
+    tiles: tuple[tuple[str, TileShape], ...] = ()
     gates: GateShape | None = None
+    decided: bool = False
 
     @cached_property
     def sections(self) -> ReadOnlyDict[str, slice]:
@@ -65,7 +65,7 @@ class StepViews:
     positions: Tensor
     logit_rows: Tensor
     attention: PagedMeta
-    mappings: ReadOnlyDict[str, LoraTiles | GatedPages]
+    mappings: ReadOnlyDict[str, LoraTiles]
     gates: GateViews | None = None
 
     @classmethod
@@ -80,13 +80,9 @@ class StepViews:
             block_size=block_size,
             longest=longest,
         )
-        mappings = {group: _view(parts[group], tiles) for group, tiles in shape.tiles}
+        mappings = {group: view_tiles(parts[group], tiles) for group, tiles in shape.tiles}
         gates = None if shape.gates is None else view_gates(parts, shape.gates)
         return cls(parts["ids"], parts["sources"], parts["positions"], parts["logit_rows"], attention, mappings, gates)
-
-
-def _view(words: Tensor, capacity: TileShape | GatedShape) -> LoraTiles | GatedPages:
-    return view_tiles(words, capacity) if isinstance(capacity, TileShape) else GatedPages.view(words, capacity)
 
 
 @dataclass

@@ -64,7 +64,7 @@ class EagerSteps:
         batch = self._builder.build(chunks)
         columns = columns_of(batch)
         batch.router = router = make_router(self.gates, chunks, columns, self.decoder.device)
-        routing = prompt_routing(chunks, columns, self._decided)
+        routing = prompt_routing(chunks, lambda: columns, self._decided)
         if routing is not None:
             routing.act(batch)
         hidden = self.decoder.hidden(batch, self.kv_cache, self.pages)

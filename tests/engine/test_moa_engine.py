@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
-from server.engine.plan import Chunk, LayerRun
+from server.engine.plan import Chunk, LayerRun, Plan
 from server.engine.prompt_routers import PromptUse
 from server.engine.runner import Launched
 from server.engine.sequence import FinishReason, Output, Request
@@ -138,6 +138,25 @@ def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
     for request in plainly:
         alone.add_request(request)
         assert tokens_of(drain(alone)[request.id]) == tokens_of(outputs[request.id])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_preemption_while_the_prompt_is_read_changes_nothing(
+    tiny_model: Path, plain: Plain, moa: Made, registered: Registered, steps: int
+) -> None:
+    """What was read before is forgotten, or it would count twice."""
+    engine = routed_engine(tiny_model, max_batch_tokens=16, max_num_seqs=8)  # four chunks
+    registered.load(engine)
+    engine.add_request(routed("r", PROMPTS[5], registered, moa.use(), SCORED))
+    while not engine.scheduler.running:
+        engine.step()
+    for _ in range(steps):
+        engine.step()
+    (sequence,) = engine.scheduler.running
+    assert sequence.undecided
+    engine.scheduler._preempt(sequence, Plan(0))
+    engine.check_integrity()
+    assert_equals_plain(drain(engine)["r"], plain, PROMPTS[5], moa.use())
 
 
 def test_the_same_prompt_never_pays_twice(engine: Engine, plain: Plain, moa: Made, registered: Registered) -> None:

@@ -97,6 +97,7 @@ class FakeEngine:
             memory={},
         )
         self.alive = True
+        self.stalled = False
         self.stats = EngineStats()
         self.requests: list[Request] = []
         self.ended: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """The application as operators see it: health, keys, metrics, documentation, bugs."""
 
+import asyncio
 from collections.abc import Callable
 
 import httpx
@@ -48,6 +49,50 @@ async def test_health_follows_the_engine(client: httpx.AsyncClient, harness: Har
         response = await client.get(url)
         assert response.status_code == 503
         assert response.headers["retry-after"].isdigit()
+
+
+async def test_a_stuck_step_shows_in_its_own_probe(client: httpx.AsyncClient, harness: Harness) -> None:
+    assert (await client.get("/health/decode")).status_code == 200
+    harness.engine.stalled = True
+    assert (await client.get("/health/decode")).status_code == 503
+    assert (await client.head("/health/decode")).status_code == 503
+    assert (await client.get("/health")).status_code == 200
+    harness.engine.stalled, harness.engine.alive = False, False
+    assert (await client.get("/health/decode")).status_code == 503
+
+
+async def test_a_full_queue_sheds_what_comes_on_top(make_harness: Callable[..., Harness]) -> None:
+    harness = make_harness(max_waiting=2)
+    harness.engine.gate.clear()
+    async with harness.client() as client:
+        waiting = [asyncio.create_task(client.post("/v1/completions", json=GOOD)) for _ in range(2)]
+        async with asyncio.timeout(30):
+            while harness.engine.num_waiting < 2:
+                await asyncio.sleep(0)
+        refused = await client.post("/v1/completions", json=GOOD)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+        assert refused.headers["retry-after"].isdigit()
+        harness.engine.gate.set()
+        assert [(await task).status_code for task in waiting] == [200, 200]
+        assert (await client.post("/v1/completions", json=GOOD)).status_code == 200
+    harness.check_all_given_back()
+
+
+async def test_requests_with_a_first_token_do_not_fill_the_queue(make_harness: Callable[..., Harness]) -> None:
+    harness = make_harness(max_waiting=1)
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 1
+    async with harness.client() as client:
+        streaming = asyncio.create_task(client.post("/v1/completions", json=GOOD))
+        async with asyncio.timeout(30):
+            while harness.engine.num_waiting < 1:
+                await asyncio.sleep(0)
+        second = asyncio.create_task(client.post("/v1/completions", json=GOOD))
+        async with asyncio.timeout(30):
+            while harness.engine.num_waiting < 2:
+                await asyncio.sleep(0)
+        harness.engine.gate.set()
+        assert [(await task).status_code for task in (streaming, second)] == [200, 200]
 
 
 async def test_while_draining_new_work_is_refused(client: httpx.AsyncClient, harness: Harness) -> None:

@@ -1,0 +1,85 @@
+"""What the front end does about an engine that is stuck, and about requests that engines die of."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from server.engine.client import EngineClient
+from server.engine.config import EngineConfig
+from server.engine.sequence import FinishReason, Output, Request, SamplingParams
+from server.engine.suspects import Quarantined
+
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
+
+
+@pytest.fixture
+async def client(tiny_model: Path) -> AsyncIterator[EngineClient]:
+    config = EngineConfig(str(tiny_model), device="cpu", kv_memory=8 << 20, page_memory=2 << 20, num_threads=1)
+    client = EngineClient(config)
+    await client.start()
+    yield client
+    await client.stop()
+
+
+async def collect(client: EngineClient, request: Request) -> list[Output]:
+    return [output async for output in client.submit(request)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_stuck_engine_is_seen_and_replaced(client: EngineClient) -> None:
+    """SIGSTOP is what a step that never ends looks like from outside."""
+    running = asyncio.create_task(collect(client, Request("r", (2, 3, 4), LONG)))
+    await until(lambda: client.stats.running == 1)
+    assert not client.stalled
+    stuck = client.pid
+    assert stuck is not None
+    os.kill(stuck, signal.SIGSTOP)
+    client.stall_seconds = 0.2
+    await until(lambda: client.stalled)
+    outputs = await asyncio.wait_for(running, 60)
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+    client.stall_seconds = 60.0  # a busy machine may be silent for a while
+    await until(lambda: client.alive and client.pid != stuck)
+    assert not client.stalled
+    assert (await collect(client, Request("next", (5,), SHORT)))[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_an_idle_engine_is_not_stuck(client: EngineClient) -> None:
+    client.stall_seconds, pid = 0.1, client.pid
+    await asyncio.sleep(1.0)
+    assert not client.stalled
+    client.stall_seconds = 60.0
+    assert (await collect(client, Request("r", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
+    assert client.pid == pid
+
+
+@pytest.mark.slow
+async def test_a_request_that_engines_die_of_is_not_tried_a_third_time(client: EngineClient) -> None:
+    poison, innocent = Request("p", (2, 3, 4), LONG), Request("i", (5, 6), LONG)
+    first = [asyncio.create_task(collect(client, request)) for request in (poison, innocent)]
+    await until(lambda: client.stats.running == 2)
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    assert [(await task)[-1].finish_reason for task in first] == [FinishReason.ERROR] * 2
+    await until(lambda: client.alive)
+    assert (await collect(client, replace(innocent, params=SHORT)))[-1].finish_reason is FinishReason.LENGTH
+    second = asyncio.create_task(collect(client, replace(poison, id="p2")))
+    await until(lambda: client.stats.running == 1)
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    assert (await second)[-1].finish_reason is FinishReason.ERROR
+    await until(lambda: client.alive)
+    with pytest.raises(Quarantined, match="died 2 times"):
+        await collect(client, replace(poison, id="p3"))
+    assert (await collect(client, replace(innocent, id="i2", params=SHORT)))[-1].finish_reason is FinishReason.LENGTH
