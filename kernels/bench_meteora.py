@@ -5,18 +5,20 @@ fp64 before it is timed, on inputs whose logits are so far apart that rounding c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels import meteora_forms
 from kernels.bench_cases import Case, Where
 from kernels.bench_einsum import peak_bytes
-from kernels.bench_lora import page_bytes, tiles_of
-from kernels.gate_rows import MASK_BITS, GateRows
+from kernels.bench_lora import page_bytes
+from kernels.gate_rows import MASK_BITS, TOTALS, Gated, GateRows
+from kernels.gated_pages import GatedPages, plan_gated
 from kernels.mapping import RowSpan
 from kernels.shapes import Linear, ModelShape
 from kernels.tiles import PAGE_RANK
@@ -35,7 +37,7 @@ ROUTINGS: tuple[Routing, ...] = ("uniform", "single")
 SINGLE = "single"
 """One adapter for all rows and no gates: what LoRA costs anyway."""
 
-OURS = ("triton tiles", "triton dense")
+OURS = ("triton", "triton dense")
 
 HIGHEST, LOWEST = 2.0, -2.0
 """The designed logits of a row lie in between."""
@@ -64,7 +66,8 @@ class Embedded:
     def of(cls, inputs: int, outputs: int, setting: Setting, where: Where) -> "Embedded":
         """The first n inputs of a row are its logits; what the others add is small."""
         n, rank = setting.adapters, setting.rank
-        gates = where.random(n, inputs, std=0.01 * inputs**-0.5)
+        apart = replace(where, seed=where.seed + 1)  # numbers of one seed are those of the rows
+        gates = apart.random(n, inputs, std=0.01 * inputs**-0.5)
         gates[:, :n] = torch.eye(n, device=where.device, dtype=where.dtype)
         a = where.random(n, inputs, rank, std=inputs**-0.5)
         return cls(a, where.random(n, rank, outputs, std=0.1), gates)
@@ -172,50 +175,42 @@ def _forms(
 def _ours(
     linears: list[Linear], xs: list[Tensor], layers: list[list[list[Embedded]]], setting: Setting, where: Where
 ) -> Iterator[tuple[str, bool, Callable[[int], Outputs]]]:
-    """Gates in a slot and adapters in pages, by tiles and as dense products."""
+    """Gates in a slot and adapters in pages, by our kernels and as dense products."""
+    from kernels.gated import gated_delta
     from kernels.gates import gate_scale
-    from kernels.lora import dense_lora_, dense_mapping, lora_delta
+    from kernels.lora import dense_lora_
 
     n, count = setting.adapters, setting.rows
-    tiles = tiles_of(
-        [RowSpan(0, count, tuple(range(n)), (1.0,) * n, (setting.rank,) * n)], count, "shared", where.device
-    )
-    assert tiles is not None
-    padded = -(-n // 32) * 32
-    padded = 1 << (padded - 1).bit_length()
+    plan = plan_gated([RowSpan(0, count, tuple(range(n)), (1.0,) * n, (setting.rank,) * n)], count)
+    words = np.zeros(plan.shape.words, np.int32)
+    plan.write(plan.shape, words)
+    mapping = GatedPages.view(torch.from_numpy(words).to(where.device), plan.shape)
+    padded = max(32, 1 << (n - 1).bit_length())
     rows = gate_rows(setting, padded, where)
-    columns = where.ints([*range(n), *[-1] * (len(tiles.pages) - n)])
+    columns = where.ints([*range(n), *[-1] * (len(mapping.pages) - n)])
     packed = [
         [_packed(linear, group, padded) for linear, group in zip(linears, layer, strict=True)] for layer in layers
     ]
-    pages, weights = dense_mapping(tiles, count)
+    ids = mapping.pages.long().clamp_(min=0)
+    firsts = [sum(len(linear.slices) for linear in linears[:place]) for place in range(len(linears))]
 
-    def scale(place: int, gates: Tensor) -> Tensor:
-        first = sum(len(linear.slices) for linear in linears[:place])
-        return gate_scale(xs[place], gates, rows, columns, place, first)
+    def gated(place: int, gates: Tensor) -> Gated:
+        return Gated(gates, rows, columns, place, firsts[place])
 
-    def by_tiles(i: int) -> Outputs:
+    def by_kernels(i: int) -> Outputs:
         return [
-            lora_delta(xs[place], a, b, tiles, linear.slices, partial(scale, place, gates), pdl=where.pdl)
+            gated_delta(xs[place], a, b, mapping, linear.slices, gated(place, gates), pdl=where.pdl)
             for place, (linear, (a, b, gates)) in enumerate(zip(linears, packed[i], strict=True))
         ]
 
     def dense(i: int) -> Outputs:
-        return [
-            dense_lora_(
-                xs[place].new_zeros(count, linear.outputs),
-                xs[place],
-                a,
-                b,
-                pages,
-                weights,
-                linear.slices,
-                scale(place, gates),
-            )
-            for place, (linear, (a, b, gates)) in enumerate(zip(linears, packed[i], strict=True))
-        ]
+        outputs = []
+        for place, (linear, (a, b, gates)) in enumerate(zip(linears, packed[i], strict=True)):
+            y, scale = xs[place].new_zeros(count, linear.outputs), gate_scale(xs[place], gated(place, gates))
+            outputs.append(dense_lora_(y, xs[place], a, b, ids, mapping.weights, linear.slices, scale))
+        return outputs
 
-    yield OURS[0], True, by_tiles
+    yield OURS[0], True, by_kernels
     yield OURS[1], True, dense
 
 
@@ -238,7 +233,7 @@ def gate_rows(setting: Setting, num_gates: int, where: Where) -> GateRows:
         targets=where.ints([-1]),
         counts=where.ints([setting.adapters]),
         adapters=where.ints([*range(setting.adapters), *[-2] * (num_gates - setting.adapters)]).view(1, -1),
-        totals=torch.zeros(setting.rows, num_gates, device=where.device),
+        totals=torch.zeros(setting.rows, TOTALS, num_gates, device=where.device),
     )
 
 

@@ -49,20 +49,23 @@ def gate_logits_kernel(
 
 
 @triton.jit
-def _chosen_weights(
+def chosen_weights(
     logits: tl.tensor, allowed: tl.tensor, top_k: tl.tensor, temperature: tl.tensor, GATES: tl.constexpr
 ) -> tl.tensor:
     """[GATES]: the softmax over the temperature of the `top_k` highest allowed logits, 0 for all others.
 
-    Of equal logits the first ones are chosen. Where none is allowed all weights are 0.
+    Of equal logits the first ones are chosen. Where none is allowed all weights are 0. No row of all pairs of logits is
+    held at once: that took 255 registers, with which no program fits beside a base product.
     """
     gate = tl.arange(0, GATES)
-    masked = tl.where(allowed, logits, -float("inf"))
-    above = (masked[None, :] > masked[:, None]) | (
-        (masked[None, :] == masked[:, None]) & (gate[None, :] < gate[:, None])
-    )
-    chosen = allowed & (tl.sum(above.to(tl.int32), axis=1) < top_k)
-    highest = tl.max(masked, axis=0)
+    left = tl.where(allowed, logits, -float("inf"))
+    highest = tl.max(left, axis=0)
+    chosen = gate < 0
+    for _ in range(top_k):
+        best = tl.max(left, axis=0)
+        first = tl.min(tl.where(left == best, gate, GATES), axis=0)
+        chosen = chosen | ((gate == first) & allowed)
+        left = tl.where(gate == first, -float("inf"), left)
     below = tl.where(chosen, logits - tl.where(highest == -float("inf"), 0.0, highest), 0.0)
     powers = tl.where(chosen, tl.exp(below / temperature), 0.0)
     total = tl.sum(powers, axis=0)
@@ -90,11 +93,12 @@ def gate_weights_kernel(
     SPLITS: tl.constexpr,
     FIRST_TARGET: tl.constexpr,
     GROUP: tl.constexpr,
+    TOTALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """scale[slice, row, column] = the weight of the adapter that owns the column; 1 for rows without gates.
 
-    Grid: (rows). The weights are added to the row's `totals` besides, in the order of the launches.
+    Grid: (rows). The weights are added to the row's `totals` [TOTALS, GATES] besides, in the order of the launches.
     """
     row = tl.program_id(0)
     slot = tl.load(row_slots + row)
@@ -113,24 +117,22 @@ def gate_weights_kernel(
     temperature = tl.load(row_temperatures + row)
     adapters = tl.load(slot_adapters + slot * GATES + gate)
     targets = tl.load(slot_targets + slot)
-    sums = tl.zeros([GATES], tl.float32)
+    share = tl.load(row_shares + row)
+    counts = (share >= 0) & (((tl.load(row_touches + row) >> GROUP) & 1) != 0)
     for part in tl.static_range(SLICES):
         logits = tl.zeros([GATES], tl.float32)
         for split in tl.static_range(SPLITS):
             place = (split * num_rows + row).to(tl.int64) * SLICES + part
             logits += tl.load(partials + place * GATES + gate)
-        weights = _chosen_weights(logits, allowed, top_k, temperature, GATES)
+        weights = chosen_weights(logits, allowed, top_k, temperature, GATES)
         # a selection: without gates there is nothing in the slot, or what another router has left
         present = ((targets >> (FIRST_TARGET + part)) & 1) != 0
         weights = tl.where(present, weights, 0.0)
-        sums += weights
+        total_at = totals + (share * TOTALS + part) * GATES + gate
+        tl.store(total_at, tl.load(total_at, mask=counts, other=0.0) + weights, mask=counts)
         out = scale + (part * num_rows + row).to(tl.int64) * num_columns
         for first in range(0, num_columns, BLOCK):
             at = first + offsets
             owner = tl.load(columns + at, mask=at < num_columns, other=-1)
             own = tl.where(adapters[:, None] == owner[None, :], weights[:, None], 0.0)
             tl.store(out + at, tl.sum(own, axis=0), mask=at < num_columns)
-    share = tl.load(row_shares + row)
-    counts = (share >= 0) & (((tl.load(row_touches + row) >> GROUP) & 1) != 0)
-    total_at = totals + share * GATES + gate
-    tl.store(total_at, tl.load(total_at, mask=counts, other=0.0) + sums, mask=counts)

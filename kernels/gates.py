@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels.gate_kernels import gate_logits_kernel, gate_weights_kernel
-from kernels.gate_rows import MASK_BITS, GateRows
+from kernels.gate_rows import TOTALS, Gated, check_gates
 from kernels.lora_config import PROGRAMS
 
 SPLIT_INPUTS = 256
@@ -38,24 +38,17 @@ def gate_config(num_rows: int, inputs: int, num_slices: int, itemsize: int) -> G
     return GateConfig(rows, block_k, min(most, wanted))
 
 
-def gate_scale(x: Tensor, gates: Tensor, rows: GateRows, columns: Tensor, group: int, first_target: int) -> Tensor:
+def gate_scale(x: Tensor, gated: Gated) -> Tensor:
     """fp32[S, T, U] for x [T, in]: how much of the page of each of the U columns each of the group's S linears takes.
 
-    gates [slots, S, N, in] in the dtype of x, every slot contiguous.
-    columns int32[U]: the adapter that owns each column, in the numbers of `GateRows.adapters`, -1 for none. Rows
-    without gates take all columns fully. group, first_target: the numbers of the group and of its first linear, which
-    count the bits of `touches` and `targets`. Raises ValueError where a shape is another one.
+    Rows without gates take all columns fully. Raises ValueError where a shape is another one.
     """
+    check_gates(x, gated)
+    gates, rows, columns = gated.gates, gated.rows, gated.columns
     slots, num_slices, num_gates, inputs = gates.shape
-    if x.dim() != 2 or x.shape[1] != inputs or x.stride(1) != 1:
-        raise ValueError(f"x is {tuple(x.shape)}, expected [T, {inputs}] with contiguous rows")
-    if num_gates % MASK_BITS or num_gates & (num_gates - 1) or gates.stride()[1:] != (num_gates * inputs, inputs, 1):
-        raise ValueError(f"gates are {tuple(gates.shape)}, expected contiguous slots of 32, 64, 128 ... gates")
-    if rows.slots.shape != (len(x),) or rows.adapters.shape != (slots, num_gates):
-        raise ValueError(f"rows are for {len(rows.slots)} rows and {tuple(rows.adapters.shape)} gates")
     scale = x.new_empty(num_slices, len(x), len(columns), dtype=torch.float32)
     if not len(x):
-        return scale
+        return scale if gated.factors is None else scale.mul_(gated.factors)
     config = gate_config(len(x), inputs, num_slices, x.element_size())
     partials = x.new_empty(config.splits, len(x), num_slices, num_gates, dtype=torch.float32)
     gate_logits_kernel[triton.cdiv(len(x), config.rows), slots * num_slices, config.splits](
@@ -94,9 +87,10 @@ def gate_scale(x: Tensor, gates: Tensor, rows: GateRows, columns: Tensor, group:
         SLICES=num_slices,
         GATES=num_gates,
         SPLITS=config.splits,
-        FIRST_TARGET=first_target,
-        GROUP=group,
+        FIRST_TARGET=gated.first_target,
+        GROUP=gated.group,
+        TOTALS=TOTALS,
         BLOCK=COLUMN_BLOCK,
         num_warps=max(1, num_gates // 32),
     )
-    return scale
+    return scale if gated.factors is None else scale.mul_(gated.factors)

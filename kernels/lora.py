@@ -5,10 +5,10 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.gated_pages import GatedPages
 from kernels.lora_config import ExpandConfig, LoraConfig, ShrinkConfig, lora_config
 from kernels.lora_kernels import VALUE_BLOCK, expand_rows_kernel, expand_shared_kernel, reduce_kernel, shrink_kernel
-from kernels.scale import Scale, scale_of
-from kernels.tiles import PAGE_RANK, LoraTiles
+from kernels.tiles import PAGE_PADDING, PAGE_RANK, LoraTiles
 
 MAX_SLICES = 3
 """Slices that the kernels tell apart: query, key and value."""
@@ -20,7 +20,7 @@ def lora_delta(
     b_pages: Tensor,
     tiles: LoraTiles,
     slices: tuple[int, ...],
-    scale: Scale = None,
+    scale: Tensor | None = None,
     *,
     pdl: bool = False,
     config: LoraConfig | None = None,
@@ -29,14 +29,13 @@ def lora_delta(
 
     x [T, in]; a_pages [pages, S * 16, in], rows s*16..s*16+15 of a page belong to slice s (S <= 3); b_pages
     [pages, 16, sum(slices)], all of one dtype; scale None or fp32[S, T, U], column u for the page `tiles.pages[u]`:
-    exactly 0 where it is 0; a call that makes it runs where the first kernel needs it, in "shared" behind the first
-    product. Returns [T, sum(slices)] in that dtype, rounded once more after the first product.
+    exactly 0 where it is 0. Returns [T, sum(slices)] in that dtype, rounded once more after the first product.
     "rows": only the rows of the plan are written, and none sees a page that it does not use. "shared": every row meets
     every page of the step, which must be finite.
     `pdl`: every kernel starts beside the one before it in the stream and waits for it (sm_90).
     Raises ValueError where a shape is another one.
     """
-    _check(x, a_pages, b_pages, slices)
+    check_pages(x, a_pages, b_pages, slices, scale)
     shape = tiles.shape
     delta = x.new_empty(len(x), sum(slices))
     if not shape.tiles or not len(x):
@@ -45,23 +44,24 @@ def lora_delta(
     parts = (len(slices), shape.block_rows, PAGE_RANK)
     values = partials = x.new_empty(shape.tiles, config.shrink.splits, *parts, dtype=torch.float32)
     if shape.kind == "shared":
-        block = _shared_rows(len(x))
+        block = shared_rows(len(x))
         values = x.new_empty(len(slices), triton.cdiv(len(x), block) * block, len(tiles.pages) * PAGE_RANK)
     elif config.reduced:
         values = x.new_empty(shape.tiles, *parts)
-    early = None if shape.kind == "shared" else _checked_scale(scale, len(slices), len(x))
-    _shrink(x, a_pages, partials, values, tiles, early, config.shrink, pdl)
+    _shrink(x, a_pages, partials, values, tiles, scale, config.shrink, pdl)
     if values is not partials:
-        late = _checked_scale(scale, len(slices), len(x)) if shape.kind == "shared" else None
-        _reduce(partials, values, tiles, late, pdl)
+        _reduce(partials, values, tiles, pdl)
     if shape.kind == "shared":
-        _expand_shared(values, b_pages, delta, tiles, slices, config.expand, pdl)
+        expand_shared(values, b_pages, delta, tiles, slices, config.expand, pdl)
     else:
         _expand_rows(values, b_pages, delta, tiles, slices, config.expand, pdl)
     return delta
 
 
-def _check(x: Tensor, a_pages: Tensor, b_pages: Tensor, slices: tuple[int, ...]) -> None:
+def check_pages(
+    x: Tensor, a_pages: Tensor, b_pages: Tensor, slices: tuple[int, ...], scale: Tensor | None = None
+) -> None:
+    """Raise ValueError where shapes are not those of `lora_delta`."""
     num_slices = len(slices)
     if not 1 <= num_slices <= MAX_SLICES:
         raise ValueError(f"slices are {slices}, expected 1 to {MAX_SLICES}")
@@ -71,16 +71,11 @@ def _check(x: Tensor, a_pages: Tensor, b_pages: Tensor, slices: tuple[int, ...])
         raise ValueError(f"a_pages is {tuple(a_pages.shape)}, expected [pages, {num_slices * PAGE_RANK}, {x.shape[1]}]")
     if b_pages.shape[1:] != (PAGE_RANK, sum(slices)) or b_pages.stride()[1:] != (sum(slices), 1):
         raise ValueError(f"b_pages is {tuple(b_pages.shape)}, expected [pages, {PAGE_RANK}, {sum(slices)}]")
+    if scale is not None and (scale.shape[:2] != (num_slices, len(x)) or scale.stride(2) != 1):
+        raise ValueError(f"scale is {tuple(scale.shape)}, expected [{num_slices}, {len(x)}, pages]")
 
 
-def _checked_scale(scale: Scale, num_slices: int, num_rows: int) -> Tensor | None:
-    found = scale_of(scale)
-    if found is not None and (found.shape[:2] != (num_slices, num_rows) or found.stride(2) != 1):
-        raise ValueError(f"scale is {tuple(found.shape)}, expected [{num_slices}, {num_rows}, pages]")
-    return found
-
-
-def _shared_rows(num_rows: int) -> int:
+def shared_rows(num_rows: int) -> int:
     """Rows of a program of `expand_shared_kernel`."""
     return min(64, max(16, 1 << (num_rows - 1).bit_length()))
 
@@ -128,24 +123,20 @@ def _shrink(
     )
 
 
-def _reduce(partials: Tensor, values: Tensor, tiles: LoraTiles, scale: Tensor | None, pdl: bool) -> None:
+def _reduce(partials: Tensor, values: Tensor, tiles: LoraTiles, pdl: bool) -> None:
     num_tiles, splits, num_slices, rows, _ = partials.shape
     shared = tiles.shape.kind == "shared"
     reduce_kernel[num_tiles, num_slices](
         partials,
         values,
-        partials if scale is None else scale,
         tiles.tile_pages,
         tiles.tile_columns,
         tiles.tile_rows,
         values.shape[1] if shared else 0,
         values.shape[2] // VALUE_BLOCK.value if shared else 0,
-        0 if scale is None else scale.stride(0),
-        0 if scale is None else scale.stride(1),
         SLICES=num_slices,
         ROWS=rows,
         SPLITS=splits,
-        SCALED=scale is not None,
         SHARED=shared,
         PDL=pdl,
         num_warps=1 if rows == 16 else 4,
@@ -185,26 +176,29 @@ def _expand_rows(
     )
 
 
-def _expand_shared(
+def expand_shared(
     values: Tensor,
     b_pages: Tensor,
     delta: Tensor,
-    tiles: LoraTiles,
+    mapping: LoraTiles | GatedPages,
     slices: tuple[int, ...],
     config: ExpandConfig,
     pdl: bool,
+    ranks: int = PAGE_RANK,
 ) -> None:
-    rows = _shared_rows(len(delta))
+    """delta = values [S, rows, pages * ranks] times B of all pages of the mapping, `ranks` rows of each."""
+    rows = shared_rows(len(delta))
     expand_shared_kernel[triton.cdiv(len(delta), rows), sum(triton.cdiv(n, config.block_n) for n in slices)](
         values,
         b_pages,
         delta,
-        tiles.pages,
-        tiles.page_ranks,
-        tiles.page_count,
+        mapping.pages,
+        mapping.page_ranks,
+        mapping.page_count,
         len(delta),
         values.shape[1],
-        values.shape[2] // VALUE_BLOCK.value,
+        values.shape[2] // (PAGE_PADDING * ranks),
+        RANKS=ranks,
         ROWS=rows,
         PAGES=config.pages,
         **_expand_options(b_pages, slices, config, pdl),
@@ -227,9 +221,8 @@ def dense_lora_(
     of few pages (a gate for every token), up to some 32 pages. y [T, sum(slices)] is changed and returned.
     pages int64[U]; weights fp32[T, U]; scale None or fp32[S, T, U]; the others as in `lora_delta`, pages finite.
     """
-    _check(x, a_pages, b_pages, slices)
+    check_pages(x, a_pages, b_pages, slices, scale)
     num_slices = len(slices)
-    _checked_scale(scale, num_slices, len(x))
     parts = torch.arange(num_slices, device=pages.device)[:, None]
     a = a_pages.unflatten(1, (num_slices, PAGE_RANK))[pages, parts]
     ranks = functional.linear(x, a.flatten(0, 2)).view(len(x), num_slices, len(pages), PAGE_RANK)
@@ -239,14 +232,6 @@ def dense_lora_(
     for s, (out, part) in enumerate(zip(y.split(slices, 1), b.split(slices, 1), strict=True)):
         out.addmm_(ranks[:, s], part)
     return y
-
-
-def dense_mapping(tiles: LoraTiles, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(page ids int64[U], M fp32[num_rows, U]) for `dense_lora_`, made once for all layers. Unused columns: page 0."""
-    found = tiles.dense.get(num_rows)
-    if found is None:
-        found = tiles.dense[num_rows] = tiles.pages.long().clamp_(min=0), mapping_matrix(tiles, num_rows)
-    return found
 
 
 def mapping_matrix(tiles: LoraTiles, num_rows: int) -> Tensor:

@@ -51,7 +51,7 @@ def lora_config(shape: TileShape, inputs: int, slices: tuple[int, ...], itemsize
     """
     if shape.block_rows > 16:
         shrink, expand = _prefill(shape.tiles, inputs, len(slices)), ExpandConfig(128, 1, 4, 2)
-    elif shape.kind == "rows" and shape.tiles <= FEW_TILES:
+    elif shape.tiles <= FEW_TILES:
         # H100: 2 warps and 1 stage leave room beside the base product; 4 stages turn +4 % into +20 %
         shrink = ShrinkConfig(256, 16 if len(slices) == 1 else 8, False, 2, 1)
         expand = ExpandConfig(512 if sum(slices) >= 6144 else 256, 1, 2, 2)
@@ -59,12 +59,12 @@ def lora_config(shape: TileShape, inputs: int, slices: tuple[int, ...], itemsize
         shrink = ShrinkConfig(128, _many_splits(inputs, len(slices)), False, 2, 4)
         expand = ExpandConfig(256 if sum(slices) >= 6144 else 128, 1, 2, 2)
     if shape.kind == "shared":
-        columns = _shared_columns(sum(slices))
+        columns = shared_columns(sum(slices))
         # sm_90: 33 and 49 KB of shared memory; 8 pages would take 66 and 99 KB and leave none to the base product
         expand = ExpandConfig(columns, 8 if columns < 64 else 4, 4, 2)
     return LoraConfig(
         _fit_shrink(shrink, inputs, itemsize),
-        _fit_expand(expand, max(slices), itemsize),
+        fit_expand(expand, max(slices), itemsize),
         shape.kind == "shared" or shape.block_rows > 16,
     )
 
@@ -85,7 +85,7 @@ def _many_splits(inputs: int, num_slices: int) -> int:
     return 4 if inputs <= 8192 else 7
 
 
-def _shared_columns(outputs: int) -> int:
+def shared_columns(outputs: int) -> int:
     """The widest that leaves 96 programs for 64 rows; H100: 64 for 6144 columns, 32 for 4096, 128 for 28672."""
     return next((columns for columns in (128, 64) if outputs >= 96 * columns), 32)
 
@@ -102,7 +102,8 @@ def _fit_shrink(config: ShrinkConfig, inputs: int, itemsize: int) -> ShrinkConfi
     return ShrinkConfig(block_k, splits, config.joined, config.warps, config.stages)
 
 
-def _fit_expand(config: ExpandConfig, widest: int, itemsize: int) -> ExpandConfig:
+def fit_expand(config: ExpandConfig, widest: int, itemsize: int) -> ExpandConfig:
+    """No wider than the widest slice, and half as much at a time where elements have 4 bytes."""
     half = itemsize >= 4
     block_n = min(config.block_n // 2 if half else config.block_n, _power_of_two(widest))
     return ExpandConfig(block_n, max(1, config.pages // 2) if half else config.pages, config.warps, config.stages)

@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.tiles import PAGE_PADDING, PAGE_RANK
 
 RANK = tl.constexpr(PAGE_RANK)
+PADDING = tl.constexpr(PAGE_PADDING)
 VALUE_BLOCK = tl.constexpr(PAGE_PADDING * PAGE_RANK)
 """The rows of `values` are a multiple of this long ("shared")."""
 
@@ -57,8 +58,7 @@ def shrink_kernel(
 ) -> None:
     """partials[tile, split, slice] = M * scale * (x A^T) over a split of the input, [ROWS, RANK] in fp32.
 
-    Grid: (tiles, slices / JOINED, SPLITS). SHARED: `values` is set to zero besides, for `reduce_kernel`, and `scale` is
-    left to it: the gates may still be at work.
+    Grid: (tiles, slices / JOINED, SPLITS). SHARED: `values` is set to zero besides, for `reduce_kernel`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -90,7 +90,7 @@ def shrink_kernel(
         own = tl.load(x_at[:, None] + at[None, :], mask=x_kept, other=0.0)
         a = tl.load(a_at[:, None] + at[None, :], mask=a_kept, other=0.0)
         total = tl.dot(own, tl.trans(a), total, input_precision="ieee")
-    if SCALED and not SHARED:
+    if SCALED:
         column = tl.load(tile_columns + tile)
         at = rows.to(tl.int64)[:, None] * scale_row + part.to(tl.int64)[None, :] * scale_slice + column
         factors = factors * tl.load(scale + at, mask=present[:, None] & (part < SLICES)[None, :], other=0.0)
@@ -122,29 +122,25 @@ def _sum_splits(
     return total
 
 
-@triton.jit(do_not_specialize=["value_rows", "value_blocks", "scale_slice", "scale_row"])
+@triton.jit(do_not_specialize=["value_rows", "value_blocks"])
 def reduce_kernel(
     partials: tl.tensor,
     values: tl.tensor,
-    scale: tl.tensor,
     tile_pages: tl.tensor,
     tile_columns: tl.tensor,
     tile_rows: tl.tensor,
     value_rows: tl.tensor,
     value_blocks: tl.tensor,
-    scale_slice: tl.tensor,
-    scale_row: tl.tensor,
     SLICES: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SCALED: tl.constexpr,
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Sum and round the partials of each tile and slice. Grid: (tiles, slices).
 
-    SHARED: times `scale` if SCALED, into values[slice, row, column * RANK + rank], whose rows have `value_blocks` *
-    VALUE_BLOCK elements. Else into values[tile, slice], [ROWS, RANK].
+    SHARED: into values[slice, row, column * RANK + rank], whose rows have `value_blocks` * VALUE_BLOCK elements.
+    Else into values[tile, slice], [ROWS, RANK].
     """
     if PDL:
         gdc_launch_dependents()
@@ -155,21 +151,15 @@ def reduce_kernel(
         gdc_wait()
     if page < 0:
         return
-    total = _sum_splits(partials, tile, part, SLICES, ROWS, SPLITS)
+    total = _sum_splits(partials, tile, part, SLICES, ROWS, SPLITS).to(values.dtype.element_ty)
     if SHARED:
         rows = tl.load(tile_rows + tile * ROWS + slots)
-        column = tl.load(tile_columns + tile)
-        if SCALED:
-            place = part.to(tl.int64) * scale_slice + rows.to(tl.int64) * scale_row + column
-            factors = tl.load(scale + place, mask=rows >= 0, other=0.0)[:, None]
-            # a selection, as in the kernel before
-            total = tl.where(factors == 0.0, 0.0, total * factors)
-        at = (part.to(tl.int64) * value_rows + rows) * (value_blocks * VALUE_BLOCK) + column * RANK
-        at = at[:, None] + rank[None, :]
-        tl.store(values + at, total.to(values.dtype.element_ty), mask=(rows >= 0)[:, None])
+        at = (part.to(tl.int64) * value_rows + rows) * (value_blocks * VALUE_BLOCK)
+        at += tl.load(tile_columns + tile) * RANK
+        tl.store(values + at[:, None] + rank[None, :], total, mask=(rows >= 0)[:, None])
     else:
         at = (tile.to(tl.int64) * SLICES + part) * (ROWS * RANK) + slots * RANK
-        tl.store(values + at[:, None] + rank[None, :], total.to(values.dtype.element_ty))
+        tl.store(values + at[:, None] + rank[None, :], total)
 
 
 @triton.jit
@@ -275,12 +265,13 @@ def expand_shared_kernel(
     N1: tl.constexpr,
     N2: tl.constexpr,
     B_STRIDE: tl.constexpr,
+    RANKS: tl.constexpr,
     ROWS: tl.constexpr,
     PAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """delta[rows, columns] = values[slice, rows] times B of all pages of the step, PAGES at a time.
+    """delta[rows, columns] = values[slice, rows] times B of all pages of the step, PAGES at a time, RANKS rows of each.
 
     Grid: (row blocks, column blocks). Every B is read once for ROWS rows.
     """
@@ -291,18 +282,18 @@ def expand_shared_kernel(
     columns = first + tl.arange(0, BLOCK_N)
     inside = (columns < end)[None, :]
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, PAGES * RANK)
+    k = tl.arange(0, PAGES * RANKS)
     count = tl.load(page_count)
     if PDL:
         gdc_wait()
-    values_at = values + (part.to(tl.int64) * value_rows + rows) * (value_blocks * VALUE_BLOCK)
+    values_at = values + (part.to(tl.int64) * value_rows + rows) * (value_blocks * (PADDING * RANKS))
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for page in range(0, count, PAGES):
-        ids = tl.load(pages + page + k // RANK).to(tl.int64)
-        used = k % RANK < tl.load(page_ranks + page + k // RANK)
-        b_at = ids * B_STRIDE + (k % RANK) * OUTPUTS
+        ids = tl.load(pages + page + k // RANKS).to(tl.int64)
+        used = k % RANKS < tl.load(page_ranks + page + k // RANKS)
+        b_at = ids * B_STRIDE + (k % RANKS) * OUTPUTS
         b = tl.load(b_pages + b_at[:, None] + columns[None, :], mask=used[:, None] & inside, other=0.0)
-        own = tl.load(values_at[:, None] + (k + page * RANK)[None, :])
+        own = tl.load(values_at[:, None] + (k + page * RANKS)[None, :])
         total = tl.dot(own, b, total, input_precision="ieee")
     at = rows.to(tl.int64)[:, None] * OUTPUTS + columns[None, :]
     tl.store(delta + at, total.to(delta.dtype.element_ty), mask=(rows < num_rows)[:, None] & inside)

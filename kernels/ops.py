@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.scale import Scale
+from kernels.gate_rows import Gated
 from kernels.summands import Summands
 
 Attention: TypeAlias = Any
 """A step's attention layout, each backend's own: `kernels.gather.AttentionMeta` or `kernels.attention.PagedMeta`."""
 
 Mapping: TypeAlias = Any
-"""A step's mapping matrix of one target group, each backend's own: `kernels.mapping.Mapping` or
-`kernels.tiles.LoraTiles`."""
+"""A step's mapping matrix of one target group, each backend's own: `kernels.mapping.Mapping`, or
+`kernels.tiles.LoraTiles` and `kernels.gated_pages.GatedPages`."""
 
 
 class Ops(Protocol):
@@ -72,13 +72,13 @@ class Ops(Protocol):
         pages: tuple[Tensor, Tensor],
         mapping: Mapping,
         slices: tuple[int, ...],
-        scale: Scale = None,
+        scale: Tensor | Gated | None = None,
     ) -> Summands:
         """`linear` plus the low-rank updates of the rows' pages, [T, sum(slices)].
 
         pages: A [P, S * 16, in], whose rows s*16..s*16+15 belong to output slice s, and B [P, 16, sum(slices)].
-        scale: None or fp32[S, T, columns], a further factor for every slice, row and page of the mapping; or what makes
-        it, to be called once, where and when it suits the backend.
+        scale: None or fp32[S, T, columns], a further factor for every slice, row and page of the mapping; or the gates
+        that say it, for a backend that `captures` and a mapping that it has for them.
         A row never sees a page whose weight is 0 for it; a backend states what pages must hold for that.
         """
         ...

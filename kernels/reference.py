@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.gate_rows import Gated
 from kernels.gather import AttentionMeta, KeyPlan
 from kernels.mapping import Mapping, ScatteredBlock, SharedBlock
-from kernels.scale import Scale, scale_of
 from kernels.summands import Summands
 from kernels.tiles import PAGE_RANK
 
@@ -104,10 +104,11 @@ def lora_linear(
     pages: tuple[Tensor, Tensor],
     mapping: Mapping,
     slices: tuple[int, ...],
-    scale: Scale = None,
+    scale: Tensor | Gated | None = None,
 ) -> Summands:
     """`linear` with the updates of `lora_` already added. Pages may hold anything: no row meets a page of another."""
-    return lora_(linear(x, weight, bias), x, *pages, mapping, slices, scale_of(scale)), None
+    assert not isinstance(scale, Gated), "the reference takes weights"
+    return lora_(linear(x, weight, bias), x, *pages, mapping, slices, scale), None
 
 
 def lora_(

@@ -1,7 +1,7 @@
 """The rows and pages of one step as tiles of fixed size, on the host and on the device: what the LoRA kernels read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -84,11 +84,12 @@ class TilePlan:
     page_ranks: IntArray
     page_count: IntArray
 
-    def fits(self, capacity: TileShape) -> bool:
+    def fits(self, capacity: object) -> bool:
         """Whether `write_tiles` can put the plan into buffers of that capacity."""
         own = self.shape
         return (
-            (own.kind, own.block_rows) == (capacity.kind, capacity.block_rows)
+            isinstance(capacity, TileShape)
+            and (own.kind, own.block_rows) == (capacity.kind, capacity.block_rows)
             and own.tiles <= capacity.tiles
             and own.blocks <= capacity.blocks
             and own.pages <= capacity.pages
@@ -114,8 +115,6 @@ class LoraTiles:
     pages: Tensor
     page_ranks: Tensor
     page_count: Tensor
-    dense: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
-    """`kernels.lora.dense_mapping` by the number of rows."""
 
 
 def write_tiles(plan: TilePlan, capacity: TileShape, out: IntArray) -> None:
@@ -152,4 +151,4 @@ def view_tiles(buffer: Tensor, capacity: TileShape) -> LoraTiles:
     parts["tile_weights"] = parts["tile_weights"].view(torch.float32)
     for name in ("tile_rows", "tile_weights", "block_rows"):
         parts[name] = parts[name].view(-1, capacity.block_rows)
-    return LoraTiles(capacity, *(parts[part.name] for part in fields(LoraTiles)[1:-1]))
+    return LoraTiles(capacity, *(parts[part.name] for part in fields(LoraTiles)[1:]))

@@ -11,10 +11,13 @@ from torch.nn import functional
 
 from kernels import attention, elementwise, rotary_store, sampling
 from kernels.attention import PagedMeta
+from kernels.gate_rows import Gated
+from kernels.gated import gated_delta
+from kernels.gated_pages import GatedPages
+from kernels.gates import gate_scale
 from kernels.gemm import gemm, new_counters
 from kernels.gemm_table import GemmTable
-from kernels.lora import dense_lora_, dense_mapping, lora_delta
-from kernels.scale import Scale, scale_of
+from kernels.lora import dense_lora_, lora_delta, mapping_matrix
 from kernels.summands import Summands
 from kernels.tiles import LoraTiles
 
@@ -22,8 +25,14 @@ SIDE_ROWS = 128
 """Most rows for which LoRA runs beside the base product; from there on the product leaves no room on the GPU."""
 
 DENSE_PAGES = 32
-"""Most pages for which the many rows of prompts that a gate gives weights of their own meet all of them, as two dense
+"""Most pages for which the many rows of prompts that have weights of their own for each meet all of them, as two dense
 products: 28 pages, two of them a row, 2048 rows of an 8B model cost 12 instead of 27 ms on an H100.
+"""
+
+DENSE_ROWS = 1024
+"""Rows above which the same holds for rows with gates, whose kernels launch less.
+
+`python -m kernels.bench --ops meteora` measures both ways.
 """
 
 
@@ -40,7 +49,6 @@ class TritonOps:
         self.table = table
         self._counters = new_counters(device)
         self._side = torch.cuda.Stream(device) if on_gpu else None
-        self._gates = torch.cuda.Stream(device) if on_gpu else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return elementwise.rms_norm(x, weight, eps, pdl=self.pdl)
@@ -76,42 +84,24 @@ class TritonOps:
         weight: Tensor,
         bias: Tensor | None,
         pages: tuple[Tensor, Tensor],
-        mapping: LoraTiles,
+        mapping: LoraTiles | GatedPages,
         slices: tuple[int, ...],
-        scale: Scale = None,
+        scale: Tensor | Gated | None = None,
     ) -> Summands:
         """Where rows share pages, pages must be finite: then a row meets pages of others with weight 0."""
-        if scale is not None and len(x) > SIDE_ROWS and len(mapping.pages) <= DENSE_PAGES:
-            y, (ids, matrix) = self.linear(x, weight, bias), dense_mapping(mapping, len(x))
-            return dense_lora_(y, x, *pages, ids, matrix, slices, scale_of(scale)), None
+        if scale is not None and _many(x, scale) and len(mapping.pages) <= DENSE_PAGES:
+            return _dense(self.linear(x, weight, bias), x, pages, mapping, slices, scale), None
         if self._side is None or len(x) > SIDE_ROWS:
-            return self.linear(x, weight, bias), lora_delta(x, *pages, mapping, slices, scale, pdl=self.pdl)
+            return self.linear(x, weight, bias), _update(x, pages, mapping, slices, scale, pdl=self.pdl)
         main = torch.cuda.current_stream()
         fork = main.record_event()
         # the base product first: launched behind the others, it found their programs in its place (+6 % of a step)
         y = self._linear(x, weight, bias, beside=True)
-        scale = self._beside(scale, fork)
         self._side.wait_event(fork)
         with torch.cuda.stream(self._side):
-            delta = lora_delta(x, *pages, mapping, slices, scale)
+            delta = _update(x, pages, mapping, slices, scale, pdl=False)
         main.wait_stream(self._side)
         return y, delta
-
-    def _beside(self, scale: Scale, fork: torch.cuda.Event) -> Scale:
-        """Have the factors made on a stream of their own, while the first low-rank product runs."""
-        if scale is None or isinstance(scale, Tensor):
-            return scale
-        assert self._gates is not None
-        gates = self._gates
-        gates.wait_event(fork)
-        with torch.cuda.stream(gates):
-            made = scale()
-
-        def awaited() -> Tensor | None:
-            torch.cuda.current_stream().wait_stream(gates)
-            return made
-
-        return awaited
 
     def paged_attention(
         self, q: Tensor, cache: tuple[Tensor, Tensor], meta: PagedMeta, scale: float, window: int | None
@@ -130,3 +120,37 @@ class TritonOps:
         if config is None:
             return functional.linear(x, weight, bias)
         return gemm(x, weight, bias, config, counters=self._counters, pdl=self.pdl)
+
+
+def _many(x: Tensor, scale: Tensor | Gated) -> bool:
+    """Whether there are so many rows that dense products are faster."""
+    return len(x) > (DENSE_ROWS if isinstance(scale, Gated) else SIDE_ROWS)
+
+
+def _dense(
+    y: Tensor,
+    x: Tensor,
+    pages: tuple[Tensor, Tensor],
+    mapping: LoraTiles | GatedPages,
+    slices: tuple[int, ...],
+    scale: Tensor | Gated,
+) -> Tensor:
+    matrix = mapping.weights[: len(x)] if isinstance(mapping, GatedPages) else mapping_matrix(mapping, len(x))
+    factors = gate_scale(x, scale) if isinstance(scale, Gated) else scale
+    return dense_lora_(y, x, *pages, mapping.pages.long().clamp_(min=0), matrix, slices, factors)
+
+
+def _update(
+    x: Tensor,
+    pages: tuple[Tensor, Tensor],
+    mapping: LoraTiles | GatedPages,
+    slices: tuple[int, ...],
+    scale: Tensor | Gated | None,
+    *,
+    pdl: bool,
+) -> Tensor:
+    if isinstance(mapping, GatedPages):
+        assert isinstance(scale, Gated), "a mapping for gates needs gates"
+        return gated_delta(x, *pages, mapping, slices, scale, pdl=pdl)
+    assert not isinstance(scale, Gated), "gates need a mapping for gates"
+    return lora_delta(x, *pages, mapping, slices, scale, pdl=pdl)

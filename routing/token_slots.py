@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.types import GROUPS, LinearShape
-from kernels.gates import gate_scale
+from kernels.gate_rows import Gated
 from kernels.ops import Mapping as PageMapping
 from routing.token_gates import TokenGates
 from server.engine.gate_stage import GateViews
@@ -57,8 +57,8 @@ class SlotRouter:
         self._groups = groups
         self._views = views
 
-    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor:  # noqa: ARG002
-        """fp32[S, T, U] for rows x [T, in]: the weight of the adapter that each column of the mapping belongs to."""
-        views = self._views
+    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Gated:  # noqa: ARG002
+        """The gates of the layer's linears: the kernels that read their inputs weigh the adapters too."""
         gates = self._groups[group][:, layer]
-        return gate_scale(x, gates, views.rows, views.columns[group], GROUP_NUMBERS[group], FIRST_TARGETS[group])
+        columns = self._views.columns[group]
+        return Gated(gates, self._views.rows, columns, GROUP_NUMBERS[group], FIRST_TARGETS[group])

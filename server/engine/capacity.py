@@ -1,13 +1,14 @@
 """Which capacities steps on a GPU are captured for, and the smallest that holds a step."""
 
-from collections.abc import Iterator
-from collections.abc import Mapping as ReadOnlyDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from adapters_store.types import GROUPS, QKV, TargetGroup
 from kernels.attention import QUERY_BLOCK
-from kernels.tiles import Kind, TilePlan, TileShape
+from kernels.gated_pages import FEW_RANKS, GatedShape
+from kernels.tiles import PAGE_RANK, Kind, TilePlan, TileShape
+from server.engine.gate_stage import Plans
 from server.engine.gates import GateShape
 from server.engine.staging import StepShape
 
@@ -23,8 +24,7 @@ MIXED_TILES = (16, 64, 256, 1024)
 """Tiles that graphs have room for. Unused ones are cheap: 256 for 8 in use cost 4 % of a step on an H100."""
 
 GATED_PAGES = (32, 64, 128)
-GATED_TILES = 4096
-"""Room for the pages that gates choose from, at most so many tiles of them. Any row may use any page."""
+"""Pages that gates may choose from."""
 
 KINDS: tuple[Kind, ...] = ("rows", "shared")
 
@@ -63,34 +63,31 @@ class Capacities:
         )
 
     def smallest(
-        self, rows: int, decoding: bool, plans: ReadOnlyDict[str, TilePlan], gated: bool = False
+        self,
+        rows: int,
+        decoding: bool,
+        plans: Plans,
+        gated: bool = False,
     ) -> StepShape | None:
         """The first that holds `rows` token rows and these tiles; None where a step must do without a graph.
 
-        gated: rows are routed by token; then the tiles are "shared".
+        gated: rows are routed by token, and the plans are for gates.
         """
         shapes = self.decode_shapes if decoding else self.mixed_shapes
         shape = next((shape for shape in shapes if shape.rows >= rows), None)
         if shape is None or not (plans or gated):
             return shape
+        capacities: Iterable[TileShape | GatedShape]
         if gated:
             shape = replace(shape, gates=self.gates)
-            capacities = list(self.gated_tiles(shape, decoding))
+            capacities = gated_capacities(shape)
         else:
-            kind = next(iter(plans.values())).shape.kind
-            capacities = [self.tiles(shape, decoding, kind, n) for n in (DECODE_TILES if decoding else MIXED_TILES)]
+            kind = next(plan.shape.kind for plan in plans.values() if isinstance(plan, TilePlan))
+            capacities = (self.tiles(shape, decoding, kind, n) for n in (DECODE_TILES if decoding else MIXED_TILES))
         for capacity in capacities:
             if all(plan.fits(capacity) for plan in plans.values()):
                 return replace(shape, tiles=tuple((group, capacity) for group in plans))
         return None
-
-    def gated_tiles(self, shape: StepShape, decoding: bool) -> Iterator[TileShape]:
-        """Room for any rows to use any of so many pages, smallest first."""
-        block_rows = DECODE_BLOCK if decoding else MIXED_BLOCK
-        for pages in GATED_PAGES:
-            tiles = pages * -(-shape.rows // block_rows)
-            if pages == GATED_PAGES[0] or tiles <= GATED_TILES:
-                yield TileShape("shared", block_rows, tiles, 0, pages)
 
     def tiles(self, shape: StepShape, decoding: bool, kind: Kind, tiles: int) -> TileShape:
         """Room for `tiles` tiles. A block has a tile, but for those of rows without adapters; and each distinct set of
@@ -114,12 +111,13 @@ class Capacities:
 
     def _largest_gated(self) -> Iterator[StepShape]:
         if self.gates is not None:
-            for shapes, decoding in ((self.decode_shapes, True), (self.mixed_shapes, False)):
-                for shape in shapes:
-                    largest = list(self.gated_tiles(shape, decoding))[-1]
-                    yield replace(self._with_tiles(shape, largest), gates=self.gates)
+            for shape in (self.decode_shapes[-1], self.mixed_shapes[-1]):
+                *_, largest = gated_capacities(shape)
+                yield replace(self._with_tiles(shape, largest), gates=self.gates)
 
-    def _with_tiles(self, shape: StepShape, capacity: TileShape, groups: tuple[TargetGroup, ...] = GROUPS) -> StepShape:
+    def _with_tiles(
+        self, shape: StepShape, capacity: TileShape | GatedShape, groups: tuple[TargetGroup, ...] = GROUPS
+    ) -> StepShape:
         """With that room for tiles in each of these groups."""
         return replace(shape, tiles=tuple((group.name, capacity) for group in groups))
 
@@ -130,9 +128,16 @@ class Capacities:
             for shape in reversed(shapes):
                 yield shape
                 if self.gates is not None:
-                    fewest = next(self.gated_tiles(shape, decoding))
+                    fewest = next(gated_capacities(shape))
                     yield replace(self._with_tiles(shape, fewest), gates=self.gates)
                 for tiles in sizes:
                     if tiles == sizes[0] or shape.rows > 8:
                         for groups in COMMON_GROUPS:
                             yield self._with_tiles(shape, self.tiles(shape, decoding, "rows", tiles), groups)
+
+
+def gated_capacities(shape: StepShape) -> Iterator[GatedShape]:
+    """Room for any row to use any of so many pages, smallest first."""
+    for pages in GATED_PAGES:
+        for ranks in (FEW_RANKS, PAGE_RANK):
+            yield GatedShape(shape.rows, pages, ranks)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from adapters_store.pool import PageLease
 from adapters_store.types import GROUPS, TARGETS
+from kernels.gate_rows import Gated
 from kernels.ops import Mapping as PageMapping
 from server.engine.decisions import Decision
 from server.engine.gate_parts import Columns
@@ -41,9 +42,12 @@ class BothRouters:
     gated: LayerRouter
     decided: LayerRouter
 
-    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor | None:
-        """fp32[S, T, U], None for 1."""
+    def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor | Gated | None:
+        """fp32[S, T, U], None for 1, or the gates that say it."""
         one, other = (each.scale(layer, group, x, mapping) for each in (self.gated, self.decided))
+        assert not isinstance(other, Gated), "decisions are factors"
+        if isinstance(one, Gated):
+            return replace(one, factors=other)
         return one if other is None else other if one is None else one * other
 
 

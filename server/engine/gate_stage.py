@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store.types import GROUPS
-from kernels.gate_rows import MASK_BITS, GateRows
+from kernels.gate_rows import MASK_BITS, TOTALS, GateRows
+from kernels.gated_pages import GatedPlan, GatedShape
 from kernels.tiles import TilePlan, TileShape
 from server.engine.gates import GateShape, Shares
 from server.engine.plan import Chunk
@@ -21,6 +22,9 @@ from server.engine.plan import Chunk
 Words = NDArray[np.int32]
 GateWords = ReadOnlyDict[str, Words]
 """Sections by name, as long as the step is; temperatures are fp32."""
+
+Plans = ReadOnlyDict[str, TilePlan] | ReadOnlyDict[str, GatedPlan]
+"""By group name, for the groups in which any row uses a page."""
 
 PREFIX = "gates_"
 """Of the names of all sections here; no group of linears begins with it."""
@@ -40,13 +44,15 @@ class GateViews:
     columns: ReadOnlyDict[str, Tensor]
 
 
-def gate_sections(shape: GateShape, rows: int, logits: int, tiles: tuple[tuple[str, TileShape], ...]) -> dict[str, int]:
+def gate_sections(
+    shape: GateShape, rows: int, logits: int, tiles: tuple[tuple[str, TileShape | GatedShape], ...]
+) -> dict[str, int]:
     """Words of each section for a step of so many rows, `logits` of which yield a token."""
     by_row = ("gates_slots", "gates_top_k", "gates_temperatures", "gates_touches", "gates_shares")
     sizes = dict.fromkeys(by_row, rows)
     sizes |= {"gates_masks": rows * (shape.gates // MASK_BITS)}
     sizes |= {"gates_targets": shape.slots, "gates_counts": shape.slots, "gates_adapters": shape.slots * shape.gates}
-    sizes |= {"gates_totals": logits * shape.gates}
+    sizes |= {"gates_totals": logits * TOTALS * shape.gates}
     return sizes | {COLUMNS + group: own.padded_pages for group, own in tiles}
 
 
@@ -61,7 +67,7 @@ def view_gates(parts: ReadOnlyDict[str, Tensor], shape: GateShape) -> GateViews:
         targets=parts["gates_targets"],
         counts=parts["gates_counts"],
         adapters=parts["gates_adapters"].view(-1, shape.gates),
-        totals=parts["gates_totals"].view(torch.float32).view(-1, shape.gates),
+        totals=parts["gates_totals"].view(torch.float32).view(-1, TOTALS, shape.gates),
     )
     columns = {name.removeprefix(COLUMNS): part for name, part in parts.items() if name.startswith(COLUMNS)}
     return GateViews(rows, columns)
@@ -77,7 +83,7 @@ def fill_gates(parts: ReadOnlyDict[str, Words], words: GateWords) -> None:
                 part[: len(own)] = own
 
 
-def gate_words(chunks: list[Chunk], plans: ReadOnlyDict[str, TilePlan], shape: GateShape) -> GateWords:
+def gate_words(chunks: list[Chunk], plans: Plans, shape: GateShape) -> GateWords:
     """The sections of a step in which rows are routed by token."""
     slots, numbers = _slot_words(chunks, shape)
     columns = {COLUMNS + group: _columns(chunks, group, plan, numbers) for group, plan in plans.items()}
@@ -85,13 +91,13 @@ def gate_words(chunks: list[Chunk], plans: ReadOnlyDict[str, TilePlan], shape: G
 
 
 def staged_shares(chunks: list[Chunk], totals: Tensor) -> Shares:
-    """The shares of the chunks that yield a token; totals fp32[>= those, N]."""
+    """The shares of the chunks that yield a token; totals fp32[>= those, TOTALS, N], which may be written over."""
     rows = accumulate((chunk.samples for chunk in chunks), initial=0)
     places = []
     for chunk, row in zip(chunks, rows, strict=False):
         gates = chunk.sequence.gates
         places.append((0, row, gates.num_rows) if gates is not None and chunk.samples else None)
-    return Shares((totals,), tuple(places))
+    return Shares((totals.sum(dim=1),), tuple(places))
 
 
 def _row_words(chunks: list[Chunk], shape: GateShape) -> dict[str, Words]:
@@ -146,7 +152,7 @@ def _slot_words(chunks: list[Chunk], shape: GateShape) -> tuple[dict[str, Words]
     return {"gates_targets": targets, "gates_counts": counts, "gates_adapters": adapters.reshape(-1)}, numbers
 
 
-def _columns(chunks: list[Chunk], group: str, plan: TilePlan, numbers: ReadOnlyDict[str, int]) -> Words:
+def _columns(chunks: list[Chunk], group: str, plan: TilePlan | GatedPlan, numbers: ReadOnlyDict[str, int]) -> Words:
     """A page has the same adapter in all leases."""
     owners: dict[int, int] = {}
     seen: set[tuple[str, ...]] = set()

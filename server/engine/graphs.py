@@ -21,7 +21,7 @@ from server.engine.gate_parts import Columns
 from server.engine.gate_stage import staged_shares
 from server.engine.gates import Shares, SlotMemory
 from server.engine.plan import Chunk
-from server.engine.planner import StepTiles, TilePlanner, no_tiles
+from server.engine.planner import StepTiles, TilePlanner, nothing
 from server.engine.pooling import pool, rows_to_pool
 from server.engine.prompt_routing import PromptRouting, prompt_routing
 from server.engine.scoring import score, spans_to_score
@@ -146,10 +146,10 @@ class GraphSteps:
         staging.send(fill(staging.begin(), shape, chunks, words, self.block_size, tiles.gates))
 
     def _shares(self, chunks: list[Chunk], staging: Staging, shape: StepShape) -> Shares:
-        """A copy: the next step writes over them."""
+        """Sums: the next step writes over their summands."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
         assert views.gates is not None, "a step with gated rows has room for gates"
-        return staged_shares(chunks, views.gates.rows.totals.clone())
+        return staged_shares(chunks, views.gates.rows.totals)
 
     def _run(self, staging: Staging, shape: StepShape, routing: PromptRouting | None = None) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
@@ -196,7 +196,7 @@ class GraphSteps:
         """
         if shape in self._without or self.num_graphs >= MOST_GRAPHS:
             return None
-        self._stage(self._staging, shape, [], StepTiles({group: no_tiles(tiles) for group, tiles in shape.tiles}))
+        self._stage(self._staging, shape, [], nothing(shape))
         sampled = self._sampled.clone()  # the step about to be launched may look ahead to them
         # one stream for all captures: cuBLAS keeps a workspace for each that it meets
         stream = self._capturing = self._capturing or torch.cuda.Stream(self.decoder.device)

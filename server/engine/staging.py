@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import PagedMeta, query_blocks
+from kernels.gated_pages import GatedPages, GatedShape
 from kernels.tiles import LoraTiles, TileShape, view_tiles
 from server.engine.gate_stage import GateViews, GateWords, Words, fill_gates, gate_sections, view_gates
 from server.engine.gates import GateShape
@@ -25,14 +26,15 @@ class StepShape:
 
     rows: tokens. decodes: sequences of one token, whose rows come first. query_blocks: pieces of longer chunks.
     logits: rows that yield a token. tiles: by target group, for the groups in which any row uses a page. gates: the
-    slots for gates, where rows may be routed by token. decided: rows may have factors that a router decided.
+    slots for gates, where rows may be routed by token; the tiles are in the form for gates then. decided: rows may have
+    factors that a router decided.
     """
 
     rows: int
     decodes: int
     query_blocks: int
     logits: int
-    tiles: tuple[tuple[str, TileShape], ...] = ()
+    tiles: tuple[tuple[str, TileShape | GatedShape], ...] = ()
     gates: GateShape | None = None
     decided: bool = False
 
@@ -65,7 +67,7 @@ class StepViews:
     positions: Tensor
     logit_rows: Tensor
     attention: PagedMeta
-    mappings: ReadOnlyDict[str, LoraTiles]
+    mappings: ReadOnlyDict[str, LoraTiles | GatedPages]
     gates: GateViews | None = None
 
     @classmethod
@@ -80,9 +82,13 @@ class StepViews:
             block_size=block_size,
             longest=longest,
         )
-        mappings = {group: view_tiles(parts[group], tiles) for group, tiles in shape.tiles}
+        mappings = {group: _view(parts[group], tiles) for group, tiles in shape.tiles}
         gates = None if shape.gates is None else view_gates(parts, shape.gates)
         return cls(parts["ids"], parts["sources"], parts["positions"], parts["logit_rows"], attention, mappings, gates)
+
+
+def _view(words: Tensor, capacity: TileShape | GatedShape) -> LoraTiles | GatedPages:
+    return view_tiles(words, capacity) if isinstance(capacity, TileShape) else GatedPages.view(words, capacity)
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping as ReadOnlyDict
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from adapters_store.types import TargetGroup
+from kernels.gate_rows import Gated
 from kernels.ops import Mapping, Ops
 from kernels.summands import Summands
 
@@ -15,12 +15,12 @@ from kernels.summands import Summands
 class LayerRouter(Protocol):
     """Scales the weights of a mapping, layer by layer, from the input of the linears."""
 
-    def scale(self, layer: int, group: str, x: Tensor, mapping: Mapping) -> Tensor | None:
-        """fp32[S, T, U] for the group's S targets, the T rows of x [T, in] and the U `mapping.pages`; None for 1.
+    def scale(self, layer: int, group: str, x: Tensor, mapping: Mapping) -> Tensor | Gated | None:
+        """fp32[S, T, U] for the group's S targets, the T rows of x [T, in] and the U `mapping.pages`; None for 1; or
+        the gates that say it.
 
-        On a GPU it runs while a graph is captured, and on a stream of its own beside the linears: it may only launch
-        work whose shapes follow from those of x and of the mapping, and reads all that changes between steps from
-        device memory.
+        On a GPU it runs while a graph is captured: it may only launch work whose shapes follow from those of x and of
+        the mapping, and reads all that changes between steps from device memory.
         """
         ...
 
@@ -54,6 +54,6 @@ class LoraLinear:
         if mapping is None:
             return self.ops.linear(x, self.weight, self.bias), None
         router = context.router
-        scale = None if router is None else partial(router.scale, context.layer, self.group, x, mapping)
+        scale = None if router is None else router.scale(context.layer, self.group, x, mapping)
         pages = context.pages[self.group]
         return self.ops.lora_linear(x, self.weight, self.bias, pages, mapping, self.outputs, scale)

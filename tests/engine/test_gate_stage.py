@@ -1,7 +1,6 @@
 """What the device is told of gated rows: captured steps route as eager ones do, whatever shares the step."""
 
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +12,9 @@ from hypothesis import strategies as st
 
 from adapters_store.pool import PageLease
 from adapters_store.types import GROUPS, TARGETS, LinearShape, Mix
-from kernels.tiles import PAGE_RANK, TileShape
+from kernels.gated_pages import GatedPlan, GatedShape
+from kernels.gates import gate_scale
+from kernels.tiles import PAGE_RANK, TilePlan
 from routing.token_gates import TokenGates
 from routing.token_router import TokenGateFactory
 from routing.token_slots import TokenSlots
@@ -22,7 +23,7 @@ from server.engine.gate_parts import make_router, part_shares
 from server.engine.gate_stage import gate_words, staged_shares
 from server.engine.gates import GateShape, GateUse
 from server.engine.plan import Chunk
-from server.engine.planner import StepTiles, TilePlanner, no_tiles
+from server.engine.planner import TilePlanner, nothing
 from server.engine.sequence import Request, SamplingParams, Sequence
 from server.engine.staging import StepShape, StepViews, Words, fill
 
@@ -117,8 +118,7 @@ def staged(chunks: list[Chunk], spare: int, block_rows: int = 16) -> tuple[StepV
     tiles = TilePlanner(SLOTS).plan(chunks, block_rows)
     rows = sum(chunk.num_tokens for chunk in chunks)
     shapes = tuple(
-        (group, replace(plan.shape, tiles=plan.shape.tiles + spare, pages=plan.shape.pages + 8 * spare))
-        for group, plan in tiles.plans.items()
+        (group, GatedShape(rows + spare, plan.shape.pages + 8 * spare)) for group, plan in tiles.plans.items()
     )
     shape = StepShape(rows + spare, rows + spare, 8, len(chunks) + spare, shapes, SLOTS)
     out: Words = np.full(shape.words + len(chunks), -77, np.int32)
@@ -143,10 +143,9 @@ def test_captured_steps_route_as_eager_ones(slots: TokenSlots, chunks: list[Chun
     captured = slots.router(views.gates)
     for group in list(plans)[number : number + 1]:
         x = torch.randn(rows + spare, 16, generator=torch.Generator().manual_seed(1))
-        found = captured.scale(1, group, x, views.mappings[group])
+        found = gate_scale(x, captured.scale(1, group, x, views.mappings[group]))
         expected = eager.scale(1, group, x[:rows], None)
-        assert found is not None
-        assert expected is not None
+        assert isinstance(expected, torch.Tensor)
         assert found.shape[2] == len(views.mappings[group].pages)
         torch.testing.assert_close(found[:, :rows, : expected.shape[2]], expected, rtol=1e-4, atol=1e-6)
         assert (found[:, rows:] == 1.0).all()
@@ -157,16 +156,15 @@ def test_captured_steps_route_as_eager_ones(slots: TokenSlots, chunks: list[Chun
 
 def test_padding_is_routed_nowhere(slots: TokenSlots) -> None:
     """What a graph is captured with: no chunk, no page."""
-    capacity = TileShape("shared", 16, 4, 0, 4)
+    capacity = GatedShape(3, 4)
     shape = StepShape(3, 3, 0, 3, tuple((group, capacity) for group in ALL), SLOTS)
-    tiles = StepTiles(dict.fromkeys(ALL, no_tiles(capacity)))
+    tiles = nothing(shape)
     out: Words = np.full(shape.words, -77, np.int32)
     fill(out, shape, [], {group: tiles.words(group, capacity) for group in ALL}, 16)
     views = StepViews.of(torch.from_numpy(out), shape, 16, 64)
     assert views.gates is not None
-    scale = slots.router(views.gates).scale(0, "qkv", torch.randn(3, 16), views.mappings["qkv"])
-    assert scale is not None
-    assert (scale == 1.0).all()
+    x = torch.randn(3, 16)
+    assert (gate_scale(x, slots.router(views.gates).scale(0, "qkv", x, views.mappings["qkv"])) == 1.0).all()
     assert (views.gates.rows.totals == 0).all()
 
 
@@ -205,12 +203,12 @@ class TestPlans:
         sequence.lease = lease(("a", "b"))
         tiles = TilePlanner(SLOTS).plan([Chunk(sequence, 1, 1, samples=True)], 16)
         assert tiles.gates is None
-        assert {plan.shape.kind for plan in tiles.plans.values()} == {"rows"}
+        assert all(isinstance(plan, TilePlan) for plan in tiles.plans.values())
 
-    def test_gated_rows_share_their_pages(self) -> None:
+    def test_plans_for_gates_beside_tiles(self) -> None:
         chunk = Chunk(ROUTERS[0].sequence(4, 2, 1.0, 9), 3, 1, samples=True)
         plans = TilePlanner(SLOTS).plan([chunk], 16).plans
-        assert {plan.shape.kind for plan in plans.values()} == {"shared"}
+        assert all(isinstance(plan, GatedPlan) for plan in plans.values())
 
 
 def test_extreme_options_fit_into_words() -> None:
@@ -250,7 +248,7 @@ def test_graphs_for_gated_rows_are_captured_at_the_start_where_there_are_slots()
 
 
 def test_sections_do_not_overlap() -> None:
-    capacity = TileShape("shared", 16, 4, 0, 20)
+    capacity = GatedShape(37, 20)
     shape = StepShape(37, 5, 3, 6, tuple((group, capacity) for group in ALL), SLOTS)
     sections = list(shape.sections.values())
     assert all(one.stop <= other.start for one, other in pairwise(sections))

@@ -82,12 +82,12 @@ def test_comparison_by_setting() -> None:
         return found | {"eager_us_p50": 500.0, "peak_bytes": peak}
 
     lines = [line("loop", 9000.0, 100), line("bmm-torch", 300.0, 900), line("single", 50.0, 60)]
-    lines += [line("triton tiles", 100.0, 80), line("triton dense", 120.0, 90), {"op": "gemm", "rows": 64}]
+    lines += [line("triton", 100.0, 80), line("triton dense", 120.0, 90), {"op": "gemm", "rows": 64}]
     (found,) = compared(lines)
-    assert found["best"] == "triton tiles"
+    assert found["best"] == "triton"
     assert found["speedup"] == {"loop": 90.0, "bmm-torch": 3.0, "single": 0.5}
     assert found["peak_ratio_to_loop"] == 0.8
-    (found,) = compared([line("loop", 9000.0, 100), line("triton tiles", None, 80)])
+    (found,) = compared([line("loop", 9000.0, 100), line("triton", None, 80)])
     assert (found["best"], found["speedup"], found["peak_ratio_to_loop"]) == (None, {}, None)
     assert compared([]) == []
 
@@ -97,7 +97,7 @@ def test_all_forms_are_right_where_they_are_timed(capsys: pytest.CaptureFixture[
     arguments = "--model tiny --device cpu --ops meteora --rows 3 --adapters 5 --routing uniform"
     assert main(arguments.split()) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    forms = ["loop", "bmm-torch", "bmm-triton", "single", "triton tiles", "triton dense"]
+    forms = ["loop", "bmm-torch", "bmm-triton", "single", "triton", "triton dense"]
     assert [(row["top_k"], row["backend"]) for row in document["rows"]] == [(k, form) for k in (1, 2) for form in forms]
     assert all(row["error"] < 1e-5 for row in document["rows"])
     assert [row["rows"] for row in document["meteora"]] == [3, 3]

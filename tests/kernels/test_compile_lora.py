@@ -79,7 +79,7 @@ def expand_case(program: Program) -> Case:
             pointers
             | ints("pages", "page_ranks", "page_count")
             | dict.fromkeys(("num_rows", "value_rows", "value_blocks"), "i32"),
-            common | {"ROWS": 64, "PAGES": config.pages},
+            common | {"RANKS": 16, "ROWS": 64, "PAGES": config.pages},
             config.warps,
             config.stages,
         )
@@ -103,14 +103,12 @@ def expand_case(program: Program) -> Case:
 def reduce_case(program: Program) -> Case:
     return Case(
         "kernels.lora_kernels:reduce_kernel",
-        {"partials": "*fp32", "values": f"*{program.dtype}", "scale": "*fp32"}
-        | dict.fromkeys(("value_rows", "value_blocks", "scale_slice", "scale_row"), "i32")
+        {"partials": "*fp32", "values": f"*{program.dtype}", "value_rows": "i32", "value_blocks": "i32"}
         | ints("tile_pages", "tile_columns", "tile_rows"),
         {
             "SLICES": len(LINEARS[program.linear][1]),
             "ROWS": program.shape.block_rows,
             "SPLITS": program.config.shrink.splits,
-            "SCALED": program.scaled and program.shape.kind == "shared",
             "SHARED": program.shape.kind == "shared",
             "PDL": program.pdl,
         },
@@ -132,6 +130,7 @@ def cases(program: Program) -> list[Case]:
         (replace(PREFILL, tiles=16), (8, 8, 8, 16), (128, 128, 128, 128)),
         (replace(PREFILL, tiles=1024), (2, 4, 2, 4), (128, 128, 128, 128)),
         (SHARED, (2, 4, 2, 7), (64, 32, 128, 32)),
+        (replace(SHARED, tiles=32, pages=32), (8, 16, 8, 14), (64, 32, 128, 32)),
     ],
 )
 def test_an_8b_model_runs_with_the_measured_shapes(
@@ -165,7 +164,7 @@ def test_decoding_leaves_room_for_the_base_product(compiler: Compiler) -> None:
 def test_kernels_compile_and_fit(compiler: Compiler, capability: int) -> None:
     programs = [
         Program("down", FEW, "bf16", scaled=True),
-        Program("qkv", SHARED, "bf16", scaled=True),
+        Program("qkv", SHARED, "bf16"),
         Program("qkv", PREFILL, "bf16", scaled=True),
         Program("gate_up", SHARED, "fp32"),
     ]

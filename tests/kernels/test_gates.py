@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gate_rows import GateRows
+from kernels.gate_rows import TOTALS, Gated, GateRows
 from kernels.gates import gate_config, gate_scale
 from tests.kernels.lora_pools import DEVICE
 
@@ -39,14 +39,14 @@ def step(rows: int, slots: list[int], top_k: list[int], allowed: list[list[int]]
         targets=ints([0b1110000, 0b1010000]),
         counts=ints([GATES, 5]),
         adapters=ints([[*own, *[-2] * (GATES - len(own))] for own in ADAPTERS]),
-        totals=torch.zeros(rows, GATES, device=DEVICE),
+        totals=torch.zeros(rows, TOTALS, GATES, device=DEVICE),
     )
     return replace(whole, **changes)
 
 
 def formulas(x: Tensor, gates: Tensor, rows: GateRows) -> tuple[Tensor, Tensor]:
-    """(scale [S, T, U], totals [T, N]) in plain Python."""
-    scale, totals = torch.ones(SLICES, len(x), len(COLUMNS)), torch.zeros(len(x), GATES)
+    """(scale [S, T, U], totals [T, 3, N]) in plain Python."""
+    scale, totals = torch.ones(SLICES, len(x), len(COLUMNS)), torch.zeros(len(x), TOTALS, GATES)
     for row, slot in enumerate(rows.slots.tolist()):
         if slot < 0:
             continue
@@ -58,11 +58,15 @@ def formulas(x: Tensor, gates: Tensor, rows: GateRows) -> tuple[Tensor, Tensor]:
             weights = torch.zeros(GATES)
             if chosen and has:
                 weights[chosen] = (logits[chosen] / rows.temperatures[row].double()).softmax(0).float()
-            totals[row] += weights
+            totals[row, part] += weights
             owners = rows.adapters[slot].tolist()
             for column, owner in enumerate(COLUMNS):
                 scale[part, row, column] = sum(w for w, own in zip(weights, owners, strict=True) if own == owner)
     return scale, totals
+
+
+def scaled(x: Tensor, gates: Tensor, rows: GateRows, columns: object = COLUMNS) -> Tensor:
+    return gate_scale(x, Gated(gates, rows, ints(columns), GROUP, FIRST_TARGET))
 
 
 def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -76,7 +80,7 @@ def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
 
 
 def assert_equal(x: Tensor, gates: Tensor, rows: GateRows) -> None:
-    found = gate_scale(x, gates, rows, ints(COLUMNS), GROUP, FIRST_TARGET)
+    found = scaled(x, gates, rows)
     scale, totals = formulas(x.cpu(), gates.cpu(), GateRows(**{k: v.cpu() for k, v in vars(rows).items()}))
     torch.testing.assert_close(found.cpu(), scale, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rows.totals.cpu(), totals, rtol=1e-4, atol=1e-5)
@@ -104,13 +108,10 @@ def test_ties_go_to_the_first_and_no_permission_is_no_weight() -> None:
     x, gates = inputs(3)
     gates[:, :, :5] = 1.0
     rows = step(3, [0, 0, 1], [2, 2, 2], [[1, 2, 3], [], [1, 4]])
-    scale = gate_scale(x, gates, rows, ints([0, 3, 5, 7]), GROUP, FIRST_TARGET).cpu()
+    scale = scaled(x, gates, rows, [0, 3, 5, 7]).cpu()
     assert scale[0].tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0, 0], [0, 0.5, 0, 0.5]]
-    assert rows.totals[:, :5].tolist() == [
-        [0, 1.5, 1.5, 0, 0],
-        [0] * 5,
-        [0, 1, 0, 0, 1],
-    ]  # slot 1: two linears of three
+    told = rows.totals.sum(dim=1)[:, :5].tolist()
+    assert told == [[0, 1.5, 1.5, 0, 0], [0] * 5, [0, 1, 0, 0, 1]]  # slot 1 has gates for two linears of three
 
 
 def test_only_rows_that_touch_the_group_and_yield_a_token_are_counted() -> None:
@@ -119,7 +120,7 @@ def test_only_rows_that_touch_the_group_and_yield_a_token_are_counted() -> None:
         4, [0] * 4, [1] * 4, [[0, 1]] * 4, touches=ints([0, -1, 1 << GROUP, 0b1011]), shares=ints([0, -1, 1, 1])
     )
     rows.totals[0] = 7.0
-    gate_scale(x, gates, rows, ints(COLUMNS), GROUP, FIRST_TARGET)
+    scaled(x, gates, rows)
     assert (rows.totals[0] == 7.0).all()
     assert rows.totals[1].sum() == SLICES
     assert (rows.totals[2:] == 0).all()
@@ -130,10 +131,10 @@ def test_sums_go_on_from_call_to_call_and_repeat_bit_by_bit() -> None:
     found = []
     for _ in range(2):
         rows = step(5, [0, 1, 0, 1, -1], [2] * 5, [[0, 1, 2]] * 5)
-        scales = [gate_scale(x, gates, rows, ints(COLUMNS), GROUP, FIRST_TARGET) for _ in range(2)]
+        scales = [scaled(x, gates, rows) for _ in range(2)]
         found.append((*scales, rows.totals))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    assert rows.totals.sum(dim=1).tolist() == pytest.approx([6, 4, 6, 4, 0])
+    assert rows.totals.sum(dim=(1, 2)).tolist() == pytest.approx([6, 4, 6, 4, 0])
 
 
 def test_more_than_32_gates() -> None:
@@ -150,9 +151,9 @@ def test_more_than_32_gates() -> None:
         targets=ints([1]),
         counts=ints([64]),
         adapters=ints([list(range(64))]),
-        totals=torch.zeros(2, 64, device=DEVICE),
+        totals=torch.zeros(2, TOTALS, 64, device=DEVICE),
     )
-    scale = gate_scale(x, gates, rows, ints(list(range(64))), 0, 0)[0]
+    scale = gate_scale(x, Gated(gates, rows, ints(list(range(64))), 0, 0))[0]
     logits = (x @ gates[0, 0].T).double()
     torch.testing.assert_close(scale[0], logits[0].softmax(0).float(), rtol=1e-4, atol=1e-6)
     assert scale[1].nonzero().flatten().tolist() == sorted((32 + logits[1, 32:].topk(3).indices).tolist())
@@ -163,12 +164,22 @@ def test_wrong_shapes_are_refused() -> None:
     rows = step(2, [0, 0], [1, 1], [[0], [0]])
     for wrong in ((x[:, :-1], gates, rows), (x[:1], gates, rows), (x, gates[:, :, :16], rows), (x, gates[:1], rows)):
         with pytest.raises(ValueError, match=r"expected|rows are for"):
-            gate_scale(*wrong, ints(COLUMNS), GROUP, FIRST_TARGET)
-    assert gate_scale(x[:0], gates, replace(rows, slots=ints([])), ints(COLUMNS), 0, 0).shape == (
-        SLICES,
-        0,
-        len(COLUMNS),
-    )
+            scaled(*wrong)
+    nobody = replace(rows, slots=ints([]))
+    assert scaled(x[:0], gates, nobody).shape == (SLICES, 0, len(COLUMNS))
+    with pytest.raises(ValueError, match=r"factors are \(3, 1, 6\)"):
+        gate_scale(x, Gated(gates, rows, ints(COLUMNS), 0, 0, torch.ones(3, 1, 6, device=DEVICE)))
+    with pytest.raises(ValueError, match="totals are"):
+        scaled(x, gates, replace(rows, totals=rows.totals[:, 0]))
+
+
+def test_factors_multiply_the_weights() -> None:
+    x, gates = inputs(3)
+    rows = step(3, [0, -1, 1], [2] * 3, [[0, 1, 2, 3]] * 3)
+    plain = scaled(x, gates, rows)
+    factors = torch.rand(SLICES, 3, len(COLUMNS), device=DEVICE)
+    found = gate_scale(x, Gated(gates, rows, ints(COLUMNS), GROUP, FIRST_TARGET, factors))
+    torch.testing.assert_close(found, plain * factors)
 
 
 @pytest.mark.parametrize(("rows", "inputs", "splits"), [(1, 4096, 16), (64, 4096, 16), (64, 576, 2), (4096, 4096, 1)])
