@@ -232,8 +232,9 @@ class Choice:
         released = []
         while self._unsaid:
             head = self._unsaid[0]
-            is_cut = ended and (self._stops.hit is None or head.token.offset < self._said)
-            if head.stop > self._said and not is_cut:
+            # a token without text of its own, as the first bytes of a character have none, begins where the text stops
+            is_out = ended or head.stop <= self._said
+            if not is_out or (self._stops.hit is not None and head.token.offset >= self._said):
                 break
             released.append(self._unsaid.popleft().token)
         return tuple(released)
