@@ -72,6 +72,7 @@ def out(chat_model: Path, root: Path, adapters: Path, tmp_path_factory: pytest.T
     milora = {"experts": "modules", "num_experts": 7, "top_k": 3, "activation": "rational", "decision": "layer"}
     found = [f"moa={make_prompt_router(folder / 'moa', chat_model, adapters, NAMES, **moa)}"]
     found.append(f"mi={make_prompt_router(folder / 'milora', chat_model, own, ('mine',), **milora)}")
+    found.append(f"again={folder / 'milora'}")
     arguments = ["--model", str(chat_model), "--tasks", str(root), "--adapters", str(adapters), "--device", "cpu"]
     arguments += [
         "--out",
@@ -111,8 +112,8 @@ def test_all_modules_are_the_plain_adapter(out: Path, chat_model: Path, root: Pa
 
 def test_the_document_counts_the_choices(out: Path) -> None:
     document = json.loads((out / "gates.json").read_text())
-    assert list(document["tasks"]) == ["oracle", "base", "moa", "mi", "mi, k = 1", "mi, k = 7"]
-    assert document["routed"].keys() == {"moa", "mi", "mi, k = 1", "mi, k = 7"}
+    assert list(document["tasks"]) == ["oracle", "base", "moa", "mi", "mi, k = 1", "mi, k = 7", "again"]
+    assert document["routed"].keys() == {"moa", "mi", "mi, k = 1", "mi, k = 7", "again"}
     assert sum(document["routed"]["mi"]["usage"]) == pytest.approx(3)
     assert document["routed"]["mi, k = 7"]["usage"] == [1.0] * 7
     assert document["prompt_routers"]["mi"]["names"] == list(TARGETS)

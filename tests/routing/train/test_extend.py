@@ -103,7 +103,20 @@ def test_the_row_is_fitted_to_what_the_linears_see(
     [added] = card.training["added"]
     assert (added["name"], added["samples"], added["others"], added["ridge"]) == ("new", 4, 3, 0.1)
     assert set(added["metrics"]) == {f"{w}{a}" for w in ("new", "others", "others_before") for a in ("", "_answer")}
-    assert all(0 <= share <= 1 for share in added["metrics"].values())
+    held_out = {task.name: Seen(chat_model, adapters.get(task.name)).run(task.valid[:2]) for task in TASKS}
+    places = {**labels, "new": 2} | ({"plain": 3} if null else {})
+
+    def right(gates: Mapping[Module, Tensor], places: Mapping[str, int]) -> float:
+        hits = [
+            (held_out[name][module] @ gate.T).argmax(1) == place
+            for name, place in places.items()
+            for module, gate in gates.items()
+        ]
+        return float(torch.cat(hits).float().mean())
+
+    others = {name: place for name, place in places.items() if name != "new"}
+    expected = {"new": right(wide, {"new": 2}), "others": right(wide, others), "others_before": right(old, labels)}
+    assert {what: added["metrics"][what] for what in expected} == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_row_is_fitted_anew_for_other_weights(chat_model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
