@@ -6,12 +6,14 @@ from typing import Any
 from rich.console import Console
 
 from server.admin_tables import Column, Printer, printable
-from server.router_views import REASONS, print_layers, print_route
-from server.token_views import print_tokens
+from server.explanation_view import print_explanation
+from server.router_views import REASONS
 
 ADAPTERS = (Column("adapter", style="cyan"), Column("in use", right=True))
 COMMANDS = (Column("command", style="cyan"), Column("what it does", spare=1))
 MOST_SCORES = 10
+EXPLANATIONS = frozenset({"layers", "tokens", "scores"})
+"""What the `lora` object has more of where it was asked for."""
 _LAYOUT = "\n\t"
 
 
@@ -40,12 +42,8 @@ class ChatScreen:
         """Who answered, and how fast; with `explains` the scores of who could have, or who led where."""
         speed = f", {num_tokens / seconds:.1f} tokens/s" if seconds > 0 and num_tokens else ""
         self._out.line(f"[{route_line(lora)}; {num_tokens} tokens{speed}]", style="dim")
-        if explains and "layers" in lora:
-            print_layers(self._out, lora)
-        elif explains and "tokens" in lora:
-            print_tokens(self._out, lora)
-        elif explains and "scores" in lora:
-            print_route(self._out, lora, MOST_SCORES)
+        if explains and lora.keys() & EXPLANATIONS:
+            print_explanation(self._out, lora, MOST_SCORES)
 
     def adapters(self, names: Sequence[str], used: Mapping[str, float | None], num_more: int) -> None:
         rows = [(name, _use(name, used)) for name in names]

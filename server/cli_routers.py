@@ -163,15 +163,9 @@ def explain(
     if as_json:
         print_json(answer)
         return
-    from server.router_views import print_layers, print_route
-    from server.token_views import print_tokens
+    from server.explanation_view import print_explanation
 
-    if "layers" in answer:
-        print_layers(printer(), answer)
-    elif "tokens" in answer:
-        print_tokens(printer(), answer)
-    else:
-        print_route(printer(), answer, limit)
+    print_explanation(printer(), answer, limit)
 
 
 def _path(name: str) -> str:

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from io import StringIO
 from typing import Any
 
 import pytest
 from fakes import REPLY, Harness
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.chat_screen import route_line
+from server.chat_screen import ChatScreen, route_line
 from server.chat_selection import Selection, SelectionError, parse_adapters
 
 Chat = Callable[..., Awaitable[Result]]
@@ -233,6 +235,24 @@ def test_help_has_examples() -> None:
 )
 def test_routes_in_a_line(lora: dict[str, Any], line: str) -> None:
     assert route_line(lora) == line
+
+
+def test_routes_are_explained_on_demand() -> None:
+    lora = {
+        "router": "retriever",
+        "composition": "mixture",
+        "cached": False,
+        "route_ms": 1.0,
+        "adapters": [{"name": "spell", "weight": 1.0, "score": 0.8}],
+        "scores": [{"name": "spell", "score": 0.8}, {"name": "pirate", "score": 0.3}],
+    }
+    for explains in (False, True):
+        answers, aside = Console(file=StringIO(), width=80), Console(file=StringIO(), width=80)
+        ChatScreen(answers, aside).route(lora, 10, 2.0, explains=explains)
+        shown = aside.file.getvalue()
+        assert answers.file.getvalue() == ""
+        assert shown.startswith("[retriever chose spell 1.00 (score 0.80) in 1.0 ms; 10 tokens, 5.0 tokens/s]\n")
+        assert (["2", "pirate", "0.300"] in [line.split() for line in shown.splitlines()]) == explains
 
 
 def test_what_selections_mean() -> None:
