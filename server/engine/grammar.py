@@ -5,6 +5,7 @@ grammar costs a millisecond to compile however large the vocabulary is. Its limi
 """
 
 import json
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ STACK_BYTES = 1 << 28
 references: a chain of 1,000 in a schema of 50 KB needed more than 8 MB and ended the process, 20,000 needed 64 MB."""
 
 FIXED_BYTES, BYTES_PER_CHARACTER = 1 << 16, 64
+
+
+LISTING = re.compile(r"\n +1 \| ")
 
 
 class GrammarError(ValueError):
@@ -185,6 +189,6 @@ def _limits() -> "LLParserLimits":
 
 
 def _sentence(message: str) -> str:
-    """What the library says, on one line of bounded length."""
-    line = " ".join(message.replace("<non-verbose/>", "").split())
+    """What the library says, on one line of bounded length, without its listing of the grammar."""
+    line = " ".join(LISTING.split(message.replace("<non-verbose/>", ""), maxsplit=1)[0].split())
     return line if len(line) <= 200 else line[:200] + " ..."

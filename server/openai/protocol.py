@@ -68,6 +68,8 @@ IGNORED: Mapping[str, str] = {
 }
 """Fields that clients send, that change no answer and that are not even looked at, and why."""
 
+INSTEAD: Mapping[str, str] = {"functions": "tools", "function_call": "tool_choice"}
+
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -203,7 +205,8 @@ class GenerationRequest(RequestModel):
         """The request, checked. Raises BadRequest, also for known fields that this server does not serve."""
         for field, harmless in NOT_SERVED.items():
             if field in data and data[field] not in harmless:
-                message = f"{field}: not supported by this server"
+                hint = f"; use {INSTEAD[field]}" if field in INSTEAD else ""
+                message = f"{field}: not supported by this server{hint}"
                 raise BadRequest(message, param=field, code="unsupported_parameter")
         request = validate(cls, data, limits)
         request.check()

@@ -125,7 +125,10 @@ def tool_use(
     allowed = (choice.names if choice is not None else None) or names
     if absent := [name for name in allowed if name not in names]:
         raise BadRequest(f"tool_choice: none of the tools is called {absent[0]}", param="tool_choice")
-    use = ToolUse(given, allowed, choice is not None and choice.is_forced, is_parallel=parallel is not False)
+    is_parallel = parallel is not False and (
+        choice is None or choice.type != "function"
+    )  # who names one wants one call
+    use = ToolUse(given, allowed, choice is not None and choice.is_forced, is_parallel)
     if use.length > MOST_FORCED and (use.is_forced or has_grammar):
         message = f"tools: have {use.length} characters, expected at most {MOST_FORCED} as a part of a grammar"
         raise BadRequest(message, param="tools")

@@ -37,7 +37,8 @@ Said = Text | CallBegins | Arguments
 class CallParser:
     """Finds calls to `names` in the form of a model; however the text is cut, the same comes out.
 
-    Whatever is no call is text, and nothing of it is lost but the space around calls: it counts only between texts.
+    Whatever is no call is text, and nothing of it is lost but the space around calls, which counts only between texts,
+    and the beginning of a marker behind a call at the very end, where an answer was cut.
     What looks like a call as far as the beginning of its arguments is one. If these are no JSON further on, they are
     given out as they were said, up to the closing marker. After `most` calls further ones are dropped.
     """
@@ -55,6 +56,7 @@ class CallParser:
         self._scanner = CallScanner(names)
         self._is_begun = False  # the call that is being read
         self._is_shown = False
+        self._is_behind_call = False  # with nothing but space since then
         self._space: list[str] = []
         self._has_text = False
 
@@ -90,7 +92,10 @@ class CallParser:
         if position >= 0:
             self._say(self._take(position))
             return self._open(len(opening))
-        self._say(self._take(len(self._buffer) - self._num_held(opening)))
+        held = self._num_held(opening)
+        self._say(self._take(len(self._buffer) - held))
+        if self._has_ended and not self._is_behind_call:
+            self._say(self._take(held))
         return False
 
     def _open(self, length: int) -> bool:
@@ -128,12 +133,12 @@ class CallParser:
         self._opened.append(self._take(len(self._buffer) - len(text)))
         if form.closing and text.startswith(form.closing):
             self._take(len(form.closing))
+            self._is_behind_call = True
             return self._go(self._in_text)
         if text.startswith("{"):
             return self._go(self._before_call)
-        if not self._has_ended and (not text or any(marker.startswith(text) for marker in form.markers)):
-            return False
-        return self._is_no_call()
+        is_marker = any(marker.startswith(text) for marker in form.markers)  # the whole of it, or what was cut
+        return bool(text) and not is_marker and self._is_no_call()
 
     def _in_broken_arguments(self) -> bool:
         """All up to the closing marker, but the brace that closes the call."""
@@ -141,7 +146,7 @@ class CallParser:
         position = self._buffer.find(closing) if closing else -1
         is_end = position >= 0 or self._has_ended
         if position < 0:
-            position = len(self._buffer) - self._num_held(closing)
+            position = len(self._buffer) - (0 if self._has_ended else self._num_held(closing))
         text = self._buffer[:position].rstrip(WHITESPACE).removesuffix("}")
         if text and self._is_shown:
             self._said.append(Arguments(self.num_calls - 1, text))
@@ -163,8 +168,6 @@ class CallParser:
 
     def _num_held(self, marker: str) -> int:
         """Characters at the end of the buffer that may become the marker."""
-        if self._has_ended:
-            return 0
         longest = min(len(marker) - 1, len(self._buffer))
         return next((count for count in range(longest, 0, -1) if self._buffer.endswith(marker[:count])), 0)
 
@@ -186,6 +189,7 @@ class CallParser:
         if not body:
             self._space += [text] if text else []
             return
+        self._is_behind_call = False
         is_after_calls = self.num_calls and not self._has_text
         self._said.append(Text(body.lstrip(WHITESPACE) if is_after_calls else "".join(self._space) + body))
         self._space, self._has_text = [text[len(body) :]] if body != text else [], True

@@ -222,6 +222,24 @@ async def test_a_forced_call(official: AsyncOpenAI, harness: Harness, choice: An
     assert {name for name in ("weather", "now") if f'{{"const": "{name}"}}' in constraint.source} == names
 
 
+async def test_who_names_a_function_gets_one_call(official: AsyncOpenAI, harness: Harness) -> None:
+    """As OpenAI does it, and clients count on it that read their answer from the arguments."""
+    await ask(official, tool_choice="required")
+    assert "(next call)" in harness.engine.requests[-1].params.constraint.source
+    harness.engine.say('{"name": "now", "arguments": {}}')
+    await ask(official, tool_choice={"type": "function", "function": {"name": "now"}}, parallel_tool_calls=True)
+    assert "(next call)" not in harness.engine.requests[-1].params.constraint.source
+
+
+async def test_the_older_form_is_refused_and_says_what_to_use(live: str) -> None:
+    async with httpx.AsyncClient(base_url=live) as client:
+        for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+            body = {"model": "tiny", "messages": [USER], field: [{"name": "f"}]}
+            error = (await client.post("/v1/chat/completions", json=body)).json()["error"]
+            assert error["code"] == "unsupported_parameter"
+            assert error["message"] == f"{field}: not supported by this server; use {instead}"
+
+
 async def test_a_forced_call_that_is_cut(official: AsyncOpenAI, harness: Harness) -> None:
     """There is no text, neither of the call nor of what stands between two of them."""
     call = '{"name": "now", "arguments": {}}'

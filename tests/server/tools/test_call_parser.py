@@ -47,6 +47,12 @@ HERMES_EXAMPLES = {
     f"<tool_call>{WEATHER}\nDone.": Spoken("Done.", (ROME,)),
     f"<tool_call>{WEATHER}\n{WEATHER}</tool_call>": Spoken("", (ROME, ROME)),
     f"<tool_call>{WEATHER},{WEATHER}<tool_call>{WEATHER}": Spoken("", (ROME, ROME, ROME)),
+    # Answers are cut.
+    f"<tool_call>{WEATHER}\n</tool": Spoken("", (ROME,)),
+    f"<tool_call>{WEATHER},": Spoken("", (ROME,)),
+    f"{tagged(WEATHER)}\n<tool_": Spoken("", (ROME,)),
+    f"{tagged(WEATHER)}\n<tool_ ": Spoken("<tool_", (ROME,)),
+    f"{tagged(WEATHER)} a <": Spoken("a <", (ROME,)),
     # What is no call is text.
     tagged('{"name": "nobody", "arguments": {}}'): Spoken(tagged('{"name": "nobody", "arguments": {}}')),
     tagged("{'name': 'now'}"): Spoken(tagged("{'name': 'now'}")),
@@ -76,6 +82,7 @@ LLAMA_EXAMPLES = {
     f"<|python_tag|>{NATIVE}": Spoken("", (ROME,)),
     f"I look. <|python_tag|>{NATIVE}; {NATIVE}": Spoken("I look.", (ROME, ROME)),
     f"{NATIVE};{NATIVE}": Spoken("", (ROME, ROME)),
+    f"{NATIVE};": Spoken("", (ROME,)),
     f"{NATIVE}; and so on": Spoken("; and so on", (ROME,)),
     f'{NATIVE} ; {{"a": 1}} .': Spoken('; {"a": 1} .', (ROME,)),
     f"Here: {NATIVE}": Spoken(f"Here: {NATIVE}"),
