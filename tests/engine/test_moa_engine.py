@@ -106,7 +106,7 @@ def test_masked_adapters_are_never_chosen(engine: Engine, plain: Plain, moa: Mad
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_batch_tokens": 8, "max_num_seqs": 8}, {"kv_memory": 24 * 3072, "block_size": 4, "max_model_len": 64}],
+    [{}, {"max_batch_tokens": 8, "max_num_seqs": 8}, {"kv_memory": 17 * 3072, "block_size": 4, "max_model_len": 64}],
 )
 def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
     tiny_model: Path, registered: Registered, moa: Made, plain: Plain, tmp_path: Path, settings: dict[str, Any]
