@@ -207,7 +207,9 @@ def _ours(
         outputs = []
         for place, (linear, (a, b, gates)) in enumerate(zip(linears, packed[i], strict=True)):
             y, scale = xs[place].new_zeros(count, linear.outputs), gate_scale(xs[place], gated(place, gates))
-            outputs.append(dense_lora_(y, xs[place], a, b, ids, mapping.weights, linear.slices, scale))
+            outputs.append(
+                dense_lora_(y, xs[place], a, b, ids, mapping.weights, linear.slices, scale, mapping.shape.ranks)
+            )
         return outputs
 
     yield OURS[0], True, by_kernels

@@ -214,23 +214,26 @@ def dense_lora_(
     weights: Tensor,
     slices: tuple[int, ...],
     scale: Tensor | None = None,
+    ranks: int = PAGE_RANK,
 ) -> Tensor:
     """y[t, slice s] += sum over u of weights[t, u] * scale[s, t, u] * (x[t] A[pages[u], s]^T) B[pages[u], slice s].
 
     The same update as two dense products a slice, over copies of all listed pages: for many rows that each use several
     of few pages (a gate for every token), up to some 32 pages. y [T, sum(slices)] is changed and returned.
-    pages int64[U]; weights fp32[T, U]; scale None or fp32[S, T, U]; the others as in `lora_delta`, pages finite.
+    pages int64[U], of which only the first `ranks` rank rows are used; weights fp32[T, U]; scale None or fp32[S, T, U];
+    the others as in `lora_delta`, pages finite.
     """
     check_pages(x, a_pages, b_pages, slices, scale)
     num_slices = len(slices)
     parts = torch.arange(num_slices, device=pages.device)[:, None]
-    a = a_pages.unflatten(1, (num_slices, PAGE_RANK))[pages, parts]
-    ranks = functional.linear(x, a.flatten(0, 2)).view(len(x), num_slices, len(pages), PAGE_RANK)
+    a = a_pages.unflatten(1, (num_slices, PAGE_RANK))[:, :, :ranks][pages, parts]
+    values = functional.linear(x, a.flatten(0, 2)).view(len(x), num_slices, len(pages), ranks)
+    del a  # gives way to the copy of B
     factors = (weights[None] if scale is None else weights * scale).transpose(0, 1)[..., None]
-    ranks = (ranks * factors).masked_fill_(factors == 0, 0).to(x.dtype).flatten(2)
-    b = b_pages.index_select(0, pages).flatten(0, 1)
+    values = values.mul_(factors).masked_fill_(factors == 0, 0).flatten(2)
+    b = b_pages[:, :ranks].index_select(0, pages).flatten(0, 1)
     for s, (out, part) in enumerate(zip(y.split(slices, 1), b.split(slices, 1), strict=True)):
-        out.addmm_(ranks[:, s], part)
+        out.addmm_(values[:, s], part)
     return y
 
 

@@ -19,7 +19,7 @@ from kernels.gemm import gemm, new_counters
 from kernels.gemm_table import GemmTable
 from kernels.lora import dense_lora_, lora_delta, mapping_matrix
 from kernels.summands import Summands
-from kernels.tiles import LoraTiles
+from kernels.tiles import PAGE_RANK, LoraTiles
 
 SIDE_ROWS = 128
 """Most rows for which LoRA runs beside the base product; from there on the product leaves no room on the GPU."""
@@ -137,7 +137,8 @@ def _dense(
 ) -> Tensor:
     matrix = mapping.weights[: len(x)] if isinstance(mapping, GatedPages) else mapping_matrix(mapping, len(x))
     factors = gate_scale(x, scale) if isinstance(scale, Gated) else scale
-    return dense_lora_(y, x, *pages, mapping.pages.long().clamp_(min=0), matrix, slices, factors)
+    ranks = mapping.shape.ranks if isinstance(mapping, GatedPages) else PAGE_RANK
+    return dense_lora_(y, x, *pages, mapping.pages.long().clamp_(min=0), matrix, slices, factors, ranks)
 
 
 def _update(
