@@ -6,7 +6,7 @@ end, so that every step has all rows; what is generated is noise that keeps to t
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +14,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from server.engine.bench_measure import decode, percentile
+from server.engine.bench_measure import BenchError, percentile
 from server.engine.bench_scenarios import add_loss
 from server.engine.bench_session import Session, Setup
 from server.engine.constraint import Constraint, ConstraintKind
+from server.engine.engine import Engine
 from server.engine.matching import Matching
-from server.engine.workload import Lengths, Traffic, Workload
+from server.engine.sequence import Request
+from server.engine.workload import Lengths, Traffic
 
 Json = dict[str, Any]
 
@@ -66,27 +68,50 @@ def _decode(session: Session, name: str, constraint: Constraint | None, count: i
         replace(request, params=replace(request.params, constraint=constraint)) for request in plain.requests
     )
     with MaskTimes() as masks:
-        done = decode(
-            engine,
-            Workload(requests, plain.arrivals),
-            warm=options.warm,
-            steps=options.steps,
-            profiled=options.profiled,
-            cuda=session.cuda,
-        )
-    middle = percentile(done.seconds, 50) * 1e3
-    session.say(f"grammar {name}, {count} rows: {middle:.3f} ms a step")
+        seconds, tokens = measure(engine, requests, warm=options.warm, steps=options.steps, clock=session.clock)
+    ms = sum(seconds) * count / tokens * 1e3
+    session.say(f"grammar {name}, {count} rows: {ms:.3f} ms for a token of each")
     return {
         "rows": count,
         "traffic": name,
-        "ms": middle,
-        "ms_p10": percentile(done.seconds, 10) * 1e3,
-        "ms_p90": percentile(done.seconds, 90) * 1e3,
+        "ms": ms,
+        "ms_p10": percentile(seconds, 10) * 1e3,
+        "ms_p90": percentile(seconds, 90) * 1e3,
+        "late": 1 - tokens / (count * len(seconds)),
         "mask_us": percentile(masks.seconds, 50) * 1e6 if masks.seconds else None,
         "mask_us_mean": sum(masks.seconds) / len(masks.seconds) * 1e6 if masks.seconds else None,
-        "host_ms": None if done.host is None else done.host * 1e3,
-        "gpu_busy": done.busy,
     }
+
+
+def measure(
+    engine: Engine, requests: Iterable[Request], *, warm: int, steps: int, clock: Callable[[], float]
+) -> tuple[list[float], int]:
+    """Seconds of `steps` steps after `warm` others in which all requests decode, and the tokens that they gave.
+
+    A row whose mask is late gives none in its step, so that tokens are counted and not steps. Raises BenchError if a
+    request ends meanwhile.
+    """
+    waiting = {request.id for request in requests}
+    names = tuple(waiting)
+    for request in requests:
+        engine.add_request(request)
+    while waiting:
+        waiting -= {output.request_id for output in engine.step() if output.tokens}
+    for _ in range(warm):
+        engine.step()
+    seconds, tokens = [], 0
+    for _ in range(steps):
+        started = clock()
+        outputs = engine.step()
+        seconds.append(clock() - started)
+        tokens += sum(len(output.tokens) for output in outputs)
+        if ended := [output for output in outputs if output.finish_reason is not None]:
+            raise BenchError(f"{ended[0].request_id} ended: {ended[0].error or ended[0].finish_reason}")
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    return seconds, tokens
 
 
 def _lengths(session: Session, count: int, prompt: int) -> Lengths:

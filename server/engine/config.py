@@ -28,7 +28,7 @@ class EngineConfig:
     and pack adapters beside the steps. `gates`: "module:class" of the `GateFactory` for token-level routers,
     `prompt_routers` of the `PromptRouterFactory`; None: such requests are refused. Where steps are captured,
     `gate_slots` token-level routers run at a time, with up to `gates_per_slot` gates a linear each; others wait.
-    `grammar_memory` is for compiled constraints that no request uses at the moment.
+    `grammar_memory` is for compiled constraints that no request uses at the moment, `mask_threads` compute their masks.
     A prompt that is decided layer by layer may have `max_layered_tokens`, whose states are kept between its steps.
     """
 
@@ -55,6 +55,7 @@ class EngineConfig:
     gates_per_slot: int = 64
     prompt_routers: str | None = None
     grammar_memory: int = GIB // 4
+    mask_threads: int | None = None
     max_layered_tokens: int = 4096
 
 

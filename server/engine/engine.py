@@ -25,7 +25,7 @@ from server.engine.endings import ended, failed, not_finite
 from server.engine.gate_bank import GateBank
 from server.engine.grammar_bank import GrammarBank, open_bank
 from server.engine.intake import Intake
-from server.engine.masks import MaskThreads, constrained, no_mask
+from server.engine.masks import MaskThreads, constrained, mask_threads, no_mask
 from server.engine.matching import Matching
 from server.engine.plan import Plan
 from server.engine.prompt_routers import PromptRouter, Verdict
@@ -66,7 +66,7 @@ class Engine:
         self.adapters = adapters
         self.arrivals = Arrivals(adapters, gates, routers, grammars)
         self.deciding = Deciding()
-        self.masks = MaskThreads()
+        self.masks = MaskThreads(mask_threads(config))
         self.clock = clock
         self.eos_token_ids = frozenset(runner.model.eos_token_ids)
         blocks = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)

@@ -44,16 +44,16 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A compiled constraint. first_mask: as `Matching.mask`. `num_bytes` is an estimate."""
+    """A compiled constraint. first_mask and seconds: as `Matching` has them. `num_bytes` is an estimate."""
 
     matcher: "LLMatcher"
     first_mask: NDArray[np.uint32]
-    slow: bool
+    seconds: float
     num_bytes: int
 
     def start(self) -> Matching:
         """The state before the first token of an output. Takes 10 microseconds and, later, 20 to 40 KB."""
-        return Matching(self.matcher.deep_copy(), self.first_mask.copy(), slow=self.slow)
+        return Matching(self.matcher.deep_copy(), self.first_mask.copy(), self.seconds)
 
 
 class GrammarCompiler:
@@ -78,18 +78,18 @@ class GrammarCompiler:
         matcher = LLMatcher(self.load(), grammar_text(constraint), log_level=0, limits=_limits())
         if matcher.is_error():
             raise GrammarError(_sentence(matcher.get_error()))
-        if warnings := matcher.get_grammar_warnings():
+        if warnings := matcher.get_grammar_warnings():  # a schema may ask not to be told what is not implemented
             raise GrammarError(_sentence(warnings[0]))
         matching = Matching(matcher, np.zeros(-(-self._vocab_size // 32), np.uint32))
         matching.fill()
         if matching.error is not None:
             raise GrammarError(f"no text matches it, or it is too complex ({_sentence(matching.error)})")
         num_bytes = FIXED_BYTES + BYTES_PER_CHARACTER * len(constraint.source)
-        grammar = Grammar(matcher, matching.mask, matching.slow, num_bytes)
+        grammar = Grammar(matcher, matching.mask, matching.seconds, num_bytes)
         return Grammar(matcher, matching.mask, self._try(grammar), num_bytes)
 
-    def _try(self, grammar: Grammar) -> bool:
-        """Whether it is slow. Raises GrammarError if it fails within the first tokens of one of its texts."""
+    def _try(self, grammar: Grammar) -> float:
+        """CPU seconds of its masks. Raises GrammarError if it fails within the first tokens of one of its texts."""
         matching = grammar.start()
         for _ in range(FIRST_STEPS):
             allowed = matching.allowed()
@@ -99,7 +99,7 @@ class GrammarCompiler:
             matching.advance(int(allowed[0]))
             if matching.error is not None:
                 raise GrammarError(f"it is impossible or too complex ({_sentence(matching.error)})")
-        return matching.slow
+        return matching.seconds
 
     def load(self) -> "LLTokenizer":
         """The tokenizer. Raises GrammarError if it cannot be used."""
@@ -140,16 +140,14 @@ def grammar_text(constraint: Constraint) -> str:
 
 
 def _from_schema(schema: object) -> str:
-    """Keywords that the library does not implement are errors, also where the schema itself asks to ignore them."""
+    """White space is bounded, unless the library's own keyword `x-guidance` has another rule."""
     from llguidance import LLMatcher
 
     if schema is False:
         raise GrammarError("nothing is valid under the schema `false`")
     if schema is not True and not isinstance(schema, dict):
         raise GrammarError("a schema is a JSON object, or true")
-    return LLMatcher.grammar_from_json_schema(
-        {} if schema is True else schema, defaults={"whitespace_pattern": SPACES}, overrides={"lenient": False}
-    )
+    return LLMatcher.grammar_from_json_schema({} if schema is True else schema, defaults={"whitespace_pattern": SPACES})
 
 
 def _choice(texts: object) -> str:

@@ -1,6 +1,7 @@
 """Threads that compute the masks of constrained outputs beside the steps, and the masks' way to the device."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.engine.config import RequestError
+from server.engine.config import EngineConfig, RequestError
 from server.engine.matching import Matching
 from server.engine.plan import Chunk
 from server.engine.sequence import Sequence
@@ -19,11 +20,21 @@ from server.engine.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 
-class MaskThreads:
-    """Advances matchings: a thread for all, and another one for the slow, which therefore delay only each other."""
+MOST_THREADS = 8
+"""Of 64 rows each has eight then, and what is left of a step is the interpreter's own work for each mask."""
 
-    def __init__(self) -> None:
-        self._lanes = tuple(ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("masks", "slow-masks"))
+
+def mask_threads(config: EngineConfig) -> int:
+    """Half of the cores that this process may use, unless the configuration says otherwise."""
+    return config.mask_threads or max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+class MaskThreads:
+    """Advances matchings: threads for all, and another one for the slow, which therefore delay only each other."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._lanes = (ThreadPoolExecutor(num_threads, "masks"), ThreadPoolExecutor(1, "slow-masks"))
         self._news = threading.Condition()
 
     def advance(self, moves: ReadOnlyList[tuple[Matching, int]]) -> None:
@@ -31,9 +42,10 @@ class MaskThreads:
         for lane, slow in zip(self._lanes, (False, True), strict=True):
             batch = [(matching, token) for matching, token in moves if matching.slow is slow]
             for matching, _ in batch:
-                matching.pending, matching.behind = True, False
-            if batch:
-                lane.submit(self._run, batch)
+                matching.pending = True
+            parts = 1 if slow else min(self._num_threads, len(batch))
+            for part in range(parts):
+                lane.submit(self._run, batch[part::parts])
 
     def wait(self, matchings: ReadOnlyList[Matching], seconds: float) -> None:
         """Return when none of them is pending, at the latest after this time."""
@@ -42,7 +54,7 @@ class MaskThreads:
 
     def settle(self, chunks: Iterable[Chunk], seconds: float) -> list[tuple[Chunk, Matching]]:
         """Wait for the masks of a step. Returns its constrained chunks; those that have none after this time are
-        `behind`, and stay so until the mask after the next one is asked for."""
+        `behind`, and stay so until a step finds them ready."""
         pairs = constrained(chunks)
         self.wait([matching for _, matching in pairs], seconds)
         for _, matching in pairs:
@@ -81,7 +93,7 @@ def no_mask(sequence: Sequence, matching: Matching) -> RequestError:
 
 
 def forbid(logits: Tensor, masks: ReadOnlyList[NDArray[np.uint32]]) -> Tensor:
-    """logits [R, V] with minus infinity where bit t % 32 of word t // 32 of a row's mask, uint32[words], is not set.
+    """`logits` [R, V] itself, with minus infinity where a row's mask, uint32[words], has no bit (see `Matching`).
 
     One copy to the device and one operation for all rows. A mask may have more bits than there are logits.
     """
@@ -89,4 +101,4 @@ def forbid(logits: Tensor, masks: ReadOnlyList[NDArray[np.uint32]]) -> Tensor:
     np.stack(masks, out=host.numpy().view(np.uint32))
     words = host.to(logits.device, non_blocking=True).view(torch.uint8)
     bits = words[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
-    return logits.masked_fill((bits == 0).flatten(1)[:, : logits.shape[-1]], -torch.inf)
+    return logits.masked_fill_((bits == 0).flatten(1)[:, : logits.shape[-1]], -torch.inf)

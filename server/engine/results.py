@@ -122,14 +122,13 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
     "grammar": (
         Column("rows", "rows"),
         Column("grammar", "traffic"),
-        Column("ms a step", "ms", _three),
+        Column("ms a token of each", "ms", _three),
         Column("p10", "ms_p10", _three),
         Column("p90", "ms_p90", _three),
         Column("loss", "loss", _percent),
+        Column("late rows", "late", _percent),
         Column("us a mask", "mask_us", _one),
         Column("mean", "mask_us_mean", _one),
-        Column("host ms", "host_ms", _three),
-        Column("GPU busy", "gpu_busy", _percent),
     ),
     "memory": (
         Column("kind", "kind"),

@@ -120,6 +120,14 @@ def test_decode_steps_hold_their_context() -> None:
     assert all(row["ms_p10"] <= row["ms"] <= row["ms_p90"] for row in rows)
 
 
+def test_rows_under_a_grammar_are_beside_free_ones() -> None:
+    rows = run(replace(TINY, rows=(3,)), ["grammar"], silent)["scenarios"]["grammar"]["rows"]
+    assert [row["traffic"] for row in rows] == ["0", "json_schema", "regex"]
+    assert rows[0]["loss"] == 0
+    assert rows[0]["mask_us"] is None
+    assert all(row["mask_us"] > 0 and 0 <= row["late"] < 1 for row in rows[1:])
+
+
 def test_many_adapters_go_through_few_pages() -> None:
     rows = run(TINY, ["many_adapters"], silent)["scenarios"]["many_adapters"]["rows"]
     assert [row["traffic"] for row in rows] == ["0", "power 1", "power 0"]

@@ -16,7 +16,7 @@ from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.masks import MaskThreads
 from server.engine.matching import Matching
-from server.engine.plan import Chunk
+from server.engine.plan import Chunk, Plan
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from tests.engine.spoken import spoken, tokenizer
 from tests.engine.test_engine import PROMPTS, Registered, drain
@@ -125,7 +125,7 @@ def texts(outputs: dict[str, list[Output]]) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_every_output_is_of_its_language(make: Make, words: Tokenizer, ahead: bool) -> None:
-    engine = make(ahead)
+    engine = make(ahead, mask_threads=3)
     outputs = outputs_of(engine, batch())
     for request in batch():
         own, constraint = outputs[request.id], request.params.constraint
@@ -198,12 +198,34 @@ def test_an_abort_frees_the_matcher(make: Make, ahead: bool, steps: int) -> None
     assert not engine.arrivals.grammars._users
 
 
+class LazyMasks(MaskThreads):
+    """Computes masks in the engine's own thread, and only when a step has waited for them `patience` times in vain."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__(1)
+        self.patience = patience
+        self.vain = 0
+        self.moves: list[tuple[Matching, int]] = []
+
+    def advance(self, moves: Sequence[tuple[Matching, int]]) -> None:
+        for own, _ in moves:
+            own.pending = True
+        self.moves += moves
+
+    def wait(self, *_: object) -> None:
+        self.vain += 1
+        if self.vain > self.patience:
+            self._run(self.moves)
+            self.vain, self.moves = 0, []
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_slow_masks_change_nothing(make: Make, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow ones are never launched ahead; their rows wait for them, others do not."""
     expected = texts(outputs_of(make(), batch()))
     monkeypatch.setattr(matching, "SLOW_SECONDS", -1.0)
-    engine = make(ahead)
+    engine = make(ahead, kv_memory=24 * BLOCK_BYTES, max_model_len=256, max_num_seqs=12)
+    engine.masks = LazyMasks(3)
     waited = 0
     advance = engine.scheduler.advance
 
@@ -217,27 +239,7 @@ def test_slow_masks_change_nothing(make: Make, ahead: bool, monkeypatch: pytest.
     monkeypatch.setattr(engine.scheduler, "advance", watched)
     assert texts(outputs_of(engine, batch())) == expected
     assert waited > 100
-
-
-class LazyMasks(MaskThreads):
-    """Computes masks in the engine's own thread, and only when a step has waited for them `patience` times in vain."""
-
-    def __init__(self, patience: int) -> None:
-        super().__init__()
-        self.patience = patience
-        self.vain = 0
-        self.moves: list[tuple[Matching, int]] = []
-
-    def advance(self, moves: Sequence[tuple[Matching, int]]) -> None:
-        for own, _ in moves:
-            own.pending, own.behind = True, False
-        self.moves += moves
-
-    def wait(self, *_: object) -> None:
-        self.vain += 1
-        if self.vain > self.patience:
-            self._run(self.moves)
-            self.vain, self.moves = 0, []
+    assert engine.scheduler.preemptions > 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -304,3 +306,23 @@ def test_every_adapter_mix(make: Make, words: Tokenizer, tiny_model: Path, adapt
     for request in requests:
         assert matches(SCHEMA, text_of(outputs[request.id], words))
     assert len(set(texts(outputs).values())) == len(mixes)
+
+
+@pytest.mark.parametrize("late", ["slow", "behind"])
+def test_a_row_waits_in_the_queue_for_a_mask_that_is_late(make: Make, late: str) -> None:
+    """Preempted with its mask under way, it does not begin anew before that is there; others do."""
+    engine = make()
+    engine.masks = LazyMasks(0)
+    for name, params in (("r", constrained(GREEDY, SCHEMA)), ("free", GREEDY)):
+        engine.add_request(Request(name, PROMPTS[0], params))
+    while len(engine.scheduler.running) < 2:
+        engine.step()
+    sequence = engine._sequences["r"]
+    own = sequence.matching
+    assert own is not None
+    engine.scheduler._preempt(sequence, Plan(1))
+    own.pending = True
+    own.behind, own.seconds = late == "behind", 1.0 if late == "slow" else 0.0
+    assert [chunk.sequence.request.id for chunk in engine.scheduler.schedule().chunks] == ["free"]
+    own.pending = False
+    assert "r" in [chunk.sequence.request.id for chunk in engine.scheduler.schedule().chunks]

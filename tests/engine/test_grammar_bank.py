@@ -33,7 +33,7 @@ class Factory:
         if constraint.source.startswith("bad"):
             raise GrammarError("it is bad")
         nothing: Any = None
-        return Grammar(nothing, nothing, False, SIZE)
+        return Grammar(nothing, nothing, 0.0, SIZE)
 
     def close(self) -> None:
         self.closed = True

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from server.engine.masks import forbid
-from server.engine.matching import Matching
+from server.engine.matching import SLOW_SECONDS, Matching
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
 
@@ -30,7 +30,7 @@ def matching(allowed: set[int]) -> Matching:
 @given(st.lists(ALLOWED, min_size=1, max_size=5), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_what_a_row_does_not_allow_is_minus_infinity(rows: list[set[int]], dtype: torch.dtype) -> None:
     logits = torch.randn(len(rows), VOCABULARY).to(dtype)
-    masked = forbid(logits, [mask_of(allowed) for allowed in rows])
+    masked = forbid(logits.clone(), [mask_of(allowed) for allowed in rows])
     for row, allowed in enumerate(rows):
         for token in range(VOCABULARY):
             expected = logits[row, token] if token in allowed else torch.tensor(-torch.inf)
@@ -76,3 +76,15 @@ def test_a_pending_mask_is_not_looked_at() -> None:
     logits = torch.zeros(1, VOCABULARY)
     logits[0, 50] = 1.0
     assert sample(logits, [sequence], frozenset()).read()[0] == [50]
+
+
+def test_one_slow_mask_is_forgiven_and_many_are_not() -> None:
+    own = matching({1})
+    own._note(3 * SLOW_SECONDS)
+    assert not own.slow
+    for _ in range(3):
+        own._note(3 * SLOW_SECONDS)
+    assert own.slow
+    for _ in range(10):
+        own._note(0.0)
+    assert not own.slow

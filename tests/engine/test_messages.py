@@ -61,6 +61,7 @@ CONFIG = EngineConfig(
     prompt_routers="package.module:Other",
     max_layered_tokens=99,
     grammar_memory=7,
+    mask_threads=3,
 )
 PARAMS = SamplingParams(
     temperature=0.3,
