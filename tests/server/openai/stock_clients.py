@@ -46,6 +46,8 @@ def langchain(url: str) -> Any:
     messages = [SystemMessage("Be brief."), HumanMessage("Hi")]
     answer = chat.invoke(messages)
     called = ChatOpenAI(model="tiny", **shared).bind_tools([TOOL]).invoke("What is the weather in Rome?")
+    person = {"title": "Place", "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    structured = ChatOpenAI(model="tiny", **shared).with_structured_output(person, method="json_schema")
     embeddings = OpenAIEmbeddings(model="encoder", check_embedding_ctx_length=False, **shared)
     return {
         "whole": answer.content,
@@ -55,6 +57,7 @@ def langchain(url: str) -> Any:
         "async": asyncio.run(chat.ainvoke(messages)).content,
         "completion": OpenAI(model="pirate", **shared).invoke("Hi"),
         "calls": [(call["name"], call["args"]) for call in called.tool_calls],
+        "structured": structured.invoke("Where is the Pantheon?"),
         "embeddings": [*embeddings.embed_documents(["a", "b"]), embeddings.embed_query("a")],
     }
 
@@ -70,6 +73,9 @@ def litellm(url: str) -> Any:
     )
     called = library.completion(model="hosted_vllm/tiny", messages=MESSAGES, tools=[TOOL], **shared)
     later = library.acompletion(model="openai/tiny", messages=MESSAGES, lora={"adapters": [{"name": "sql"}]}, **shared)
+    structured = library.completion(
+        model="openai/tiny", messages=MESSAGES, response_format={"type": "json_object"}, **shared
+    )
     embedded = library.embedding(model="openai/encoder", input=["a", "b"], encoding_format="float", **shared)
     text = library.text_completion(model="text-completion-openai/pirate", prompt="Hi", **shared)
     try:
@@ -87,6 +93,7 @@ def litellm(url: str) -> Any:
         ],
         "embeddings": [entry["embedding"] for entry in embedded.data],
         "refused": refused,
+        "structured": json.loads(structured.choices[0].message.content),
     }
 
 

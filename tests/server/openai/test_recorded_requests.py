@@ -90,6 +90,18 @@ CHAT: dict[str, dict[str, Any]] = {
         "max_tokens": 64,
     },
     "an agent that has called": {"messages": SESSION, "tools": [PERSON], "tool_choice": "auto", "temperature": 0.0},
+    "an object by its schema": {  # instructor's mode JSON_SCHEMA
+        "messages": [{"role": "user", "content": "Emma is 30."}],
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "Person",
+                "schema": {**PERSON["function"]["parameters"], "additionalProperties": False},
+                "strict": True,
+            },
+        },
+        "max_tokens": 100,
+    },
     "samplers of local servers": {
         "messages": [{"role": "user", "content": "Hi"}],
         "top_k": -1,

@@ -39,13 +39,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def harness(store: AdapterStore, tokenizer: PreTrainedTokenizerFast, folder: Path) -> AsyncIterator[Harness]:
-    """A server whose model calls a tool where it is shown one."""
+    """A server whose model calls a tool where it is shown one, and names a place where its words are constrained."""
     harness = Harness(store, tokenizer, Settings(routing=RoutingSettings(encoder=str(folder))), InProcess(folder))
     assert harness.engine.info is not None
     harness.engine.info = replace(harness.engine.info, max_model_len=4096)
-    call, reply = (harness.engine.encode(text) for text in (HERMES.write("weather", {"city": "Rome"}), REPLY))
+    said = (HERMES.write("weather", {"city": "Rome"}), REPLY, '{"city": "Rome"}')
+    call, reply, place = (harness.engine.encode(text) for text in said)
 
     def script(request: Request) -> list[int]:
+        if request.params.constraint is not None:
+            return place
         return call if "weather" in tokenizer.decode(request.prompt) else reply
 
     harness.engine.answer(script)
@@ -83,6 +86,7 @@ async def test_langchain(harness: Harness, live: str, folder: Path, tmp_path: Pa
         "async": REPLY,
         "completion": REPLY,
         "calls": [["weather", {"city": "Rome"}]],
+        "structured": {"city": "Rome"},
     }
     assert {frozenset(mix) for mix in models(harness)} == {
         frozenset({"sql", "german"}),
@@ -100,6 +104,7 @@ async def test_litellm(harness: Harness, live: str, folder: Path, tmp_path: Path
         "async": REPLY,
         "completion": REPLY,
         "calls": [["weather", {"city": "Rome"}]],
+        "structured": {"city": "Rome"},
         "refused": 404,
     }
     assert models(harness) == {("sql",), (), ("pirate",)}
