@@ -19,9 +19,9 @@ class Tool:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """In OpenAI's form, which is the one that chat templates know."""
-        described = {} if self.description is None else {"description": self.description}
-        return {"type": "function", "function": {"name": self.name, **described, "parameters": self.parameters}}
+        """In OpenAI's form, which chat templates know; some of them fail without a description."""
+        function = {"name": self.name, "description": self.description or "", "parameters": self.parameters}
+        return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True)

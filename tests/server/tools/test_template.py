@@ -137,6 +137,12 @@ async def test_a_forced_call_is_begun() -> None:
     assert (await rendered(LLAMA_TEMPLATE, [USER], forced)).endswith("<assistant>")
 
 
+async def test_a_tool_without_a_description_has_an_empty_one() -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name + ': ' + t.function.description }}.{% endfor %}"
+    use = ToolUse((Tool("now", None, {"type": "object"}), WEATHER), ("now", "weather"))
+    assert await rendered(template, [USER], use) == "now: .weather: Tells.."
+
+
 @pytest.mark.parametrize("arguments", ["", "{", '{"a": 1', "null"])
 async def test_arguments_of_earlier_calls_may_be_anything(arguments: str) -> None:
     """A model may have written them, and its client sends back what it got."""
