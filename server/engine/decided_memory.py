@@ -1,6 +1,6 @@
 """Decisions at fixed addresses on a device, where steps that are captured as graphs look them up."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch import Tensor
 from server.engine.decided_rows import PLACES, DecidedRows
 
 MOST_PAGES, MOST_DECISIONS = 128, 256
-"""Columns of a mapping and different decisions in a step: with 32 layers 29 MB. Steps with more run without a graph."""
+"""Columns of a mapping, and decoding rows or different decisions, in a step: with 32 layers 29 MB. Steps with more run
+without a graph."""
 
 
 class DecidedMemory:
@@ -35,17 +36,24 @@ class DecidedMemory:
             for group, places in PLACES.items():
                 shape = (self._num_layers, len(places), self._most, MOST_PAGES)
                 self._tables[group] = torch.ones(shape, device=self._device)
-        self._rows.zero_()
-        self._rows[: len(decided.rows)].copy_(decided.rows)
+        if decided.rows is not None:
+            self._rows.zero_()
+            self._rows[: len(decided.rows)].copy_(decided.rows)
         for group, table in decided.tables.items():
             self._tables[group][:, :, : table.shape[2], : table.shape[3]].copy_(table)
         self._written = decided
         return True
 
-    def view(self, num_rows: int, pages: Mapping[str, int]) -> DecidedRows:
+    def fits(self, num_rows: int, *, decoding: bool, pages: Iterable[int]) -> bool:
+        """Whether there is room for steps of so many rows, and so many columns in each group."""
+        return all(count <= MOST_PAGES for count in pages) and not (decoding and num_rows > self._most)
+
+    def view(self, num_rows: int, *, decoding: bool, pages: Mapping[str, int]) -> DecidedRows:
         """What is written then, for steps of so many rows, and so many columns by group; those in excess mean nothing.
 
-        Something has been written before.
+        decoding: as the steps are that it is written for. Something has been written before.
         """
         tables = {group: self._tables[group][..., :count] for group, count in pages.items()}
+        if decoding:
+            return DecidedRows(None, {group: table[:, :, :num_rows] for group, table in tables.items()})
         return DecidedRows(self._rows[:num_rows], tables)

@@ -23,16 +23,18 @@ PLACES = {group.name: [TARGETS.index(target) for target in group.targets] for gr
 class DecidedRows:
     """Looks up what was decided, by row.
 
-    rows: int64[T], the place of every token row's decision among K of them; the first stands for rows without one.
+    rows: int64[T], the place of every token row's decision among K of them; the first stands for rows without one. None
+    where all sequences decode, and K is T: then nothing is left to look up in a step.
     tables: by group name fp32[L, S, K, U], for the S targets of the group and the U columns of its mapping.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     tables: Mapping[str, Tensor]
 
     def scale(self, layer: int, group: str, x: Tensor, mapping: PageMapping) -> Tensor:  # noqa: ARG002
         """fp32[S, T, U]."""
-        return self.tables[group][layer].index_select(1, self.rows)
+        own = self.tables[group][layer]
+        return own if self.rows is None else own.index_select(1, self.rows)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ class DecidedBuilder:
             has_table = _table(chunk) is not None
             count += has_table
             places += [count if has_table else 0] * chunk.num_tokens
-        tables = {group: _spread(own, group, pages).to(self.device) for group, pages in columns.items()}
-        return DecidedRows(torch.tensor(places, device=self.device), tables)
+        rows = torch.tensor(places)
+        tables = {group: _spread(own, group, pages) for group, pages in columns.items()}
+        if len(places) == len(chunks):
+            spread = {group: table.index_select(2, rows).to(self.device) for group, table in tables.items()}
+            return DecidedRows(None, spread)
+        return DecidedRows(rows.to(self.device), {group: table.to(self.device) for group, table in tables.items()})
 
 
 def _table(chunk: Chunk) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.attention import query_blocks
 from kernels.triton_ops import TritonOps
 from server.engine.capacity import DECODE_BLOCK, MIXED_BLOCK, Capacities
-from server.engine.decided_memory import MOST_PAGES, DecidedMemory
+from server.engine.decided_memory import DecidedMemory
 from server.engine.decided_rows import DecidedBuilder, with_decided
 from server.engine.gate_parts import Columns
 from server.engine.gate_stage import staged_shares
@@ -96,7 +96,7 @@ class GraphSteps:
         routing = prompt_routing(chunks, lambda: _columns(tiles), self._decided)
         is_held = routing is not None and routing.decided is not None and self._decisions.write(routing.decided)
         if shape is not None and routing is not None:
-            shape = with_decisions(shape) if is_held and routing.reading is None else None
+            shape = self._with_decisions(shape) if is_held and routing.reading is None else None
         spans, pooling, staging = spans_to_score(chunks), rows_to_pool(chunks), self._staging
         scores, pooled = None, None
         if shape is None or spans or pooling or not self.use_graphs:
@@ -151,6 +151,12 @@ class GraphSteps:
         assert views.gates is not None, "a step with gated rows has room for gates"
         return staged_shares(chunks, views.gates.rows.totals)
 
+    def _with_decisions(self, shape: StepShape) -> StepShape | None:
+        """With room for what routers decided; None where a kernel would read columns that are not there."""
+        pages = [tiles.padded_pages for _, tiles in shape.tiles]
+        fits = self._decisions.fits(shape.rows, decoding=shape.decodes == shape.rows, pages=pages)
+        return replace(shape, decided=True) if fits else None
+
     def _run(self, staging: Staging, shape: StepShape, routing: PromptRouting | None = None) -> Hidden:
         """The whole step: reads the staged metadata, writes `_logits` and `_sampled`."""
         views = StepViews.of(staging.words, shape, self.block_size, self.max_model_len)
@@ -159,7 +165,8 @@ class GraphSteps:
         batch = ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, router)
         if shape.decided:
             pages = {group: tiles.padded_pages for group, tiles in shape.tiles}
-            batch.router = with_decided(router, self._decisions.view(shape.rows, pages))
+            seen = self._decisions.view(shape.rows, decoding=shape.decodes == shape.rows, pages=pages)
+            batch.router = with_decided(router, seen)
         elif routing is not None:
             batch.router = with_decided(router, routing.decided)
         batch.observer = None if routing is None else routing.reading
@@ -218,12 +225,6 @@ class GraphSteps:
         torch.cuda.current_stream().wait_stream(stream)
         self._sampled.copy_(sampled)
         return self._graphs.get(shape)
-
-
-def with_decisions(shape: StepShape) -> StepShape | None:
-    """With room for what routers decided; None where a kernel would read columns that `DecidedMemory` does not have."""
-    fits = all(tiles.padded_pages <= MOST_PAGES for _, tiles in shape.tiles)
-    return replace(shape, decided=True) if fits else None
 
 
 def _columns(tiles: StepTiles) -> Columns:

@@ -128,6 +128,7 @@ def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
     requests += plainly
     random.Random(1).shuffle(requests)
     engine = routed_engine(tiny_model, gates=GATES, **settings)
+    registered.load(engine)
     for request in requests:
         engine.add_request(request)
     outputs = drain(engine)

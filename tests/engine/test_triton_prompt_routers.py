@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.tiles import TileShape
 from server.engine.decided_memory import MOST_PAGES, DecidedMemory
 from server.engine.decided_rows import PLACES, DecidedRows
-from server.engine.graphs import with_decisions
 from server.engine.sequence import Request
-from server.engine.staging import StepShape
 from tests.engine.plain_routing import make_prompt_router, routed
 from tests.engine.test_engine import Registered, drain, tokens_of
 from tests.engine.test_gated_engine import FACTORY as GATES
@@ -59,28 +56,32 @@ def test_decided_rows_beside_others(micro_model: Path, micro: Registered, tmp_pa
         assert len({each.chosen for each in told if each is not None}) <= 1
 
 
+def drawn(rows: list[int] | None, count: int, pages: int) -> DecidedRows:
+    tables = {group: torch.rand(2, len(places), count, pages) for group, places in PLACES.items()}
+    return DecidedRows(None if rows is None else torch.tensor(rows), tables)
+
+
 def test_decisions_at_fixed_addresses() -> None:
     """A step finds what was written for it, whatever was written before, and one that is too large finds no room."""
     memory = DecidedMemory(2, max_rows=8, max_num_seqs=2, device=torch.device("cpu"))
-
-    def drawn(rows: list[int], count: int, pages: int) -> DecidedRows:
-        tables = {group: torch.rand(2, len(places), count, pages) for group, places in PLACES.items()}
-        return DecidedRows(torch.tensor(rows), tables)
-
-    for decided in (drawn([0, 1, 2, 1, 0], 3, 4), drawn([1], 2, 1), drawn([2, 0], 3, MOST_PAGES)):
+    steps = (drawn([0, 1, 2, 1, 0], 3, 4), drawn(None, 2, 5), drawn([1], 2, 1), drawn([2, 0], 3, MOST_PAGES))
+    for decided in steps:
         assert memory.write(decided)
         pages = {group: table.shape[3] for group, table in decided.tables.items()}
-        seen = memory.view(7, pages)
+        decoding, count = decided.rows is None, 2 if decided.rows is None else len(decided.rows)
+        seen = memory.view(3 if decoding else 7, decoding=decoding, pages=pages)
         for group in PLACES:
             found = seen.scale(1, group, torch.empty(7, 0), None)
-            count = len(decided.rows)
+            assert found.stride(2) == 1
             assert found[:, :count].equal(decided.scale(1, group, torch.empty(count, 0), None))
     assert not memory.write(drawn([3], 4, 1))
+    assert not memory.write(drawn(None, 4, 1))
     assert not memory.write(drawn([0], 1, MOST_PAGES + 1))
 
 
 def test_graphs_have_room_for_decisions_up_to_what_is_kept() -> None:
-    tiles = TileShape("rows", 16, 8, 8, MOST_PAGES)
-    shape = StepShape(4, 4, 0, 4, (("qkv", tiles),))
-    assert with_decisions(shape) == replace(shape, decided=True)
-    assert with_decisions(replace(shape, tiles=(("qkv", replace(tiles, pages=MOST_PAGES + 1)),))) is None
+    memory = DecidedMemory(2, max_rows=8, max_num_seqs=2, device=torch.device("cpu"))
+    assert memory.fits(3, decoding=True, pages=[1, MOST_PAGES])
+    assert memory.fits(8, decoding=False, pages=[MOST_PAGES])
+    assert not memory.fits(4, decoding=True, pages=[1])
+    assert not memory.fits(1, decoding=True, pages=[1, MOST_PAGES + 1])
