@@ -31,6 +31,6 @@ def adapter_folders(root: Path, tasks: Sequence[str], *, narrowed: bool = False,
     if lacking and not null:
         raise TrainError(
             f"task {lacking[0]}: it has no adapter, expected the folder {root / lacking[0]}, "
-            "or --null for a row of the gates that stands for no adapter"
+            "or --null for a row of the router that stands for no adapter"
         )
     return found

@@ -198,7 +198,7 @@ def test_adapters_that_do_not_fit_the_tasks_are_one_line(arguments: list[str], a
         done = runner.invoke(cli.app, [*arguments, *more])
         assert (done.exit_code, done.stderr) == (1, f"loramux: {line}\n")
 
-    place = f"expected the folder {adapters}/other, or --null for a row of the gates that stands for no adapter"
+    place = f"expected the folder {adapters}/other, or --null for a row of the router that stands for no adapter"
     fails(f"task other: it has no adapter, {place}")
     nowhere = tmp_path / "nowhere"
     wanted = "expected a folder of adapter folders that are named like the tasks"
