@@ -25,7 +25,7 @@ class FunctionDefinition(RequestModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Ignored: a call that is forced follows its schema in any case."""
+    """Default false. Forced calls follow the schema; if it is true, keywords that a grammar cannot keep are refused."""
 
     @field_validator("parameters")
     @classmethod
@@ -43,7 +43,8 @@ class FunctionDefinition(RequestModel):
     @property
     def tool(self) -> Tool:
         schema = {"type": "object", **(self.parameters or {})}
-        return Tool(self.name, self.description, schema if self.parameters else {**schema, "properties": {}})
+        parameters = schema if self.parameters else {**schema, "properties": {}}
+        return Tool(self.name, self.description, parameters, bool(self.strict))
 
 
 class FunctionTool(RequestModel):

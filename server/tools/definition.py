@@ -11,11 +11,15 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the client can call. `parameters` is the JSON schema of an object."""
+    """A function that the client can call. `parameters` is the JSON schema of an object.
+
+    What a grammar cannot keep of the schema is left out, unless it is `strict`.
+    """
 
     name: str
     description: str | None
     parameters: Json
+    strict: bool = False
 
     @property
     def shown(self) -> dict[str, Any]:

@@ -24,6 +24,15 @@ _SCHEMAS = frozenset(
 _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _WORDS = frozenset({"$id", "$schema", "$comment", "title", "description", "default", "examples"})
 """Keywords that allow and forbid nothing. `$id` would give references another root."""
+_NOT_KEPT = frozenset(
+    {
+        *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
+        *("not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies", "propertyNames"),
+        *("minProperties", "maxProperties"),
+    }
+)
+"""Keywords that llguidance refuses, always or mostly."""
+_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 _COMBINING = frozenset({"allOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
 """Keywords by which one schema speaks of the properties of another."""
 
@@ -79,8 +88,28 @@ def _call_schema(tools: tuple[Tool, ...], key: str) -> dict[str, Any]:
     definitions = {}
     for tool in tools:
         closes = not _COMBINING & _keywords(tool.parameters)
-        definitions[tool.name] = _moved(tool.parameters, f"#/$defs/{tool.name}", closes)
+        schema = tool.parameters if tool.strict else _kept(tool.parameters)
+        definitions[tool.name] = _moved(schema, f"#/$defs/{tool.name}", closes)
     return {"x-guidance": _SPACING, "$defs": definitions, "anyOf": calls}
+
+
+def _kept(schema: object) -> Any:
+    """The schema without what a grammar cannot keep: a call that may break a rule is better than none."""
+    if isinstance(schema, list):
+        return [_kept(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NOT_KEPT or (key == "format" and not (isinstance(value, str) and value in _FORMATS)):
+            continue
+        if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            kept[key] = {name: _kept(each) for name, each in value.items()}
+        elif key == "oneOf" and "anyOf" not in schema:
+            kept["anyOf"] = _kept(value)  # that no two of them fit is more than can be kept
+        else:
+            kept[key] = _kept(value) if key in _SCHEMAS else value
+    return kept
 
 
 def _moved(schema: object, root: str, closes: bool) -> Any:

@@ -181,6 +181,25 @@ def test_whatever_is_said_is_calls(world: World, form: ToolForm) -> None:
     assert counts == {1} if form.has_one_call else max(counts) > 1
 
 
+LOOSE = one(
+    digits={"type": "array", "items": DIGIT, "uniqueItems": True, "maxItems": 2},
+    size={"type": "string", "format": "int32", "maxLength": 3, "not": {"const": "no"}},
+    which={"oneOf": [DIGIT, {"type": "integer", "minimum": 5, "maximum": 12}]},
+    uniqueItems={"type": "object", "properties": {}, "minProperties": 0},
+)
+
+
+def test_what_a_grammar_cannot_keep_is_left_out_or_refused(world: World) -> None:
+    loose, strict = Tool("f", None, LOOSE), Tool("f", None, LOOSE, strict=True)
+    grammar = world.compile(forced_calls(ToolUse((loose,), ("f",), is_forced=True), HERMES, {}))
+    good = {"digits": [1, 1], "size": "no", "which": 12, "uniqueItems": {}}
+    assert world.takes(grammar, called(HERMES, "f", good))
+    for bad in ({"digits": [1, 1, 1]}, {"size": "four"}, {"which": 13}, {"which": None}):
+        assert not world.takes(grammar, called(HERMES, "f", {**good, **bad}))
+    with pytest.raises(GrammarError):
+        world.compile(forced_calls(ToolUse((strict,), ("f",), is_forced=True), HERMES, {}))
+
+
 def test_one_call_and_the_allowed_tools(world: World) -> None:
     single = world.compile(forced_calls(use("nothing", is_parallel=False), HERMES, world.tokens(HERMES)))
     several = world.compile(forced_calls(use("nothing"), HERMES, world.tokens(HERMES)))
@@ -238,6 +257,7 @@ def test_answers_that_calls_cannot_be_told_from_stay_alone(kind: ConstraintKind,
         {"type": "object", "properties": {"a": 5}},
         {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]},
         {"type": "object", "properties": {"a": {"allOf": 7}}},
+        {"type": "object", "properties": {"a": {"oneOf": 7, "format": {}}}},
     ],
 )
 def test_schemas_that_are_none_are_refused(world: World, parameters: Json) -> None:
