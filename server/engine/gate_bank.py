@@ -41,3 +41,5 @@ class GateBank(RouterBank[Gates]):
         super().check_integrity()
         if self._slots is not None:
             self._slots.check_integrity()
+            if kept := self._slots.used - self._users.keys():
+                raise RuntimeError(f"slots of {sorted(kept)} are taken, but no request uses these routers")

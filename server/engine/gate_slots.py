@@ -57,6 +57,11 @@ class GateSlots:
         if self._claimant == digest:
             self._claimant = None
 
+    @property
+    def used(self) -> set[str]:
+        """The routers whose slots requests have taken and not given back."""
+        return set(self._users)
+
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every slot is free or one router's, and every user's router has one."""
         if sorted([*self._slots.values(), *self._free]) != list(range(self._memory.shape.slots)):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from adapters_store.pool import PageLease
 from adapters_store.types import GROUPS, TARGETS, LinearShape, Mix
+from kernels.gate_rows import Gated
 from kernels.gated_pages import GatedPlan, GatedShape
 from kernels.gates import gate_scale
 from kernels.tiles import PAGE_RANK, TilePlan
@@ -19,6 +20,7 @@ from routing.token_gates import TokenGates
 from routing.token_router import TokenGateFactory
 from routing.token_slots import TokenSlots
 from server.engine.capacity import Capacities
+from server.engine.decided_rows import BothRouters, DecidedRows
 from server.engine.gate_parts import make_router, part_shares
 from server.engine.gate_stage import gate_words, staged_shares
 from server.engine.gates import GateShape, GateUse
@@ -152,6 +154,19 @@ def test_captured_steps_route_as_eager_ones(slots: TokenSlots, chunks: list[Chun
     told = staged_shares(chunks, views.gates.rows.totals).read()
     for chunk, one, other in zip(chunks, told, part_shares(chunks, eager).read(), strict=True):
         assert one == (pytest.approx(other, abs=1e-5) if chunk.samples else ())
+
+
+def test_decided_factors_go_with_the_gates(slots: TokenSlots) -> None:
+    sequence = ROUTERS[0].sequence(4, 2, 1.0, 9)
+    sequence.blocks = [0]
+    views, _ = staged([Chunk(sequence, 3, 1, samples=True)], 0)
+    assert views.gates is not None
+    pages, x = views.mappings["o"].pages, torch.randn(1, 16)
+    decided = DecidedRows(torch.tensor([1]), {"o": torch.rand(2, 1, 2, len(pages))})
+    gated = BothRouters(slots.router(views.gates), decided).scale(1, "o", x, views.mappings["o"])
+    assert isinstance(gated, Gated)
+    assert gated.factors is not None
+    assert torch.equal(gated.factors, decided.tables["o"][1, :, 1:])
 
 
 def test_padding_is_routed_nowhere(slots: TokenSlots) -> None:

@@ -48,6 +48,18 @@ def test_the_workspace_holds_the_logits_of_scored_prompts(model: ModelConfig) ->
     assert grown >= SCORED_ROWS * 1000 * (2 + 4 + 4)
 
 
+def test_gates_take_their_part_of_what_is_free(model: ModelConfig) -> None:
+    plain = plan_memory(EngineConfig("m"), model, CUDA, torch.bfloat16)
+    for gates, slots in ((40, 3), (0, 0)):
+        config = EngineConfig("m", gates="any:factory", gate_slots=slots, gates_per_slot=max(1, gates))
+        plan = plan_memory(config, model, CUDA, torch.bfloat16)
+        shape = model.linear_shape
+        taken = slots * 64 * shape.num_layers * sum(shape.inputs.values()) * 2
+        assert plan.gates == taken
+        assert plan.kv + plan.pages == pytest.approx(plain.kv + plain.pages - taken * CUDA_SHARE, abs=2)
+    assert plain.gates == 0
+
+
 def test_a_cpu_needs_no_workspace(model: ModelConfig) -> None:
     plan = plan_memory(EngineConfig("m", kv_memory=5), model, torch.device("cpu"), torch.float32)
     assert (plan.kv, plan.workspace) == (5, 0)
