@@ -38,12 +38,12 @@ def extend(
     from routing.card_file import RouterFolderError
     from routing.train.adapter import TrainError
     from routing.train.data import TaskDataError, read_tasks
-    from routing.train.extend import ExtendRecipe, extend_router
+    from routing.train.extend import adapters_in, extend_router
+    from routing.train.joined_row import ExtendRecipe
     from server.checkpoint import CheckpointError, locate
 
     with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
-        found = read_tasks(tasks)
-        own = {task.name: adapters / task.name for task in found if (adapters / task.name).is_dir()}
+        found, own = read_tasks(tasks), adapters_in(adapters)
         folder = locate(model, data_folder(data_dir))
         recipe = ExtendRecipe(samples=samples, others=others, device=device)
         result = extend_router(router, add, folder, found, own, out, recipe, name)

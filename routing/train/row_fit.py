@@ -10,10 +10,11 @@ above the mean of the others; both sides weigh the same, and the squared norm of
 of an input. Gates have no bias: what a constant would do is done through the inputs' mean, as far as they have one.
 
 It is a prototype row whose distance takes all correlations of the inputs into account. Measured with SmolLM2-135M and
-the demo's adapters, 10 samples each, gates of three layers fitted without one of three adapters, validation rows: of
-all tokens of the new adapter's task 98.2% have its logit highest with ridge 0.1, and 97.8% with gates that are fitted
-to all adapters. With the difference of the means of both sides, scaled and shifted to the same mean logits, it is
-87.2%, with this difference over the variances 91.4%. Of the others' tokens 98.4% stay where they belong, as before.
+the demo's adapters, 10 samples each, gates of three layers fitted without one of three adapters, validation rows, each
+under its own adapter: of all tokens of the new adapter's task 98.2% have its logit highest with ridge 0.1, and 97.8%
+with gates that are fitted to all adapters. With the difference of the means of both sides, scaled and shifted to the
+same mean logits, it is 87.2%, with this difference over the variances 91.4%. Of the others' tokens 98.4% stay where
+they belong, as before.
 """
 
 from __future__ import annotations
