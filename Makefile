@@ -11,7 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model tools demo test test-slow test-lm-eval gpu-test check bench bench-gpu lock clean
+.PHONY: setup model tools demo test test-slow test-lm-eval soak gpu-test check bench bench-gpu lock clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +51,11 @@ test-slow: model tools
 test-lm-eval: model
 	$(RUN)/python -m pip install --disable-pip-version-check --constraint requirements.lock "lm-eval[api,hf]==0.4.13"
 	$(RUN)/python -m pytest -m slow tests/server/test_lm_eval.py
+
+# Mixed traffic while the engine is killed and paused and adapters come and go; the invariants must hold.
+MINUTES ?= 10
+soak: model
+	$(RUN)/python -m loadtests.soak --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --minutes $(MINUTES)
 
 # Every kernel and the engine on this machine's GPU; compute-sanitizer comes with CUDA's toolkit.
 gpu-test: model

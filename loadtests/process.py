@@ -45,6 +45,11 @@ class ServerProcess:
         self._process.communicate(timeout=60)
         self._log.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the front end."""
+        return self._process.pid
+
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
 
