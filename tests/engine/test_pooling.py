@@ -75,13 +75,14 @@ def test_the_prefix_cache_is_not_read_and_fed(make: Make, tiny_model: Path, ahea
 @pytest.mark.parametrize("ahead", [False, True])
 def test_preempted_prompts_are_pooled_once(make: Make, tiny_model: Path, ahead: bool) -> None:
     """What was pooled before may come from the cache afterwards."""
-    engine = make(ahead, block_size=4, max_batch_tokens=16, max_num_seqs=4)
+    engine = make(ahead, block_size=4, max_batch_tokens=15, max_num_seqs=4)
     engine.add_request(Request("r", PROMPTS[4], POOLED))
     outputs = [output for _ in range(2) for output in engine.step()]
     (sequence,) = engine.scheduler.running
     pooled = sequence.first_unscored
     assert 0 < pooled < len(PROMPTS[4])
-    engine.scheduler._preempt(sequence, Plan(16))
+    assert pooled % 4, "some rows are to be computed again that have been pooled"
+    engine.scheduler._preempt(sequence, Plan(15))
     outputs += drain(engine)["r"]
     check(outputs, base_model(tiny_model), PROMPTS[4])
     assert engine.stats().prefix_hits == pooled // 4 * 4

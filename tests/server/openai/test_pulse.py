@@ -96,6 +96,17 @@ async def test_who_does_not_read_is_not_waited_for(harness: Harness, when: int) 
     harness.check_all_given_back()
 
 
+async def test_who_never_reads_is_not_waited_for_either(harness: Harness) -> None:
+    """Not even the answer's head is taken, and the first token has not come."""
+    harness.engine.gate.clear()
+    caller = Caller(harness, "/v1/completions", BODY)
+    caller.reads.clear()
+    await asyncio.wait_for(caller.task, 20)
+    assert not caller.sent
+    assert harness.endings() == {"abort": 1.0}
+    harness.check_all_given_back()
+
+
 async def test_without_comments_readers_are_watched_all_the_same() -> None:
     sent: list[bytes] = []
     reads = asyncio.Event()
