@@ -100,6 +100,9 @@ class FakeLaunch:
     def prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...]]:
         return {}
 
+    def pools(self) -> dict[int, bytes | None]:
+        return {}
+
 
 class FakeRunner:
     """A model that always says 5."""
