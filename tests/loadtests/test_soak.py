@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def test_children_are_found_by_their_command_line() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert children(parent.pid, "the-engine") == [pid]
+        while children(parent.pid, "the-engine") != [pid]:  # a moment after it began it has no command line yet
+            time.sleep(0.01)
         assert children(parent.pid, "another") == []
         parent.communicate("\n")
 

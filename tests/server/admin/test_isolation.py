@@ -72,6 +72,7 @@ def asks(name: str, digest: str) -> list[Ask]:
             ),
             ("POST", "/v1/completions", text | {"model": "auto", "lora": {"candidates": [model]}}),
             ("POST", f"{V1}/route", {"prompt": "Hi", "candidates": [model]}),
+            ("POST", "/v1/embeddings", {"model": model, "input": "Hi"}),
             ("POST", "/tokenize", {"model": model, "prompt": "Hi"}),
             ("POST", "/detokenize", {"model": model, "tokens": [5]}),
             ("POST", f"{V1}/merges", {"name": "new", "method": "cat", "adapters": [{"name": model}]}),
@@ -227,7 +228,7 @@ def test_every_endpoint_is_covered(world_paths: Sequence[tuple[str, str]]) -> No
     }
     reserved = tuple(f"{V1}/{what}" for what in ("tenants", "state", "drain", "routers"))
     admins = {path for _, path in world_paths if path.startswith(reserved)}
-    operators = {"/health", "/ready", "/version", "/metrics"}
+    operators = {"/health", "/health/decode", "/ready", "/version", "/metrics"}
     left = {
         (method, path)
         for method, path in world_paths
