@@ -148,7 +148,7 @@ def _document(asked: argparse.Namespace, name: str, floor: float, rows: list[Jso
         "versions": {package: version(package) for package in ("torch", "triton")},
         "commit": asked.commit,
         "copy_gb_per_second": None if math.isnan(floor) else floor / 1e9,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()},
+        "arguments": {key: value.name if isinstance(value, Path) else value for key, value in vars(asked).items()},
         "rows": rows,
         "einsum": bench_einsum.compared(rows),
         "meteora": bench_meteora.compared(rows),

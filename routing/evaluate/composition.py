@@ -32,6 +32,9 @@ from server.model.config import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FOLDERS = ("model", "tasks", "adapters", "rankings")
+"""Of these a result keeps the names alone: where they lay says nothing to its readers."""
+
 Json = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -146,7 +149,7 @@ def _write(
     document = {
         "evaluation": "composition",
         "encoder": rankings.encoder,
-        "arguments": asdict(asked),
+        "arguments": asdict(asked) | {name: Path(getattr(asked, name)).name for name in FOLDERS},
         "device": info.device,
         "dtype": info.dtype,
         "model_fingerprint": info.model_fingerprint,

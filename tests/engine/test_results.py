@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     page.write_text("no markers")
     assert main([str(stored), "--page", str(page)]) == 2
     assert page.read_text() == "no markers"
+
+
+def test_stored_results_name_no_folder_of_the_machine_that_measured() -> None:
+    stored = sorted((Path(__file__).parents[2] / "docs" / "results").rglob("*.json"))
+    assert stored
+    for file in stored:
+        assert not re.search(r'"(?:/|~|[A-Z]:\\)', file.read_text(encoding="utf-8")), file
