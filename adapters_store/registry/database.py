@@ -3,7 +3,9 @@
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
+from time import sleep
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
@@ -17,6 +19,8 @@ from adapters_store.registry.errors import InvalidValue, RegistryUnavailable
 _WRITES = "loramux_writes"
 """Execution option of connections whose transactions write."""
 _BUSY_SECONDS = 30
+_SWITCH_WAIT = 0.02
+"""Seconds between two tries to switch a database to its write-ahead log."""
 _CHUNK = 10_000
 """Most parameters of one statement: SQLite takes 32,766, PostgreSQL 65,535."""
 
@@ -99,9 +103,24 @@ def _open_sqlite(url: URL) -> Engine:
 def _configure_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver begins no transactions of its own: `_begin_sqlite` does
     cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "foreign_keys = ON", "synchronous = FULL"):
+    _write_ahead(cursor)
+    for pragma in ("foreign_keys = ON", "synchronous = FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _write_ahead(cursor: sqlite3.Cursor) -> None:
+    # Of several connections that switch a new file at once, SQLite refuses some without waiting as long as they have
+    # asked it to (8 of 3,200 with eight threads): they would be waiting for each other.
+    for wait in repeat(_SWITCH_WAIT, round(_BUSY_SECONDS / _SWITCH_WAIT)):
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            sleep(wait)
+    cursor.execute("PRAGMA journal_mode = WAL")
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
 from adapters_store.registry import DEFAULT_TENANT, OtherBaseModel, Registry, SchemaTooNew, open_engine
 from adapters_store.registry.schema import metadata
 from tests.adapters_store.registered import MakeUrl, parallel
+
+
+def read_mode(engine: Engine) -> object:
+    with engine.connect() as connection:
+        return connection.exec_driver_sql("PRAGMA journal_mode").scalar()
 
 
 class TestSchema:
@@ -29,6 +34,14 @@ class TestSchema:
             assert isinstance(each, Registry)
             assert [row.id for row in each.accounts.list().items] == [DEFAULT_TENANT]
             each.close()
+
+    def test_connections_to_a_new_file_wait_for_each_other(self, tmp_path: Path) -> None:
+        for round_ in range(25):
+            engines = [open_engine(f"sqlite:///{tmp_path / str(round_)}.db") for _ in range(8)]
+            modes = parallel(8, lambda index, engines=engines: read_mode(engines[index]))
+            assert modes == ["wal"] * 8
+            for engine in engines:
+                engine.dispose()
 
     def test_a_newer_schema_is_refused(self, make_url: MakeUrl) -> None:
         url = make_url()
