@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 BUG = "internal error; the server's log has the details"
 RETRY_SECONDS = 2
-"""What `Retry-After` tells clients while the engine restarts: its first attempt comes after half a second."""
+"""What `Retry-After` tells clients while the engine restarts: a small model is back after two to three seconds."""
 QUOTA_SECONDS = 60
 """What it tells those whose store is full: no clock makes room there, their own deletions do."""
 

@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from server.engine.adapter_calls import AdapterCalls
 from server.engine.adapter_calls import EngineUnavailable as EngineUnavailable
+from server.engine.backoff import Backoff
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
 from server.engine.messages import (
     Abort,
@@ -32,8 +33,6 @@ from server.engine.messages import (
 from server.engine.sequence import FinishReason, Output, Request
 from server.engine.suspects import Suspects
 
-FIRST_BACKOFF = 0.5
-LONGEST_BACKOFF = 30.0
 SHUTDOWN_SECONDS = 5.0
 STALL_SECONDS = 60.0
 """An engine that works reports four times a second; a step that compiles kernels may take half a minute."""
@@ -74,6 +73,7 @@ class EngineClient(AdapterCalls):
         self._requests: dict[str, Request] = {}
         self._suspects = Suspects()
         self._heard = 0.0
+        self._has_answered = False
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -136,6 +136,7 @@ class EngineClient(AdapterCalls):
                     raise item
                 if item.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                     self._suspects.cleared(request)
+                    self._has_answered = True
                 yield item
         finally:
             self._streams.pop(request.id, None)
@@ -169,7 +170,7 @@ class EngineClient(AdapterCalls):
                 self._socket.close()
                 raise
             self._process = process
-        self.alive = True
+        self.alive, self._has_answered = True, False
         self._engine_started()
 
     async def _handshake(self, process: asyncio.subprocess.Process) -> EngineInfo:
@@ -191,7 +192,7 @@ class EngineClient(AdapterCalls):
         return message.info
 
     async def _supervise(self) -> None:
-        backoff = FIRST_BACKOFF
+        backoff = Backoff()
         clock = asyncio.get_running_loop().time
         while True:
             started = clock()
@@ -201,8 +202,8 @@ class EngineClient(AdapterCalls):
                 return
             self._suspects.crashed(self._requests.values())
             self._lost("the inference engine stopped unexpectedly; please retry")
-            backoff = FIRST_BACKOFF if clock() - started > LONGEST_BACKOFF else min(2 * backoff, LONGEST_BACKOFF)
-            await asyncio.sleep(backoff)
+            proven = self._has_answered or clock() - started > backoff.longest
+            await asyncio.sleep(backoff.after(proven=proven))
             self.restarts += 1
             try:
                 await self._spawn()
