@@ -98,7 +98,7 @@ class PacedClient(EngineClient):
 
     def __init__(self, folder: Path, rate: float, tokens: Sequence[int]) -> None:
         super().__init__(EngineConfig(str(folder)))
-        self.program = ("server.engine.bench_paced", str(rate), ",".join(map(str, tokens)))
+        self.process.program = ("server.engine.bench_paced", str(rate), ",".join(map(str, tokens)))
 
 
 def _serve(

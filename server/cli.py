@@ -126,7 +126,7 @@ def serve(
     from adapters_store.types import AdapterError
     from server.chat import TokenizerError
     from server.checkpoint import CheckpointError
-    from server.engine.client import EngineStartError
+    from server.engine.engine_process import EngineStartError
     from server.model.config import ModelError
     from server.serve import BindError
     from server.serve import serve as run

@@ -14,9 +14,10 @@ import pytest_asyncio
 
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Mix
-from server.engine.client import EngineClient, EngineStartError, EngineUnavailable
+from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.config import EngineConfig, EngineStats, RequestError
 from server.engine.engine import Engine
+from server.engine.engine_process import EngineStartError
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from server.model.config import ModelConfig
 
