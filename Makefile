@@ -11,7 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model tools demo test test-slow test-lm-eval soak gpu-test check bench bench-gpu lock clean
+.PHONY: setup model tools demo test test-slow test-clients test-lm-eval soak gpu-test check bench bench-gpu lock clean
 
 setup: $(VENV)/.ready
 
@@ -46,6 +46,16 @@ tools:
 
 test-slow: model tools
 	$(RUN)/python -m pytest -m slow
+
+# Clients whose dependencies exclude ours run in an environment of their own, and meet the server on a socket only.
+CLIENTS := $(VENV)/clients
+test-clients: model $(CLIENTS)/.ready
+	$(RUN)/python -m pytest -m slow tests/server/test_instructor.py
+
+$(CLIENTS)/.ready: requirements-clients.lock | setup
+	$(RUN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -r requirements-clients.lock
+	@touch $@
 
 # What lm-eval needs beyond the other tests is 400 MB and makes every start of the encoder slower, so it comes last.
 test-lm-eval: model
@@ -93,6 +103,8 @@ bench-gpu: setup
 lock:
 	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra dev \
 	  --constraint requirements.in --output-file requirements.lock pyproject.toml
+	uv pip compile --universal --python-version 3.11 --no-header --no-annotate \
+	  --output-file requirements-clients.lock requirements-clients.in
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
