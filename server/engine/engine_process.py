@@ -120,7 +120,6 @@ class EngineProcess:
                 self._socket.close()
                 raise
             self._process = process
-        self.has_answered = False
         self._on_started()
 
     async def _handshake(self, process: asyncio.subprocess.Process) -> EngineInfo:
@@ -152,6 +151,7 @@ class EngineProcess:
                 return
             self._lost("the inference engine stopped unexpectedly; please retry")
             proven = self.has_answered or clock() - started > backoff.longest
+            self.has_answered = False  # what fails to start now has proven nothing
             await asyncio.sleep(backoff.after(proven=proven))
             self.restarts += 1
             try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.engine.backoff import Backoff
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
@@ -62,6 +63,25 @@ async def test_an_idle_engine_is_not_stuck(client: EngineClient) -> None:
     client.stall_seconds = 60.0
     assert (await collect(client, Request("r", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
     assert client.pid == pid
+
+
+async def test_successors_that_do_not_start_are_held_back(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that served is replaced at once; those that fail afterwards get no credit for what it did."""
+    deaths: list[bool] = []
+
+    def after(_: Backoff, *, proven: bool) -> float:
+        deaths.append(proven)
+        return 0.0
+
+    monkeypatch.setattr(Backoff, "after", after)
+    assert (await collect(client, Request("r", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
+    client.process.config = replace(client.process.config, model=str(tmp_path / "gone"))
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    await until(lambda: len(deaths) >= 3)
+    assert deaths[:3] == [True, False, False]
 
 
 @pytest.mark.slow
