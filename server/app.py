@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
@@ -35,6 +36,8 @@ from server.config import Settings
 from server.console.routes import add_console
 from server.deps import Services, ServicesDep, ServingEngine, State, check_metrics_key
 from server.engine.client import EngineClient
+from server.engine.config import EngineConfig
+from server.engine.pool import EnginePool
 from server.errors import install_error_handlers
 from server.generation import SEEDS, Generator
 from server.key_ring import KeyRing
@@ -123,23 +126,41 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     reserved = (served_name, *encoder_name(settings))
     async with open_store(base.linear_shape, base_name, config, reserved) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
-        engine_config = settings.serve.engine_config(folder, settings.data_dir)
-        engine = EngineClient(engine_config, settings.serve.stall_timeout)
+        configs = settings.serve.engine_configs(folder, settings.data_dir)
+        engine = make_engine(configs, settings.serve.stall_timeout)
         process, absent = encoder_process(settings)
         services = assemble(settings, served_name, engine, store, tokenizer, base.fingerprint(), process, absent)
-        engine.on_stats = lambda stats: services.metrics.engine(stats, time.time())
+        watch_engine(engine, services.metrics, time.time)
         async with accounting(services), upkeep(services):
             try:
                 await services.routers.start()  # the encoder loads while the engine does
                 await engine.start()
                 await services.catalog.start()
                 await services.routers.ready(READY_SECONDS)
-                engine.prefetch(await prefetched(store, given, engine_config.host_memory))
+                engine.prefetch(await prefetched(store, given, sum(config.host_memory for config in configs)))
                 yield services
             finally:
                 await engine.stop()
                 await services.routers.close()
                 await services.catalog.close()
+
+
+def make_engine(configs: Sequence[EngineConfig], stall_seconds: float) -> EngineClient | EnginePool:
+    """A single engine is served without a pool, so that it costs nothing more."""
+    if len(configs) == 1:
+        return EngineClient(configs[0], stall_seconds)
+    return EnginePool.of(configs, stall_seconds, random.Random())
+
+
+def watch_engine(engine: EngineClient | EnginePool, metrics: Metrics, now: Callable[[], float]) -> None:
+    """What engines say of themselves is counted."""
+    for number, member in enumerate(engine.members):
+        metrics.watch(str(number), partial(getattr, member, "alive"))
+    if isinstance(engine, EnginePool):
+        engine.on_move = metrics.moved
+        engine.on_stats = lambda number, stats: metrics.engine(stats, now(), str(number))
+    else:
+        engine.on_stats = lambda stats: metrics.engine(stats, now())
 
 
 @contextlib.asynccontextmanager
@@ -217,7 +238,7 @@ def assemble(
     `fingerprint` is the base model's; `absent` says why there is no encoder `process`.
     """
     serve = settings.serve
-    metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs)
+    metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs * serve.engines)
     metrics.registered(store.registry.count())
     tenants, ring = Tenants(), KeyRing()
     accounts = AccountService(store.registry.accounts, tenants, ring, secrets.token_bytes)
@@ -291,10 +312,11 @@ def _add_operations(app: FastAPI) -> None:
     @app.head("/health/decode", include_in_schema=False)
     @app.get("/health/decode", tags=["operations"])
     async def decode(services: ServicesDep) -> JSONResponse:
-        """503 while a step of the engine is stuck: it has requests, and is silent longer than `--stall-timeout`."""
+        """503 while a step of an engine is stuck: it has requests, and is silent longer than `--stall-timeout`."""
         if not services.engine.alive:
             return _state("no engine", False)
-        return _state("stuck" if services.engine.stalled else "ok", not services.engine.stalled)
+        is_stuck = any(engine.stalled for engine in services.engine.members)
+        return _state("stuck" if is_stuck else "ok", not is_stuck)
 
     @app.head("/version", include_in_schema=False)
     @app.get("/version", tags=["operations"])

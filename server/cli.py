@@ -83,6 +83,7 @@ def serve(
     metrics_key: Annotated[str | None, typer.Option(help="A key that may only read /metrics.")] = None,
     metrics_public: Annotated[bool | None, typer.Option("--metrics-public", help="/metrics needs no key.")] = None,
     metrics_max_adapters: Annotated[int | None, typer.Option(help="Adapters with metrics of their own [100].")] = None,
+    engines: Annotated[int | None, typer.Option(help="Engine processes: one for each GPU to use [1].")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in a batch [64].")] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Token rows of a step [512].")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens [the model's].")] = None,
@@ -95,7 +96,7 @@ def serve(
     ] = None,
     gates_per_slot: Annotated[int | None, typer.Option(help="GPU: most adapters of such a router [64].")] = None,
     prefix_cache: Annotated[bool | None, typer.Option(help="Reuse the KV of equal prompt beginnings [on].")] = None,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine [all cores].")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of all engines together [all cores].")] = None,
     cuda_graphs: Annotated[
         str | None, typer.Option(metavar="capture|lazy|eager", help="GPU: captured at start, when needed, never.")
     ] = None,

@@ -89,6 +89,7 @@ class ServeSettings(BaseModel):
     metrics_max_adapters: int = Field(default=100, ge=1, le=10_000)
     default_router: str = "retriever"
     tool_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = "auto"
+    engines: int = Field(default=1, ge=1, le=64)
     max_num_seqs: int = Field(default=64, ge=1, le=4096)
     max_batch_tokens: int = Field(default=512, ge=1, le=MOST_BATCH_TOKENS)
     max_model_len: int | None = Field(default=None, ge=1)
@@ -137,8 +138,12 @@ class ServeSettings(BaseModel):
             limits=AdapterLimits(max_bytes=max_adapter_bytes),
         )
 
+    def engine_configs(self, model: Path, data_dir: Path) -> tuple[EngineConfig, ...]:
+        """Those of all engines, for the model in a local folder."""
+        return self.engine_config(model, data_dir).shared_out(self.engines, len(os.sched_getaffinity(0)))
+
     def engine_config(self, model: Path, data_dir: Path) -> EngineConfig:
-        """The engine's share, for the model in a local folder."""
+        """What is given for all engines together, or for one."""
         return EngineConfig(
             model=str(model),
             device=self.device,

@@ -1,6 +1,6 @@
 """What route handlers ask for: the services of the application, and who calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Protocol, TypedDict, cast
@@ -15,7 +15,7 @@ from server.chat import ChatTokenizer
 from server.choice import Engine
 from server.config import HttpSettings, LimitSettings
 from server.embedder import Embedder
-from server.engine.config import EngineStats
+from server.engine.config import EngineInfo, EngineStats
 from server.errors import Unauthorized, Unavailable
 from server.generation import Generator
 from server.metrics import Metrics
@@ -25,14 +25,27 @@ from server.tenants import Caller, Keys
 from server.usage import UsageLedger
 
 
-class ServingEngine(Engine, TieredEngine, Protocol):
-    """All that the application needs of an engine client."""
+class ServingMember(Protocol):
+    """What is shown of one engine."""
+
+    @property
+    def info(self) -> EngineInfo | None: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def stalled(self) -> bool: ...
 
     @property
     def stats(self) -> EngineStats: ...
 
+
+class ServingEngine(Engine, TieredEngine, Protocol):
+    """All that the application needs of an engine's client, or of a pool of engines."""
+
     @property
-    def stalled(self) -> bool: ...
+    def members(self) -> Sequence[ServingMember]: ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the server counts, for Prometheus. Seconds and bytes; one registry per application."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,6 +11,7 @@ from server.engine.config import EngineStats
 from server.labels import TopLabels
 
 ENGINE = "0"
+"""Of metrics by engine. To gateways the server is one engine, whatever is behind it: they read a single series."""
 LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 GAP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 STEP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
@@ -42,11 +43,12 @@ class Metrics:
     """All metrics of one application."""
 
     def __init__(self, max_adapters: int = 100, max_num_seqs: int = 64) -> None:
+        """`max_num_seqs` of all engines together."""
         self.registry = CollectorRegistry()
         self._max_num_seqs = max_num_seqs
         self._names: dict[str, str] = {}
         self._active: collections.Counter[str] = collections.Counter()
-        self._stats = EngineStats()
+        self._stats: dict[str, EngineStats] = {}
         self._gaps_by_label: dict[tuple[str, str], Histogram] = {}
         self._labels = TopLabels(max_adapters, self._drop)
         self._make_request_metrics()
@@ -108,20 +110,14 @@ class Metrics:
         """A request was refused; `kind` is `requests`, `concurrency`, `tokens`, `adapters` or `bytes`."""
         self._quota_rejections.labels(tenant, kind).inc()
 
-    def engine(self, stats: EngineStats, now: float) -> None:
-        """The engine's latest snapshot. `now` is in seconds since the epoch."""
-        before, self._stats = self._stats, stats
-        for gauge in (self._running, self._running_vllm):
-            gauge.labels(ENGINE).set(stats.running)
-        for gauge in (self._waiting, self._waiting_vllm):
-            gauge.labels(ENGINE).set(stats.waiting)
-        usage = stats.kv_used_blocks / stats.kv_blocks if stats.kv_blocks else 0.0
-        self._kv_usage.labels(ENGINE).set(usage)
-        self._kv_usage_vllm.labels(ENGINE).set(usage)
-        self._adapters.labels("host").set(stats.adapters_host)
-        self._adapters.labels("device").set(stats.adapters_device)
-        for state, count in stats.pages.items():
-            self._pages.labels(state).set(count)
+    def engine(self, stats: EngineStats, now: float, engine: str = ENGINE) -> None:
+        """An engine's latest snapshot. `now` is in seconds since the epoch."""
+        before = self._stats.get(engine, EngineStats())
+        self._stats[engine] = stats
+        self._running.labels(engine).set(stats.running)
+        self._waiting.labels(engine).set(stats.waiting)
+        self._kv_usage.labels(engine).set(_kv_usage([stats]))
+        self._all_engines(now)
         self._prefix_queries.inc(_grown(before.prefix_queries, stats.prefix_queries))
         self._prefix_hits.inc(_grown(before.prefix_hits, stats.prefix_hits))
         self._preemptions.inc(_grown(before.preemptions, stats.preemptions))
@@ -134,9 +130,29 @@ class Metrics:
         for seconds, rows in stats.steps:
             self._step_seconds.observe(seconds)
             self._batch_rows.observe(rows)
+
+    def _all_engines(self, now: float) -> None:
+        """What is one number, however many engines there are. An adapter in several of them counts in each."""
+        every = self._stats.values()
+        self._running_vllm.labels(ENGINE).set(sum(stats.running for stats in every))
+        self._waiting_vllm.labels(ENGINE).set(sum(stats.waiting for stats in every))
+        self._kv_usage_vllm.labels(ENGINE).set(_kv_usage(every))
+        self._adapters.labels("host").set(sum(stats.adapters_host for stats in every))
+        self._adapters.labels("device").set(sum(stats.adapters_device for stats in every))
+        for state in {state for stats in every for state in stats.pages}:
+            self._pages.labels(state).set(sum(stats.pages.get(state, 0) for stats in every))
         self._lora_info.clear()
-        named = (self._join(stats.running_adapters), self._join(stats.waiting_adapters))
-        self._lora_info.labels(str(self._max_num_seqs), *named).set(now)
+        running = self._join(digest for stats in every for digest in stats.running_adapters)
+        waiting = self._join(digest for stats in every for digest in stats.waiting_adapters)
+        self._lora_info.labels(str(self._max_num_seqs), running, waiting).set(now)
+
+    def moved(self) -> None:
+        """A request whose engine died before its first token goes on in another one."""
+        self._moves.inc()
+
+    def watch(self, engine: str, is_alive: Callable[[], bool]) -> None:
+        """Whether the engine lives is asked whenever metrics are read."""
+        self._up.labels(engine).set_function(lambda: float(is_alive()))
 
     def registered(self, adapters: int) -> None:
         """How many adapters are on disk."""
@@ -179,6 +195,10 @@ class Metrics:
         )
 
     def _make_engine_metrics(self) -> None:
+        self._up = self._gauge(
+            "loramux_engine_up", "1 while the engine takes requests, 0 while it restarts.", ["engine"]
+        )
+        self._moves = self._counter("loramux_requests_moved", "Requests that another engine took over from a dead one.")
         self._running = self._gauge("loramux_requests_running", "Sequences in the batch.", ["engine"])
         self._waiting = self._gauge("loramux_requests_waiting", "Sequences in the queue.", ["engine"])
         self._kv_usage = self._gauge("loramux_kv_cache_usage_ratio", "Share of KV blocks in use.", ["engine"])
@@ -215,6 +235,12 @@ class Metrics:
         for metric in self._by_adapter:
             metric.remove_by_labels({"adapter": adapter})
         self._gaps_by_label = {labels: gaps for labels, gaps in self._gaps_by_label.items() if labels[1] != adapter}
+
+
+def _kv_usage(engines: Collection[EngineStats]) -> float:
+    """Share of their KV blocks that is in use. An engine that is down has none."""
+    blocks = sum(stats.kv_blocks for stats in engines)
+    return sum(stats.kv_used_blocks for stats in engines) / blocks if blocks else 0.0
 
 
 def _grown(before: int, now: int) -> int:

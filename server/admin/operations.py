@@ -13,7 +13,7 @@ from server.admin.protocol import NoFields
 from server.admin.queries import UsageQuery
 from server.body import document, json_body
 from server.catalog import tenant_of
-from server.deps import CallerDep, Services, ServicesDep, count_request, get_caller
+from server.deps import CallerDep, ServicesDep, ServingMember, count_request, get_caller
 from server.errors import refusal
 
 router = APIRouter(prefix="/admin/v1", dependencies=[Depends(get_caller), Depends(count_request)], responses=REFUSALS)
@@ -56,16 +56,16 @@ async def state(services: ServicesDep) -> answers.State:
     generator, now = services.generator, services.generator.services.clock()
     waiting = [now - each.arrival for each in generator.running if not each.has_started]
     running = [now - each.arrival for each in generator.running if each.has_started]
-    engine = _engine(services)
+    engines = [_engine(str(number), member) for number, member in enumerate(services.engine.members)]
     return answers.State(
         draining=generator.is_draining,
         requests=len(generator.running),
-        running=engine.running,
-        waiting=engine.waiting,
+        running=sum(engine.running for engine in engines),
+        waiting=sum(engine.waiting for engine in engines),
         oldest_waiting_seconds=max(waiting, default=None),
         oldest_running_seconds=max(running, default=None),
         uploads=services.catalog.slots.taken,
-        engines=[engine],
+        engines=engines,
         uptime_seconds=services.now() - services.started,
     )
 
@@ -84,11 +84,10 @@ async def drain(_: NoBody, services: ServicesDep) -> answers.Drain:
     return answers.Drain(running=len(services.generator.running))
 
 
-def _engine(services: Services) -> answers.EngineState:
-    engine = services.engine
+def _engine(name: str, engine: ServingMember) -> answers.EngineState:
     stats, info = engine.stats, engine.info
     return answers.EngineState(
-        id="0",
+        id=name,
         alive=engine.alive,
         device=info.device if info is not None else None,
         dtype=info.dtype if info is not None else None,

@@ -10,7 +10,7 @@ from server.engine.adapter_calls import EngineUnavailable as EngineUnavailable
 from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
 from server.engine.engine_process import EngineProcess
 from server.engine.messages import Abort, Submit, ToEngine, Update
-from server.engine.sequence import FinishReason, Output, Request
+from server.engine.sequence import ENGINE_LOST, FinishReason, Output, Request
 from server.engine.suspects import Suspects
 
 STALL_SECONDS = 60.0
@@ -24,9 +24,11 @@ class EngineClient(AdapterCalls):
     again.
     """
 
-    def __init__(self, config: EngineConfig, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(
+        self, config: EngineConfig, stall_seconds: float = STALL_SECONDS, suspects: Suspects | None = None
+    ) -> None:
         """`stall_seconds`: a process that is silent so long with requests in flight counts as stuck, and is ended when
-        it has been for twice that time.
+        it has been for twice that time. Clients whose requests move between their engines share their `suspects`.
         """
         super().__init__()
         self.process = EngineProcess(config, self._started, self._lost)
@@ -35,7 +37,7 @@ class EngineClient(AdapterCalls):
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._streams: dict[str, asyncio.Queue[Output | RequestError]] = {}
         self._requests: dict[str, Request] = {}
-        self._suspects = Suspects()
+        self._suspects = suspects or Suspects()
         self._heard = 0.0
         self._listening: asyncio.Task[None] | None = None
 
@@ -43,6 +45,11 @@ class EngineClient(AdapterCalls):
     def info(self) -> EngineInfo | None:
         """Of the last engine that started, None before the first."""
         return self.process.info
+
+    @property
+    def members(self) -> "tuple[EngineClient]":
+        """The engines behind this client: one."""
+        return (self,)
 
     @property
     def pid(self) -> int | None:
@@ -120,7 +127,8 @@ class EngineClient(AdapterCalls):
         if self._listening is not None:
             self._listening.cancel()
         for request_id, stream in self._streams.items():
-            stream.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
+            ending = Output(request_id, finish_reason=FinishReason.ERROR, error=reason, error_code=ENGINE_LOST)
+            stream.put_nowait(ending)
         self._engine_lost(reason)
         self.stats = EngineStats()
         if self.on_stats is not None:

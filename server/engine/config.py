@@ -1,7 +1,7 @@
 """What an engine is started with, what it says of itself, and what it counts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GIB = 1 << 30
 MOST_BATCH_TOKENS = (1 << 16) - 1
@@ -21,6 +21,7 @@ class RequestError(ValueError):
 class EngineConfig:
     """Settings of one engine. Memory sizes are bytes; None chooses by device. `model` is a local folder.
 
+    `device` is "auto", "cpu" or "cuda"; "cuda:1" is the second GPU, "auto:1" that one or, without any, the CPU.
     `max_batch_tokens` bounds the token rows of one step, and so how long decoding rows wait for a chunk of a prompt.
     `backend` is "auto", or the name of the kernels' backend. `load_format` "random" takes config.json alone and makes
     weights of `seed`, for measuring. `cuda_graphs` "eager" captures none, "lazy" only what is needed, when it is.
@@ -57,6 +58,20 @@ class EngineConfig:
     grammar_memory: int = GIB // 4
     mask_threads: int | None = None
     max_layered_tokens: int = 4096
+
+    def shared_out(self, engines: int, cores: int) -> "tuple[EngineConfig, ...]":
+        """One for each of several engines on one machine of so many cores.
+
+        Engine i gets the i-th GPU, where GPUs are used. Threads and host memory are those of all engines together;
+        memory for KV and pages is each one's own, as is its device.
+        """
+        if engines == 1:
+            return (self,)
+        threads = max(1, (self.num_threads or cores) // engines)
+        shared = replace(self, num_threads=threads, host_memory=self.host_memory // engines)
+        if self.device == "cpu":
+            return (shared,) * engines
+        return tuple(replace(shared, device=f"{self.device}:{number}") for number in range(engines))
 
 
 @dataclass(frozen=True)

@@ -271,12 +271,17 @@ def _gigabytes(num_bytes: int) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is a GPU. Raises ModelError for a device that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    """`auto` is CUDA when there is a GPU; `auto:1` and `cuda:1` name which. Raises ModelError for what is not there."""
+    kind, _, number = name.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind != "cuda":
+        return torch.device(kind)
+    if not torch.cuda.is_available():
         raise ModelError(f"device {name} was asked for, but no CUDA device is available")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    if number and int(number) >= torch.cuda.device_count():
+        raise ModelError(f"GPU {number} was asked for, but there are {torch.cuda.device_count()}, counted from 0")
+    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
 
 def choose_dtype(name: str, device: torch.device, model: ModelConfig) -> torch.dtype:

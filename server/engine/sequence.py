@@ -16,6 +16,9 @@ from server.engine.prompt_routers import Decided, PromptPass, PromptRouter, Prom
 NOT_FINITE = "the model's output is not finite: the adapters of this request, or their weights, are too large"
 """The error of a request whose logits overflowed."""
 
+ENGINE_LOST = "engine_lost"
+"""The error code of a request that was in flight when its engine died, or was ended."""
+
 
 class FinishReason(StrEnum):
     """The ending of a request. Every request has exactly one."""
@@ -126,7 +129,8 @@ class Output:
     """What one step produced for one request. The one with a `finish_reason` is the last.
 
     `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token. `error_param`
-    and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`. With a
+    and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`, or that its
+    engine is lost. With a
     token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates; what a
     prompt-level one `decided` comes with the first token.
     `prompt_logprobs` belong to the prompt's next tokens, in order and each once, beginning with the second; the last

@@ -35,6 +35,7 @@ class Suspects:
         self._kept = kept
         self._crashes: OrderedDict[bytes, int] = OrderedDict()
         self._turn = asyncio.Lock()
+        self._running: str | None = None
 
     def crashed(self, requests: Iterable[Request]) -> None:
         """The engine died while it had these requests."""
@@ -49,14 +50,28 @@ class Suspects:
         if _key(request) not in self._crashes:
             yield
             return
-        async with self._turn:
-            if self._crashes.get(_key(request), 0) >= CRASHES:
+        await self._turn.acquire()
+        self._running = request.id
+        try:
+            if self.is_convicted(request):
                 raise Quarantined
             yield
+        finally:
+            self._give_turn(request)
+
+    def is_convicted(self, request: Request) -> bool:
+        """Whether engines died of the request, as far as can be known."""
+        return self._crashes.get(_key(request), 0) >= CRASHES
 
     def cleared(self, request: Request) -> None:
-        """The request has been answered."""
+        """The request has been answered, or has come further than it had when its engine died: the next one's turn."""
         self._crashes.pop(_key(request), None)
+        self._give_turn(request)
+
+    def _give_turn(self, request: Request) -> None:
+        if self._running == request.id:
+            self._running = None
+            self._turn.release()
 
 
 def _key(request: Request) -> bytes:

@@ -117,6 +117,10 @@ class FakeEngine:
         self._dead: set[str] = set()
         self._aborted: set[str] = set()
 
+    @property
+    def members(self) -> "tuple[FakeEngine]":
+        return (self,)
+
     def say(self, text: str) -> None:
         """Answer with these words from now on, one token a step."""
         tokens = self.encode(text)

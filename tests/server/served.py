@@ -41,8 +41,12 @@ class Served:
 
     @property
     def engine_pid(self) -> int:
+        return self.engine_pids[0]
+
+    @property
+    def engine_pids(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return [int(pid) for pid in children if b"engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=120)
