@@ -193,6 +193,11 @@ class EngineAdapters:
         self.pool.moved.clear()
         return changes
 
+    @property
+    def told(self) -> dict[str, str]:
+        """The residency of all adapters that are not on disk alone, as of the last `take_residency`."""
+        return dict(self._told)
+
     def take_read_seconds(self) -> tuple[float, ...]:
         """How long each read from disk took since this was last asked."""
         seconds = tuple(self._reads.seconds)

@@ -5,16 +5,17 @@ RATE tokens a second, one each in every step, and none ends before its `max_toke
 them, are said again and again.
 """
 
-import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import zmq
 
 from server.engine.config import EngineInfo, EngineStats
-from server.engine.loop import IDLE_POLL_MS, send
-from server.engine.messages import Abort, Ready, Shutdown, Start, Submit, Update, decode_to_engine
+from server.engine.fronts import Front, Fronts
+from server.engine.loop import IDLE_POLL_MS, Inbox, send, take_orders
+from server.engine.messages import Abort, Left, Ready, Shutdown, Start, Submit, ToEngine
 from server.engine.sequence import FinishReason, Output, Request, Timings
 
 INFO = EngineInfo(
@@ -51,15 +52,15 @@ class Running:
 class PacedEngine:
     """Ends when it is told to, or when the process that started it is gone."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", rate: float, said: tuple[int, ...]) -> None:
-        self._socket = socket
+    def __init__(self, inbox: Inbox, rate: float, said: tuple[int, ...]) -> None:
+        self._inbox = inbox
         self._rate = rate
         self._said = said
         self._running: dict[str, Running] = {}
 
-    def run(self, parent: int) -> None:
+    def run(self) -> None:
         due = time.monotonic()
-        while os.getppid() == parent:
+        while self._inbox.is_needed:
             left = due - time.monotonic()
             if not self._receive(max(1, round(1000 * left)) if self._running else IDLE_POLL_MS):
                 return
@@ -74,33 +75,47 @@ class PacedEngine:
         for output in outputs:
             if output.finish_reason is not None:
                 del self._running[output.request_id]
-        send(self._socket, Update(outputs, stats=EngineStats(running=len(self._running))))
+        self._inbox.fronts.report(outputs, {}, EngineStats(running=len(self._running)))
 
     def _receive(self, timeout: int) -> bool:
-        while self._socket.poll(timeout):
-            timeout = 0
-            message = decode_to_engine(self._socket.recv())
-            if isinstance(message, Shutdown):
+        self._inbox.wait(timeout)
+        for order in self._inbox.orders():
+            if isinstance(order, Shutdown):
                 return False
-            if isinstance(message, Submit):
-                self._running[message.request.id] = Running(message.request, self._said)
-            elif isinstance(message, Abort):
-                self._running.pop(message.request_id, None)
+            if isinstance(order, Left) and (front := self._inbox.fronts.leave(order.front.encode())) is not None:
+                for request_id in front.requests:
+                    self._running.pop(request_id, None)
+        while (received := self._inbox.fronts.receive()) is not None:
+            self._take(*received)
         return True
 
+    def _take(self, front: Front, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            self._inbox.fronts.begin(front, message.request.id)
+            self._running[message.request.id] = Running(message.request, self._said)
+        elif isinstance(message, Abort):
+            self._inbox.fronts.end(message.request_id)
+            self._running.pop(message.request_id, None)
 
-def main() -> None:
+
+def main() -> int:
     rate, said = float(sys.argv[1]), tuple(map(int, sys.argv[2].split(",")))
-    address, parent = sys.argv[3], int(sys.argv[4])
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
-        socket.setsockopt(zmq.LINGER, 1000)
-        socket.set_hwm(0)
-        socket.connect(address)
-        if not isinstance(decode_to_engine(socket.recv()), Start):
-            raise TypeError("the first message must be Start")
-        send(socket, Ready(INFO))
-        PacedEngine(socket, rate, said).run(parent)
+    parent = int(sys.argv[4])
+    return take_orders(sys.argv[3], parent, partial(_serve, parent, rate, said))
+
+
+def _serve(
+    parent: int,
+    rate: float,
+    said: tuple[int, ...],
+    _: Start,
+    orders: "zmq.Socket[bytes]",
+    fronts: "zmq.Socket[bytes]",
+) -> int:
+    send(orders, Ready(INFO))
+    PacedEngine(Inbox(orders, Fronts(fronts), parent), rate, said).run()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,50 +1,27 @@
-"""The front end's conversation with an engine: requests and the streams of their outputs."""
+"""A front end's engine in a process of its own, which the front end starts, and starts again when it dies."""
 
-import asyncio
-import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-
-from server.engine.adapter_calls import AdapterCalls
 from server.engine.adapter_calls import EngineUnavailable as EngineUnavailable
-from server.engine.config import EngineConfig, EngineInfo, EngineStats, RequestError
+from server.engine.config import EngineConfig
+from server.engine.conversation import STALL_SECONDS, EngineConversation
 from server.engine.engine_process import EngineProcess
-from server.engine.messages import Abort, Submit, ToEngine, Update
-from server.engine.sequence import ENGINE_LOST, FinishReason, Output, Request
 from server.engine.suspects import Suspects
 
-STALL_SECONDS = 60.0
-"""An engine that works reports four times a second; a step that compiles kernels may take half a minute."""
-
-logger = logging.getLogger(__name__)
+ONLY = "only"
+"""The name of an engine's one front end."""
 
 
-class EngineClient(AdapterCalls):
-    """One engine, which has a `process`. When it dies, requests in flight end with an error each, and it is started
-    again.
-    """
+class EngineClient(EngineConversation):
+    """A conversation with one engine, whose `process` belongs to it as well."""
 
     def __init__(
         self, config: EngineConfig, stall_seconds: float = STALL_SECONDS, suspects: Suspects | None = None
     ) -> None:
-        """`stall_seconds`: a process that is silent so long with requests in flight counts as stuck, and is ended when
-        it has been for twice that time. Clients whose requests move between their engines share their `suspects`.
-        """
-        super().__init__()
-        self.process = EngineProcess(config, self._started, self._lost)
-        self.stall_seconds = stall_seconds
-        self.stats = EngineStats()
-        self.on_stats: Callable[[EngineStats], None] | None = None
-        self._streams: dict[str, asyncio.Queue[Output | RequestError]] = {}
-        self._requests: dict[str, Request] = {}
-        self._suspects = suspects or Suspects()
-        self._heard = 0.0
-        self._listening: asyncio.Task[None] | None = None
-
-    @property
-    def info(self) -> EngineInfo | None:
-        """Of the last engine that started, None before the first."""
-        return self.process.info
+        """Clients whose requests move between their engines share their `suspects`."""
+        self.suspects = suspects or Suspects()
+        super().__init__(ONLY, self.suspects, stall_seconds)
+        self.process = EngineProcess(config, self._started, self._ended)
+        self.on_stuck = self.process.kill
+        self.on_answered = self._proven
 
     @property
     def members(self) -> "tuple[EngineClient]":
@@ -60,11 +37,6 @@ class EngineClient(AdapterCalls):
     def restarts(self) -> int:
         return self.process.restarts
 
-    @property
-    def stalled(self) -> bool:
-        """Whether a step seems to be stuck: there is work, and nothing has been heard of it for too long."""
-        return self._silent_for > self.stall_seconds
-
     async def start(self) -> None:
         """Spawn the process and wait until the model is loaded. Raises EngineStartError."""
         await self.process.start()
@@ -72,121 +44,16 @@ class EngineClient(AdapterCalls):
     async def stop(self) -> None:
         """End the process; requests in flight end with an error."""
         await self.process.stop()
+        self.close()
 
-    async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
-        """Outputs of the request as they come; the last has a finish reason.
+    async def _started(self) -> None:
+        assert self.process.info is not None
+        self.connect(self.process.address, self.process.info)
 
-        Closing the generator early aborts the request. A request that was in flight when an engine died is tried once
-        more, while no other such request is. Raises RequestError for what the engine refuses, and for a request that
-        an engine died of twice; EngineUnavailable when no engine lives.
-        """
-        async with self._suspects.admitted(request), aclosing(self._submit(request)) as outputs:
-            async for output in outputs:
-                yield output
-
-    async def _submit(self, request: Request) -> AsyncGenerator[Output, None]:
-        if not self.alive:
-            raise EngineUnavailable("the inference engine is not running, it is being restarted")
-        stream: asyncio.Queue[Output | RequestError] = asyncio.Queue()
-        if not self._streams:
-            self._heard = asyncio.get_running_loop().time()  # before it had nothing to say
-        self._streams[request.id], self._requests[request.id] = stream, request
-        ended = False
-        try:
-            self._send(Submit(request))
-            while not ended:
-                item = await stream.get()
-                ended = isinstance(item, RequestError) or item.finish_reason is not None
-                if isinstance(item, RequestError):
-                    raise item
-                if item.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                    self._suspects.cleared(request)
-                    self.process.has_answered = True
-                yield item
-        finally:
-            self._streams.pop(request.id, None)
-            self._requests.pop(request.id, None)
-            if not ended:
-                self.abort(request.id)
-
-    def abort(self, request_id: str) -> None:
-        """End a request; its stream, if somebody still reads it, gets its ending."""
-        if self.alive:
-            self._send(Abort(request_id))
-
-    def _started(self) -> None:
-        self.alive = True
-        self._engine_started()
-        self._listening = asyncio.create_task(self._listen())
-
-    def _lost(self, reason: str) -> None:
-        """The engine is gone: every request in flight gets its ending."""
+    async def _ended(self, reason: str) -> None:
         if self.alive and not self.process.is_stopping:
-            self._suspects.crashed(self._requests.values())
-        self.alive = False
-        if self._listening is not None:
-            self._listening.cancel()
-        for request_id, stream in self._streams.items():
-            ending = Output(request_id, finish_reason=FinishReason.ERROR, error=reason, error_code=ENGINE_LOST)
-            stream.put_nowait(ending)
-        self._engine_lost(reason)
-        self.stats = EngineStats()
-        if self.on_stats is not None:
-            self.on_stats(self.stats)
+            self.suspects.crashed(self.in_flight())
+        self.lost(reason)
 
-    async def _listen(self) -> None:
-        """Hand out what the engine sends. One that sends what nobody understands, or nothing any more, is ended."""
-        reader, watchdog = asyncio.create_task(self._read()), asyncio.create_task(self._watch())
-        try:
-            await asyncio.wait((reader, watchdog), return_when=asyncio.FIRST_COMPLETED)
-            self.process.kill()
-        finally:
-            reader.cancel()
-            watchdog.cancel()
-            failure, _ = await asyncio.gather(reader, watchdog, return_exceptions=True)
-            if isinstance(failure, Exception):
-                logger.error("the engine's messages could not be read", exc_info=failure)
-
-    async def _watch(self) -> None:
-        """Returns when the engine has been stuck for too long."""
-        while self._silent_for <= 2 * self.stall_seconds:
-            await asyncio.sleep(min(1.0, self.stall_seconds / 4))
-        logger.error("the engine has been silent for %.0f s with requests in flight; it is ended", self._silent_for)
-
-    @property
-    def _silent_for(self) -> float:
-        """Seconds since the engine was heard of, if it has requests."""
-        return asyncio.get_running_loop().time() - self._heard if self._streams and self.alive else 0.0
-
-    async def _read(self) -> None:
-        while True:
-            message = await self.process.receive()
-            self._heard = asyncio.get_running_loop().time()
-            assert isinstance(message, Update)
-            for output in message.outputs:
-                self._deliver(output.request_id, _as_refusal(output) or output)
-            for refusal in message.refusals:
-                error = RequestError(refusal.message, param=refusal.param, code=refusal.code)
-                self._deliver(refusal.request_id, error)
-            self._moved(message.residency)
-            for reply in message.replies:
-                self._answered(reply)
-            if message.stats is not None:
-                self.stats = message.stats
-                if self.on_stats is not None:
-                    self.on_stats(message.stats)
-
-    def _deliver(self, request_id: str, item: Output | RequestError) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:  # else its reader has left, and the abort is on its way
-            stream.put_nowait(item)
-
-    def _send(self, message: ToEngine) -> None:
-        self.process.send(message)
-
-
-def _as_refusal(output: Output) -> RequestError | None:
-    """What `submit` raises for a request that the engine had taken before it could know better."""
-    if output.error_code is None:
-        return None
-    return RequestError(output.error or "", param=output.error_param, code=output.error_code)
+    def _proven(self) -> None:
+        self.process.has_answered = True

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import zmq
@@ -16,6 +16,7 @@ from server.engine.backoff import Backoff
 from server.engine.config import EngineConfig, EngineInfo
 from server.engine.messages import (
     FromEngine,
+    Left,
     Ready,
     Shutdown,
     Start,
@@ -23,6 +24,7 @@ from server.engine.messages import (
     ToEngine,
     decode_from_engine,
     encode,
+    fronts_address,
 )
 
 SHUTDOWN_SECONDS = 5.0
@@ -43,12 +45,14 @@ class EngineStartError(RuntimeError):
 class EngineProcess:
     """One engine process after the other, and the socket to the one that lives.
 
-    `on_started` is called whenever one is ready, `on_lost` with a sentence whenever one is gone, the last one too.
+    `on_started` is awaited whenever one is ready, `on_lost` with a sentence whenever one is gone, the last one too.
     `program`: the module that it runs, and arguments before the address. `has_answered`: the process that lives now
     gave somebody an answer, so that a next one is started at once.
     """
 
-    def __init__(self, config: EngineConfig, on_started: Callable[[], None], on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, on_started: Callable[[], Awaitable[None]], on_lost: Callable[[str], Awaitable[None]]
+    ) -> None:
         self.config = config
         self.program: tuple[str, ...] = ("server.engine.loop",)
         self.info: EngineInfo | None = None
@@ -57,10 +61,26 @@ class EngineProcess:
         self._on_started = on_started
         self._on_lost = on_lost
         self._context = zmq.asyncio.Context()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.is_stopping = False
+
+    @property
+    def address(self) -> str:
+        """Where the process that lives listens to its front ends."""
+        return fronts_address(self._address)
+
+    @property
+    def _address(self) -> str:
+        assert self._folder is not None
+        return f"ipc://{Path(self._folder.name) / 'engine'}"
+
+    def part(self, front: str) -> None:
+        """A front end is gone: the engine forgets it, and all that it asked for."""
+        if self.pid is not None:
+            self.send(Left(front))
 
     @property
     def pid(self) -> int | None:
@@ -82,7 +102,7 @@ class EngineProcess:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._lost("the server is shutting down")
+        await self._lost("the server is shutting down")
         self._context.destroy(linger=0)
 
     def kill(self) -> None:
@@ -94,36 +114,36 @@ class EngineProcess:
         assert self._socket is not None
         self._socket.send(encode(message))  # without a high-water mark this never waits
 
-    async def receive(self) -> FromEngine:
+    async def _receive(self) -> FromEngine:
         assert self._socket is not None
         message: FromEngine = decode_from_engine(await self._socket.recv())
         return message
 
     async def _spawn(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="loramux-") as folder:  # mode 0700: nobody else can connect
-            address = f"ipc://{Path(folder) / 'engine'}"
-            self._socket = self._context.socket(zmq.PAIR)
-            self._socket.set_hwm(0)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.bind(address)
-            # -P: whoever starts the server in a folder with a package `server` of its own gets ours all the same.
-            command = (sys.executable, "-P", "-m", *self.program, address, str(os.getpid()))
-            process = None
-            try:
-                process = await asyncio.create_subprocess_exec(*command, env=OPENMP | os.environ)
-                self.send(Start(self.config))
-                self.info = await self._handshake(process)
-            except BaseException:
-                if process is not None:
-                    process.kill()
-                    await process.wait()
-                self._socket.close()
-                raise
-            self._process = process
-        self._on_started()
+        # Of mode 0700: nobody else can connect.
+        self._folder = tempfile.TemporaryDirectory(prefix="loramux-", ignore_cleanup_errors=True)
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self._address)
+        # -P: whoever starts the server in a folder with a package `server` of its own gets ours all the same.
+        command = (sys.executable, "-P", "-m", *self.program, self._address, str(os.getpid()))
+        process = None
+        try:
+            process = await asyncio.create_subprocess_exec(*command, env=OPENMP | os.environ)
+            self.send(Start(self.config))
+            self.info = await self._handshake(process)
+        except BaseException:
+            if process is not None:
+                process.kill()
+                await process.wait()
+            self._disconnect()
+            raise
+        self._process = process
+        await self._on_started()
 
     async def _handshake(self, process: asyncio.subprocess.Process) -> EngineInfo:
-        first = asyncio.ensure_future(self.receive())
+        first = asyncio.ensure_future(self._receive())
         exited = asyncio.ensure_future(process.wait())
         try:
             await asyncio.wait((first, exited), return_when=asyncio.FIRST_COMPLETED)
@@ -149,7 +169,7 @@ class EngineProcess:
                 await self._process.wait()
             if self.is_stopping:
                 return
-            self._lost("the inference engine stopped unexpectedly; please retry")
+            await self._lost("the inference engine stopped unexpectedly; please retry")
             proven = self.has_answered or clock() - started > backoff.longest
             self.has_answered = False  # what fails to start now has proven nothing
             await asyncio.sleep(backoff.after(proven=proven))
@@ -159,10 +179,15 @@ class EngineProcess:
             except Exception:
                 logger.exception("the engine could not be started again")
 
-    def _lost(self, reason: str) -> None:
+    async def _lost(self, reason: str) -> None:
+        self._disconnect()
+        await self._on_lost(reason)
+
+    def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.close()
-        self._on_lost(reason)
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

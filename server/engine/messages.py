@@ -12,6 +12,16 @@ class Start(msgspec.Struct, tag=True):
     config: EngineConfig
 
 
+class Hello(msgspec.Struct, tag=True):
+    """To the engine: a front end is there. It is told where all adapters are."""
+
+
+class Left(msgspec.Struct, tag=True):
+    """To the engine, from the process that started it: this front end is gone, and who waited for its answers."""
+
+    front: str
+
+
 class Submit(msgspec.Struct, tag=True):
     """To the engine: a new request. It is answered by `Output`s, or by one `Refusal`."""
 
@@ -102,8 +112,14 @@ class Update(msgspec.Struct, tag=True):
     stats: EngineStats | None = None
 
 
-ToEngine = Start | Submit | Abort | ReadAhead | Pin | Unpin | Prefetch | Evict | Shutdown
+ToEngine = Start | Hello | Left | Submit | Abort | ReadAhead | Pin | Unpin | Prefetch | Evict | Shutdown
 FromEngine = Ready | StartFailed | Update
+
+
+def fronts_address(address: str) -> str:
+    """Where an engine that takes its orders at `address` listens to front ends."""
+    return f"{address}-fronts"
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 from server.engine.config import RequestError
 from server.engine.sequence import Request
@@ -22,6 +23,16 @@ class Quarantined(RequestError):
             param=None,
             code="request_quarantined",
         )
+
+
+class Suspicion(Protocol):
+    """What a conversation with an engine does about suspects."""
+
+    def admitted(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """While the request is in flight; a suspect waits for its turn first. Raises Quarantined."""
+
+    def cleared(self, request: Request) -> None:
+        """The request has been answered."""
 
 
 class Suspects:

@@ -16,6 +16,8 @@ from server.engine.messages import (
     Abort,
     Evict,
     FromEngine,
+    Hello,
+    Left,
     Pin,
     Prefetch,
     ReadAhead,
@@ -144,6 +146,8 @@ INFO = EngineInfo(
 )
 TO_ENGINE: list[ToEngine] = [
     Start(CONFIG),
+    Hello(),
+    Left("front"),
     Submit(REQUEST),
     Abort("r-1"),
     ReadAhead({"a" * 64: "/adapters/a"}),
