@@ -11,7 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model tools demo test test-slow test-clients test-lm-eval soak gpu-test check bench bench-gpu lock clean
+.PHONY: setup model tools demo test test-slow test-clients test-lm-eval soak gpu-test check bench bench-gpu study lock clean
 
 setup: $(VENV)/.ready
 
@@ -99,6 +99,17 @@ bench-gpu: setup
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
+
+# Trains and evaluates the routers inside the model on tasks of your own, in groups `small` and `medium`; after LIMIT seconds
+# it stops, and the same command goes on. `make study TASKS=FOLDER SCALE=cuda JOBS=11`
+TASKS ?= tasks
+STUDY ?= study
+SCALE ?= cuda
+JOBS ?= 1
+LIMIT ?= 540
+study: model
+	$(RUN)/python -m routing.evaluate.study --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --tasks $(TASKS) \
+	  --out $(STUDY) --scale $(SCALE) --jobs $(JOBS) --seconds $(LIMIT)
 
 lock:
 	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra dev \

@@ -153,7 +153,8 @@ def train_meteora(
     from routing.train.adapter_folders import adapter_folders
     from routing.train.data import TaskDataError
     from routing.train.meteora import train_meteora as run
-    from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+    from routing.train.meteora_recipe import MeteoraRecipe
+    from routing.train.router_recipe import RouterRun
     from server.checkpoint import CheckpointError, locate
 
     recipe = MeteoraRecipe(
@@ -175,7 +176,7 @@ def train_meteora(
         own = adapter_folders(adapters, [task.name for task in found], narrowed=group is not None, null=null)
         without = [task.name for task in found if task.name not in own]
         typer.echo(f"{len(own)} adapters" + (f"; without one: {', '.join(without)}" if without else ""))
-        settings = MeteoraRun(device=device, base_name=folder.resolve().name, name=name or out.resolve().name)
+        settings = RouterRun(device=device, base_name=folder.resolve().name, name=name or out.resolve().name)
         result = run(folder, found, own, out, recipe, settings)
     metrics = result.card.training["metrics"]
     typer.echo(

@@ -8,8 +8,8 @@ import typer
 from server.cli_train import DEFAULT_MODEL, DataDir, Device, Tasks, data_folder, failing
 
 if TYPE_CHECKING:
-    from routing.train.prompt_recipe import PromptRun
     from routing.train.prompt_training import PromptResult
+    from routing.train.router_recipe import RouterRun
 
 app = typer.Typer()
 
@@ -168,10 +168,10 @@ def train_milora(
     _say(result)
 
 
-def _settings(device: str, model: Path, name: str | None, out: Path) -> "PromptRun":
-    from routing.train.prompt_recipe import PromptRun
+def _settings(device: str, model: Path, name: str | None, out: Path) -> "RouterRun":
+    from routing.train.router_recipe import RouterRun
 
-    return PromptRun(device=device, base_name=model.resolve().name, name=name or out.resolve().name)
+    return RouterRun(device=device, base_name=model.resolve().name, name=name or out.resolve().name)
 
 
 def _say(result: "PromptResult") -> None:

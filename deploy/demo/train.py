@@ -17,10 +17,11 @@ from routing.prompt_router import ADAPTERS
 from routing.train.adapter import AdapterRecipe, AdapterResult, AdapterRun, train_adapter
 from routing.train.data import read_tasks
 from routing.train.meteora import train_meteora
-from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.milora import train_milora
 from routing.train.moa import train_moa
-from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe, PromptRun
+from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
+from routing.train.router_recipe import RouterRun
 
 RECIPE = AdapterRecipe()
 GATES = MeteoraRecipe(learning_rate=5e-3, steps=160, batch_size=8, packed=0.25, warmup_steps=10)
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
 def train_gates(options: argparse.Namespace, tasks: Path) -> None:
     """Trains a token-level router over the adapters under `<out>`, into `<gates>`; it is stored in bf16."""
     adapters = {name: options.out / name for name in TASKS}
-    run = MeteoraRun(device=options.device, progress=not options.plain, evaluation_rows=6, name="gates")
+    run = RouterRun(device=options.device, progress=not options.plain, evaluation_rows=6, name="gates")
     result = train_meteora(options.model, read_tasks(tasks), adapters, options.gates, GATES, run)
     write_gates(result.folder, result.card, load_gates(result.folder), dtype=torch.bfloat16)
     metrics = result.card.training["metrics"]
@@ -70,7 +71,7 @@ def train_prompt_router(
 ) -> None:
     """Trains a router by prompt over the adapters under `<out>`, into `folder`; it is stored in bf16."""
     adapters = {name: options.out / name for name in TASKS}
-    run = PromptRun(device=options.device, progress=not options.plain, evaluation_rows=12, name=folder.name)
+    run = RouterRun(device=options.device, progress=not options.plain, evaluation_rows=12, name=folder.name)
     found = read_tasks(tasks)
     if isinstance(recipe, MoaRecipe):
         result = train_moa(options.model, found, adapters, folder, recipe, run)

@@ -25,7 +25,7 @@ from routing.evaluate.gate_methods import (
     router_method,
     single,
 )
-from routing.evaluate.held_out import read_held_out
+from routing.evaluate.held_out import read_held_out, read_metrics
 from routing.evaluate.prompt_methods import EvaluatedPromptRouter, check_prompt, prompt_methods, read_prompt
 from routing.prompt_router import MODULES
 from routing.train.data import TaskRow
@@ -77,7 +77,7 @@ class GateEvaluation:
 
     def check(self) -> None:
         """Raise AnswerError for the first field that cannot be."""
-        for name, least in (("rows", 1), ("composite_rows", 0), ("batch", 1), ("batch_tokens", 1), ("load_threads", 1)):
+        for name, least in (("rows", 0), ("composite_rows", 0), ("batch", 1), ("batch_tokens", 1), ("load_threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise AnswerError(f"{name} {value}: expected a whole number of at least {least}")
@@ -125,17 +125,19 @@ def make_plan(
     given = _read(asked, names, config, out)
     fixed, methods = _fixed(asked, given), _methods(asked, names, given)
     rows = read_held_out(root, names, asked.rows)
+    metrics = read_metrics(root, names)
     limits = answer_limits(tokenizer, root, names)
     prompts = [(tokenise(tokenizer, row.example), limits[row.task]) for row in rows]
-    jobs = [task_job(method, rows, prompts) for method in methods]
-    if asked.perplexity:
+    jobs = [task_job(method, rows, prompts) for method in methods] if rows else []
+    if asked.perplexity and rows:
         targets = [answer_tokens(tokenizer, row.example) for row in rows]
         jobs += [loss_job(method, rows, prompts, targets) for method in methods if not method.layered]
-    metrics = {row.task: row.metric for row in rows}
     heated = _Heated({})
     for composites in read_composites(root, names, asked.composite_rows).values():
         together = [*fixed, *heated.methods(asked, given.routers, given.folders, composites)]
         jobs += _composite_jobs(together, composites, tokenizer, limits, metrics)
+    if not jobs:
+        raise AnswerError("rows 0: there are no composite prompts of these tasks either, expected something to ask")
     _check_names(jobs)
     jobs.sort(key=lambda job: job.questions[0].gates is not None)  # captured steps serve rows without gates alone
     return GatePlan(

@@ -24,10 +24,11 @@ from routing.train.data import Task, TaskDataError, TaskRow
 from routing.train.fitting import Fit, fit
 from routing.train.meteora_loss import both_losses, judge
 from routing.train.meteora_model import GatedModel, load_gated_model
-from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
 from routing.train.recipe_command import run_command
+from routing.train.router_recipe import RouterRun
 from routing.train.trained_adapters import factor_weights, round_experts, write_experts
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -49,14 +50,14 @@ def train_meteora(
     adapters: Mapping[str, Path],
     out: Path,
     recipe: MeteoraRecipe | None = None,
-    run: MeteoraRun | None = None,
+    run: RouterRun | None = None,
 ) -> MeteoraResult:
     """Trains gates over the adapters of `tasks` and writes the router into the folder `out`.
 
     Only training rows are learned from; validation rows give the metrics; test rows are not read. Gates are fp32, the
-    forward pass is under bf16 autocast on CUDA. A run that was interrupted goes on from its last checkpoint in `out`,
-    if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits. Adapters
-    that are trained jointly are written as new ones, in bf16, below `out`/adapters.
+    model's products are as `run` says. A run that was interrupted goes on from its last checkpoint in `out`, if the
+    model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits. Adapters that are
+    trained jointly are written as new ones, in bf16, below `out`/adapters.
 
     Args:
         adapters: PEFT folders by the names of their tasks. Tasks without one train the row for no adapter.
@@ -67,12 +68,12 @@ def train_meteora(
         TaskDataError: a row is longer than the recipe allows.
         RouterFolderError: a name is empty or too long for a router's card.
     """
-    recipe, run = recipe or MeteoraRecipe(), run or MeteoraRun()
+    recipe, run = recipe or MeteoraRecipe(), run or RouterRun()
     started = time.perf_counter()
+    run.check()
     check_out(out)
     model = load_gated_model(model_folder, tasks, adapters, recipe, run.device)
     check_card(_card(model, recipe, run, {}))  # rather than after hours
-    device = torch.device(run.device)
     train = [_encode(model, "train", task.train, recipe) for task in tasks]
     held_out = [_encode(model, "valid", task.valid[: run.evaluation_rows], recipe) for task in tasks]
     out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def train_meteora(
         if run.evaluation_rows:
             report("held-out rows", None)
             names = [task.name for task in tasks]
-            training["metrics"] = judge(model, names, held_out, run.evaluation_batch, device)
+            training["metrics"] = judge(model, names, held_out, run)
     if recipe.joint:
         own = {task.name: [task] for task in tasks if task.name in adapters}
         model = replace(model, adapters=write_experts(model.experts, model.shape, out, own, run.base_name))
@@ -106,7 +107,7 @@ def _fit(
     tasks: Sequence[Task],
     examples: Sequence[Sequence[Example]],
     recipe: MeteoraRecipe,
-    run: MeteoraRun,
+    run: RouterRun,
     checkpoint: Path,
     report: Report,
 ) -> list[tuple[float, float]]:
@@ -118,12 +119,11 @@ def _fit(
         groups.append({"params": factors, "peak": recipe.adapter_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     mixture = Mixture(examples, recipe.batch_size, recipe.seed, recipe.packed, recipe.max_length)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def losses(step: int) -> torch.Tensor:
         samples = mixture.samples(step)
         batch = collate_mixed(samples, model.tokenizer.pad_token_id, device, prompts_count=recipe.prompts_count)
-        with autocast:
+        with run.autocast():
             language, gate = both_losses(model, batch, recipe.gate_positions, smoothing=recipe.smoothing)
         return torch.stack((language + recipe.beta * gate, language, gate))
 
@@ -160,7 +160,7 @@ def _record(
     }
 
 
-def _card(model: GatedModel, recipe: MeteoraRecipe, run: MeteoraRun, training: Mapping[str, Any]) -> GateCard:
+def _card(model: GatedModel, recipe: MeteoraRecipe, run: RouterRun, training: Mapping[str, Any]) -> GateCard:
     return GateCard(
         base_fingerprint=model.fingerprint,
         base_name=run.base_name,

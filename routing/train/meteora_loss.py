@@ -14,6 +14,7 @@ from routing.train.language_loss import language_loss
 from routing.train.meteora_model import GatedModel
 from routing.train.meteora_recipe import ALL, ANSWER
 from routing.train.mixed_batches import MixedBatch, collate_mixed
+from routing.train.router_recipe import RouterRun
 
 
 def gate_labels(batch: MixedBatch, labels: Sequence[int], positions: str) -> Tensor:
@@ -42,9 +43,7 @@ def both_losses(
 
 
 @torch.no_grad()
-def judge(
-    model: GatedModel, names: Sequence[str], rows: Sequence[Sequence[Example]], batch_size: int, device: torch.device
-) -> dict[str, Any]:
+def judge(model: GatedModel, names: Sequence[str], rows: Sequence[Sequence[Example]], run: RouterRun) -> dict[str, Any]:
     """Metrics of each task's rows, each task by itself, and their means over the tasks.
 
     `loss` and `gate_loss` are L_LM over answers and L_gate over all positions without label smoothing; `gate_accuracy`
@@ -55,8 +54,7 @@ def judge(
     """
     shared = _shared_tokens([example.ids for own in rows for example in own])
     found = {
-        name: _judge(model, task, own, shared, batch_size, device)
-        for task, (name, own) in enumerate(zip(names, rows, strict=True))
+        name: _judge(model, task, own, shared, run) for task, (name, own) in enumerate(zip(names, rows, strict=True))
     }
     keys = next(iter(found.values())).keys()
     means = {key: round(sum(scores[key] for scores in found.values()) / len(found), 4) for key in keys}
@@ -70,14 +68,13 @@ def _shared_tokens(rows: Sequence[Sequence[int]]) -> int:
     return min(sum(1 for _ in same), min(len(row) for row in rows) - 1)
 
 
-def _judge(
-    model: GatedModel, task: int, rows: Sequence[Example], shared: int, batch_size: int, device: torch.device
-) -> dict[str, float]:
+def _judge(model: GatedModel, task: int, rows: Sequence[Example], shared: int, run: RouterRun) -> dict[str, float]:
+    device = torch.device(run.device)
     losses, hits, answers, apart = [], [], [], []
-    for first in range(0, len(rows), batch_size):
-        samples = [((task, example),) for example in rows[first : first + batch_size]]
+    for first in range(0, len(rows), run.evaluation_batch):
+        samples = [((task, example),) for example in rows[first : first + run.evaluation_batch]]
         batch = collate_mixed(samples, model.tokenizer.pad_token_id, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with run.autocast():
             means = torch.stack(both_losses(model, batch, ALL, hits=True))
         losses.append(means * torch.stack((batch.answers.sum(), batch.mask.sum())))
         real = batch.mask.bool()

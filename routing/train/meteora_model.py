@@ -70,7 +70,7 @@ def load_gated_model(
         TrainError: model, device, chat template or an adapter is missing or does not fit, or the recipe cannot be.
     """
     named = named_adapters(tasks, adapters, recipe.null)
-    recipe.check(len(named))
+    recipe.check(len(named) + recipe.null)
     check_device(device)
     config = model_config(model_folder)
     files = read_adapters(named, adapters, config)

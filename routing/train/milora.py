@@ -33,7 +33,7 @@ from routing.train.prompt_batches import PromptBatch, collate_prompts
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import balance_loss, class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters, load_over_modules
-from routing.train.prompt_recipe import FIXED, MiloraRecipe, PromptRun
+from routing.train.prompt_recipe import FIXED, MiloraRecipe
 from routing.train.prompt_training import (
     CHECKPOINT,
     PromptResult,
@@ -45,6 +45,7 @@ from routing.train.prompt_training import (
     training_record,
 )
 from routing.train.recipe_command import run_command
+from routing.train.router_recipe import RouterRun
 from routing.train.trained_adapters import ADAPTER_NAME, round_experts, write_experts
 
 SPREAD = 0.02
@@ -57,7 +58,7 @@ def train_milora(
     adapters: Mapping[str, Path],
     out: Path,
     recipe: MiloraRecipe | None = None,
-    run: PromptRun | None = None,
+    run: RouterRun | None = None,
 ) -> PromptResult:
     """Trains routers, over modules with the adapter whose linears they choose among, and writes them into `out`.
 
@@ -65,9 +66,8 @@ def train_milora(
     trained with only some of its linears at a time: without its router it is used as it never was before.
 
     Only training rows are learned from; validation rows give the metrics; test rows are not read. All that is trained
-    is fp32, the model's pass is under bf16 autocast on CUDA. A run that was interrupted goes on from its last
-    checkpoint in `out`, if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the
-    same bits.
+    is fp32, the model's products are as `run` says. A run that was interrupted goes on from its last checkpoint in
+    `out`, if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits.
 
     Args:
         adapters: PEFT folders by the names of their tasks; none over modules. Tasks without one train the expert for no
@@ -79,8 +79,9 @@ def train_milora(
         TaskDataError: a row is longer than the recipe allows.
         RouterFolderError: a name is empty or too long for a router's card.
     """
-    recipe, run = recipe or MiloraRecipe(), run or PromptRun()
+    recipe, run = recipe or MiloraRecipe(), run or RouterRun()
     started = time.perf_counter()
+    run.check()
     check_out(out)
     model = _load(model_folder, tasks, adapters, out, recipe, run)
     own_name = out.resolve().name
@@ -111,9 +112,7 @@ def train_milora(
         training = training_record(tasks, adapters, recipe, names, found)
         if run.evaluation_rows:
             report("held-out rows", None)
-            training["metrics"] = judge_prompts(
-                model, [task.name for task in tasks], held_out, run.evaluation_batch, torch.device(run.device)
-            )
+            training["metrics"] = judge_prompts(model, [task.name for task in tasks], held_out, run)
     if recipe.experts == MODULES:
         model = replace(
             model, adapters=write_experts(model.experts, model.shape, out, {own_name: tasks}, run.base_name)
@@ -175,7 +174,7 @@ def _load(
     adapters: Mapping[str, Path],
     out: Path,
     recipe: MiloraRecipe,
-    run: PromptRun,
+    run: RouterRun,
 ) -> PromptModel:
     if recipe.experts == MODULES:
         if adapters:
@@ -201,13 +200,13 @@ def _split(tasks: Sequence[Task], recipe: MiloraRecipe) -> tuple[list[Sequence[T
 
 
 def _losses(
-    model: PromptModel, rows: Sequence[Sequence[Example]], recipe: MiloraRecipe, run: PromptRun
+    model: PromptModel, rows: Sequence[Sequence[Example]], recipe: MiloraRecipe, run: RouterRun
 ) -> Callable[[int], Tensor]:
     mixture, device = Mixture(rows, recipe.batch_size, recipe.seed), torch.device(run.device)
 
     def losses(step: int) -> Tensor:
         batch = collate_prompts(mixture.samples(step), model.tokenizer.pad_token_id, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with run.autocast():
             return milora_losses(model, batch, recipe)
 
     return losses

@@ -28,7 +28,7 @@ from routing.train.prompt_batches import PromptBatch, collate_prompts
 from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters
-from routing.train.prompt_recipe import MoaRecipe, PromptRun
+from routing.train.prompt_recipe import MoaRecipe
 from routing.train.prompt_training import (
     CHECKPOINT,
     PromptResult,
@@ -39,6 +39,7 @@ from routing.train.prompt_training import (
     training_record,
 )
 from routing.train.recipe_command import run_command
+from routing.train.router_recipe import RouterRun
 from routing.train.trained_adapters import round_experts, write_experts
 
 
@@ -48,14 +49,14 @@ def train_moa(
     adapters: Mapping[str, Path],
     out: Path,
     recipe: MoaRecipe | None = None,
-    run: PromptRun | None = None,
+    run: RouterRun | None = None,
 ) -> PromptResult:
     """Trains routers over the adapters of `tasks` and writes them into the folder `out`.
 
     Only training rows are learned from; validation rows give the metrics; test rows are not read. Routers are fp32, the
-    model's pass is under bf16 autocast on CUDA. A run that was interrupted goes on from its last checkpoint in `out`,
-    if the model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits. Adapters
-    that are trained jointly are written as new ones, below `out`/adapters.
+    model's products are as `run` says. A run that was interrupted goes on from its last checkpoint in `out`, if the
+    model's architecture, adapters, recipe and rows are the same; on the CPU it ends in the same bits. Adapters that are
+    trained jointly are written as new ones, below `out`/adapters.
 
     Args:
         adapters: PEFT folders by the names of their tasks. Tasks without one train the expert for no adapter.
@@ -66,8 +67,9 @@ def train_moa(
         TaskDataError: a row is longer than the recipe allows.
         RouterFolderError: a name is empty or too long for a router's card.
     """
-    recipe, run = recipe or MoaRecipe(), run or PromptRun()
+    recipe, run = recipe or MoaRecipe(), run or RouterRun()
     started = time.perf_counter()
+    run.check()
     check_out(out)
     model = load_over_adapters(
         model_folder, tasks, adapters, recipe, run.device, spread=0.0, acting=recipe.joint, trainable=recipe.joint
@@ -82,7 +84,7 @@ def train_moa(
     def losses(step: int) -> Tensor:
         samples = mixture.samples(step)
         batch = collate_prompts(samples, model.tokenizer.pad_token_id, device, answers=recipe.joint)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with run.autocast():
             return moa_losses(model, batch, recipe)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -92,9 +94,7 @@ def train_moa(
         training = training_record(tasks, adapters, recipe, names, found)
         if run.evaluation_rows:
             report("held-out rows", None)
-            training["metrics"] = judge_prompts(
-                model, [task.name for task in tasks], held_out, run.evaluation_batch, device
-            )
+            training["metrics"] = judge_prompts(model, [task.name for task in tasks], held_out, run)
     if recipe.joint:
         round_experts(model.experts)
         own = {task.name: [task] for task in tasks if task.name in adapters}

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adapters_store.types import TARGETS, AdapterWeights, LoraPair
 from routing.card_adapters import MAX_ADAPTERS, CardAdapter
-from routing.gate_folder import MAX_TOP_K, GateCard, check_card, write_gates
+from routing.gate_folder import GateCard, check_card, write_gates
 from routing.train.adapter import TrainError, check_device, check_out, load_causal
 from routing.train.batches import Example, encode
 from routing.train.data import Task
@@ -33,10 +33,10 @@ from routing.train.gated_linear import GateChoice, embed_adapters
 from routing.train.language_loss import language_loss
 from routing.train.meteora import CHECKPOINT, MeteoraResult
 from routing.train.meteora_model import GatedModel
-from routing.train.meteora_recipe import MeteoraRun
 from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
 from routing.train.recipe_command import run_command
+from routing.train.router_recipe import RouterRecipe, RouterRun, Rule, at_least_zero, whole
 from routing.train.task_adapters import check_names, model_config
 from routing.train.trained_adapters import (
     ADAPTER_NAME,
@@ -50,7 +50,7 @@ SPREAD = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class MoeLoraRecipe:
+class MoeLoraRecipe(RouterRecipe):
     """Everything that decides the experts and their gates, bar the model and the rows.
 
     The defaults are a rank of 32 in 8 parts, 4 of which act on a token. `learning_rate` is the peak of experts and
@@ -63,32 +63,20 @@ class MoeLoraRecipe:
     top_k: int = 4
     learning_rate: float = 2e-3
     steps: int = 400
-    batch_size: int = 32
-    max_length: int = 512
     warmup_steps: int = 20
     weight_decay: float = 0.0
-    gradient_clip: float = 1.0
-    seed: int = 0
 
-    def check(self) -> None:
-        """Raise TrainError for the first field that cannot be."""
-        most = min(MAX_TOP_K, self.experts)
-        expected: Mapping[str, tuple[bool, str]] = {
+    def share(self, step: int) -> float:
+        """The part of the peak learning rate at `step`, from 0."""
+        return warm_linear(step, self.steps, self.warmup_steps)
+
+    def rules(self, experts: int) -> Mapping[str, Rule]:
+        return {
             "experts": (2 <= self.experts <= MAX_ADAPTERS, f"2 to {MAX_ADAPTERS}"),
-            "top_k": (1 <= self.top_k <= most, f"1 to {most} of {self.experts} experts"),
-            "learning_rate": (0 <= self.learning_rate < float("inf"), "a number of at least 0"),
-            "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),
-            "gradient_clip": (self.gradient_clip > 0, "a number above 0"),
-            "warmup_steps": (self.warmup_steps >= 0, "a whole number of at least 0"),
-            **{
-                name: (getattr(self, name) >= 1, "a whole number of at least 1")
-                for name in ("rank", "alpha", "steps", "batch_size", "max_length")
-            },
+            **RouterRecipe.rules(self, experts),
+            "learning_rate": at_least_zero(self.learning_rate),
+            **{name: whole(getattr(self, name), 1) for name in ("rank", "alpha")},
         }
-        for name in (field.name for field in fields(self)):
-            holds, wanted = expected.get(name, (True, ""))
-            if not holds:
-                raise TrainError(f"{name} {getattr(self, name)}: expected {wanted}")
 
 
 def train_moelora(
@@ -96,7 +84,7 @@ def train_moelora(
     tasks: Sequence[Task],
     out: Path,
     recipe: MoeLoraRecipe | None = None,
-    run: MeteoraRun | None = None,
+    run: RouterRun | None = None,
 ) -> MeteoraResult:
     """Trains experts and gates on all tasks; writes a MeteoRA router into `out`, its experts below `out`/adapters.
 
@@ -108,11 +96,12 @@ def train_moelora(
         TaskDataError: a row is longer than the recipe allows.
         RouterFolderError: a name is empty or too long for a router's card.
     """
-    recipe, run = recipe or MoeLoraRecipe(), run or MeteoraRun()
+    recipe, run = recipe or MoeLoraRecipe(), run or RouterRun()
     started = time.perf_counter()
     check_out(out)
     check_names(tasks)
-    recipe.check()
+    run.check()
+    recipe.check(recipe.experts)
     check_device(run.device)
     names = [f"{out.resolve().name}-{expert}" for expert in range(recipe.experts)]
     if not re.fullmatch(ADAPTER_NAME, names[-1]):
@@ -136,7 +125,7 @@ def train_moelora(
     return MeteoraResult(out, card, tuple(losses), time.perf_counter() - started)
 
 
-def _load(model_folder: Path, recipe: MoeLoraRecipe, run: MeteoraRun, names: Sequence[str]) -> GatedModel:
+def _load(model_folder: Path, recipe: MoeLoraRecipe, run: RouterRun, names: Sequence[str]) -> GatedModel:
     config = model_config(model_folder)
     shape = config.linear_shape
     generator = torch.Generator().manual_seed(recipe.seed)  # on the CPU: the same on every device
@@ -162,21 +151,21 @@ def _fit(
     tasks: Sequence[Task],
     rows: Sequence[Sequence[Example]],
     recipe: MoeLoraRecipe,
-    run: MeteoraRun,
+    run: RouterRun,
     checkpoint: Path,
     report: Report,
 ) -> list[tuple[float, ...]]:
-    mixture, device = Mixture(rows, recipe.batch_size, recipe.seed), torch.device(run.device)
+    mixture = Mixture(rows, recipe.batch_size, recipe.seed)
     weights = model.weights
     groups = [{"params": list(weights.values()), "peak": recipe.learning_rate}]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
 
     def losses(step: int) -> Tensor:
-        return _loss(model, mixture.samples(step), device)[None]
+        return _loss(model, mixture.samples(step), run)[None]
 
     settings = Fit(
         recipe.steps,
-        lambda step: warm_linear(step, recipe.steps, recipe.warmup_steps),
+        recipe.share,
         recipe.gradient_clip,
         checkpoint,
         run.checkpoint_every,
@@ -186,15 +175,15 @@ def _fit(
     return fit(weights, optimizer, losses, settings, report)
 
 
-def _loss(model: GatedModel, samples: Sequence[Any], device: torch.device) -> Tensor:
-    batch = collate_mixed(samples, model.tokenizer.pad_token_id, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+def _loss(model: GatedModel, samples: Sequence[Any], run: RouterRun) -> Tensor:
+    batch = collate_mixed(samples, model.tokenizer.pad_token_id, torch.device(run.device))
+    with run.autocast():
         return language_loss(model.causal, batch.ids, batch.mask, batch.labels)
 
 
 @torch.no_grad()
 def _judge(
-    model: GatedModel, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], run: MeteoraRun
+    model: GatedModel, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], run: RouterRun
 ) -> dict[str, Any]:
     """L_LM over the answers' tokens of each task's rows, and its mean over tasks."""
     found: dict[str, float] = {}
@@ -203,9 +192,7 @@ def _judge(
         for first in range(0, len(own), run.evaluation_batch):
             part = own[first : first + run.evaluation_batch]
             samples = [((0, example),) for example in part]
-            total += float(_loss(model, samples, torch.device(run.device))) * sum(
-                example.answer_length for example in part
-            )
+            total += float(_loss(model, samples, run)) * sum(example.answer_length for example in part)
         found[task.name] = total / sum(example.answer_length for example in own)
     mean = sum(found.values()) / len(found)
     losses = {name: {"loss": round(loss, 4)} for name, loss in found.items()}
@@ -228,7 +215,7 @@ def _identity(model: GatedModel, recipe: MoeLoraRecipe, tasks: Sequence[Task]) -
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _card(model: GatedModel, recipe: MoeLoraRecipe, run: MeteoraRun, training: Mapping[str, Any]) -> GateCard:
+def _card(model: GatedModel, recipe: MoeLoraRecipe, run: RouterRun, training: Mapping[str, Any]) -> GateCard:
     return GateCard(
         base_fingerprint=model.fingerprint,
         base_name=run.base_name,

@@ -16,11 +16,12 @@ from routing.train.language_loss import language_loss
 from routing.train.prompt_batches import collate_prompts
 from routing.train.prompt_loss import class_loss
 from routing.train.prompt_model import PromptModel
+from routing.train.router_recipe import RouterRun
 
 
 @torch.no_grad()
 def judge_prompts(
-    model: PromptModel, names: Sequence[str], rows: Sequence[Sequence[Example]], batch_size: int, device: torch.device
+    model: PromptModel, names: Sequence[str], rows: Sequence[Sequence[Example]], run: RouterRun
 ) -> dict[str, Any]:
     """Metrics over the rows of all tasks, every task counting alike; see `decision_metrics`.
 
@@ -28,7 +29,7 @@ def judge_prompts(
     """
     logits, losses = [], []
     for task, own in enumerate(rows):
-        found, loss = _read(model, task, own, batch_size, device)
+        found, loss = _read(model, task, own, run)
         logits.append(found)
         losses.append(loss)
     metrics: dict[str, Any] = {"split": "valid", **decision_metrics(logits, model.labels, model.routers.form)}
@@ -79,17 +80,14 @@ def _accuracy(logits: Tensor, label: int, form: RouterForm) -> float:
     return float(choose(logits, form).chosen[..., label].float().mean())
 
 
-def _read(
-    model: PromptModel, task: int, rows: Sequence[Example], batch_size: int, device: torch.device
-) -> tuple[Tensor, float]:
+def _read(model: PromptModel, task: int, rows: Sequence[Example], run: RouterRun) -> tuple[Tensor, float]:
     """Logits (rows, L, N) on the CPU, and L_LM over the answers' tokens if layers decide for themselves, else 0."""
-    decides = model.routers.form.layered
+    decides, batch_size = model.routers.form.layered, run.evaluation_batch
     logits, total, tokens = [], 0.0, 0
     for first in range(0, len(rows), batch_size):
         samples = [((task, example),) for example in rows[first : first + batch_size]]
-        batch = collate_prompts(samples, model.tokenizer.pad_token_id, device, answers=decides)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        with autocast, model.routers.reading(batch.prompts, decides=decides):
+        batch = collate_prompts(samples, model.tokenizer.pad_token_id, torch.device(run.device), answers=decides)
+        with run.autocast(), model.routers.reading(batch.prompts, decides=decides):
             if decides:
                 count = sum(example.answer_length for example in rows[first : first + batch_size])
                 total += count * float(language_loss(model.causal, batch.ids, batch.mask, batch.labels))

@@ -1,12 +1,11 @@
-"""Everything that decides a prompt-level router's training, and how it is carried out."""
+"""Everything that decides a prompt-level router's training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from routing.prompt_folder import MAX_TOP_K
 from routing.prompt_router import (
     ACTIVATIONS,
     ADAPTERS,
@@ -21,18 +20,15 @@ from routing.prompt_router import (
     VOTE,
     RouterForm,
 )
-from routing.train.adapter import TrainError
 from routing.train.fitting import warm_linear
+from routing.train.router_recipe import RouterRecipe, Rule, at_least_zero, whole
 
 DEV, TRAIN, FIXED = "dev", "train", "fixed"
 COEFFICIENTS = (DEV, TRAIN, FIXED)
 
-Rule = tuple[bool, str]
-"""Whether a field holds, and what it was expected to be."""
-
 
 @dataclass(frozen=True, slots=True)
-class PromptRecipe:
+class PromptRecipe(RouterRecipe):
     """What both kinds of prompt-level routers have in common.
 
     `norm` "rms": hidden states are divided by their root mean square before they are pooled. The papers do not say so,
@@ -42,48 +38,25 @@ class PromptRecipe:
     linear warm-up over `warmup_steps`, then linear decay to zero at `steps`. A row has at most `max_length` tokens.
     """
 
-    top_k: int = 1
     pooling: str = "mean"
     activation: str = "none"
     norm: str = RMS
     null: bool = False
     smoothing: float = 0.0
     router_rate: float = 2e-3
-    steps: int = 300
-    batch_size: int = 32
-    max_length: int = 512
-    warmup_steps: int = 10
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    seed: int = 0
 
     def share(self, step: int) -> float:
         """The part of the peak learning rates at `step`, from 0."""
         return warm_linear(step, self.steps, self.warmup_steps)
 
-    def check(self, num_experts: int) -> None:
-        """Raise TrainError for the first field that cannot be, with so many experts."""
-        rules = self.rules(num_experts)
-        for name in (field.name for field in fields(self)):
-            holds, wanted = rules.get(name, (True, ""))
-            if not holds:
-                raise TrainError(f"{name} {getattr(self, name)}: expected {wanted}")
-
-    def rules(self, num_experts: int) -> Mapping[str, Rule]:
-        """By field."""
-        most = min(MAX_TOP_K, num_experts)
+    def rules(self, experts: int) -> Mapping[str, Rule]:
         return {
-            "top_k": (1 <= self.top_k <= most, f"1 to {most} of {num_experts} experts"),
+            **RouterRecipe.rules(self, experts),
             "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
             "activation": (self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS)),
             "norm": (self.norm in NORMS, " or ".join(NORMS)),
             "smoothing": (0 <= self.smoothing < 1, "a number from 0 to below 1"),
-            "gradient_clip": (self.gradient_clip > 0, "a number above 0"),
-            **{name: at_least_zero(getattr(self, name)) for name in ("router_rate", "weight_decay")},
-            **{
-                name: (getattr(self, name) >= least, f"a whole number of at least {least}")
-                for name, least in (("steps", 1), ("batch_size", 1), ("max_length", 1), ("warmup_steps", 0))
-            },
+            "router_rate": at_least_zero(self.router_rate),
         }
 
 
@@ -117,9 +90,9 @@ class MoaRecipe(PromptRecipe):
             self.depth,
         )
 
-    def rules(self, num_experts: int) -> Mapping[str, Rule]:
+    def rules(self, experts: int) -> Mapping[str, Rule]:
         return {
-            **PromptRecipe.rules(self, num_experts),
+            **PromptRecipe.rules(self, experts),
             "decision": (self.decision in DECISIONS, " or ".join(DECISIONS)),
             "depth": (
                 self.depth is None or (self.depth >= 1 and self.decision != BY_LAYER),
@@ -167,10 +140,10 @@ class MiloraRecipe(PromptRecipe):
             self.experts, num_layers, num_experts, self.top_k, self.pooling, self.activation, self.norm, BY_LAYER
         )
 
-    def rules(self, num_experts: int) -> Mapping[str, Rule]:
+    def rules(self, experts: int) -> Mapping[str, Rule]:
         modules = self.experts == MODULES
         return {
-            **PromptRecipe.rules(self, num_experts),
+            **PromptRecipe.rules(self, experts),
             "experts": (self.experts in EXPERTS, " or ".join(EXPERTS)),
             "null": (not (modules and self.null), "none over modules"),
             "coefficients": (self.coefficients in COEFFICIENTS, " or ".join(COEFFICIENTS)),
@@ -178,29 +151,5 @@ class MiloraRecipe(PromptRecipe):
                 name: at_least_zero(getattr(self, name))
                 for name in ("balance", "eta", "coefficients_rate", "adapter_rate")
             },
-            **{
-                name: (getattr(self, name) >= 1, "a whole number of at least 1")
-                for name in ("rank", "alpha", "coefficients_every")
-            },
+            **{name: whole(getattr(self, name), 1) for name in ("rank", "alpha", "coefficients_every")},
         }
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRun:
-    """How a recipe is carried out; none of it changes the routers beyond rounding.
-
-    After training the routers are judged on the first `evaluation_rows` validation rows of each task; 0 leaves it out.
-    """
-
-    device: str = "cpu"
-    checkpoint_every: int = 50
-    evaluation_rows: int = 20
-    evaluation_batch: int = 20
-    base_name: str = "smollm2-135m"
-    name: str | None = None
-    progress: bool = True
-
-
-def at_least_zero(value: float) -> Rule:
-    """Of a finite number."""
-    return 0 <= value < math.inf, "a number of at least 0"

@@ -16,7 +16,8 @@ from routing.train.batches import Example, encode
 from routing.train.data import Task, TaskDataError, TaskRow
 from routing.train.fitting import Fit
 from routing.train.prompt_model import PromptModel
-from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe, PromptRun
+from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
+from routing.train.router_recipe import RouterRun
 
 CHECKPOINT = "checkpoint.safetensors"
 Recipe = MoaRecipe | MiloraRecipe
@@ -70,7 +71,7 @@ def fit_settings(
     model: PromptModel,
     tasks: Sequence[Task],
     recipe: Recipe,
-    run: PromptRun,
+    run: RouterRun,
     out: Path,
     names: tuple[str, ...],
 ) -> Fit:
@@ -101,7 +102,7 @@ def training_record(
     }
 
 
-def make_card(kind: str, model: PromptModel, recipe: Recipe, run: PromptRun, training: Mapping[str, Any]) -> PromptCard:
+def make_card(kind: str, model: PromptModel, recipe: Recipe, run: RouterRun, training: Mapping[str, Any]) -> PromptCard:
     """With the model's adapters; its digest is still to come."""
     return PromptCard(
         kind=kind,

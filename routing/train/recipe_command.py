@@ -18,6 +18,7 @@ from routing.evaluate.groups import chosen_tasks
 from routing.train.adapter import TrainError
 from routing.train.adapter_folders import adapter_folders
 from routing.train.data import Task, TaskDataError
+from routing.train.router_recipe import AUTO, PRECISIONS, RouterRun
 
 KINDS = ("moa", "milora", "meteora", "moelora")
 
@@ -39,19 +40,18 @@ def run_command(kind: str, arguments: Sequence[str]) -> int:
 
 def _train(kind: str, options: dict[str, Any], recipe: Any) -> Any:
     from routing.train.meteora import train_meteora
-    from routing.train.meteora_recipe import MeteoraRun
     from routing.train.milora import train_milora
     from routing.train.moa import train_moa
     from routing.train.moelora import train_moelora
-    from routing.train.prompt_recipe import PromptRun
 
     model, out = options["model"], options["out"]
-    run: Any = (PromptRun if kind in ("moa", "milora") else MeteoraRun)(
+    run = RouterRun(
         device=options["device"],
         evaluation_rows=options["evaluation_rows"],
         base_name=model.resolve().name,
         name=options["name"] or out.resolve().name,
         progress=not options["plain"],
+        precision=options["precision"],
     )
     chosen = chosen_tasks(options["tasks"], options["group"])
     tasks = [replace(task, train=task.train[: options["samples"]]) for task in chosen]
@@ -89,6 +89,7 @@ def _parser(kind: str, recipe: Any) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, help="training rows of a task at most [all]")
     parser.add_argument("--name")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default=AUTO, help="of the model's products")
     parser.add_argument("--evaluation-rows", type=int, default=20)
     parser.add_argument("--plain", action="store_true", help="no progress bar")
     for field in fields(recipe):

@@ -18,12 +18,13 @@ from routing.train.data import Task, TaskDataError
 from routing.train.meteora import MeteoraResult, train_meteora
 from routing.train.meteora_loss import both_losses
 from routing.train.meteora_model import load_gated_model
-from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.mixed_batches import collate_mixed
+from routing.train.router_recipe import RouterRun
 from server.model.config import ModelConfig
 
 RECIPE = MeteoraRecipe(steps=25, batch_size=4, learning_rate=2e-2, warmup_steps=3, max_length=80)
-RUN = MeteoraRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
+RUN = RouterRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
 SHORT = replace(RECIPE, steps=10, packed=0.5, null=True)
 
 
@@ -178,7 +179,7 @@ def test_only_gates_get_gradients_and_adapters_stay(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 3}, r"^top_k 3: expected 1 to 2 of the gates' 2 rows"),
+        ({"top_k": 3}, r"^top_k 3: expected 1 to 2 of 2 experts"),
         ({"temperature": 0.0}, r"^temperature 0\.0: expected a number above 0"),
         ({"beta": float("nan")}, r"^beta nan: expected a number of at least 0"),
         ({"beta": 0.0, "top_k": 1}, r"^beta 0\.0: expected a number of at least 0, and above it with top_k 1"),

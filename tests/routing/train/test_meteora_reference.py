@@ -18,8 +18,9 @@ from adapters_store.types import AdapterWeights
 from routing.gate_folder import load_gates
 from routing.train.batches import encode
 from routing.train.meteora import train_meteora
-from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.mixed_batches import Mixture, Sample
+from routing.train.router_recipe import RouterRun
 
 RECIPE = MeteoraRecipe(
     top_k=2,
@@ -121,7 +122,7 @@ def test_gates_end_where_a_plain_loop_ends(
 ) -> None:
     kept = {"top_k"}  # two of three rows, the only number between one row and all
     assert {field.name for field in fields(RECIPE) if getattr(RECIPE, field.name) == field.default} == kept
-    run = MeteoraRun(progress=False, evaluation_rows=0, base_name="tiny")
+    run = RouterRun(progress=False, evaluation_rows=0, base_name="tiny")
     result = train_meteora(chat_model, TASKS, written[0], tmp_path / "router", RECIPE, run)
     tokenizer: Any = AutoTokenizer.from_pretrained(chat_model)
     mixture = Mixture([encode(tokenizer, task.train, 60) for task in TASKS], 3, 5, 0.6, 60)

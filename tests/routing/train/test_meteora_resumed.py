@@ -16,11 +16,12 @@ from routing.train import meteora as training
 from routing.train.adapter import TrainError
 from routing.train.data import Task
 from routing.train.meteora import CHECKPOINT, MeteoraResult, train_meteora
-from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.meteora_recipe import MeteoraRecipe
+from routing.train.router_recipe import RouterRun
 
 RECIPE = MeteoraRecipe(steps=10, batch_size=4, learning_rate=2e-2, warmup_steps=3, max_length=80, packed=0.5, null=True)
 JOINT = replace(RECIPE, joint=True)
-RUN = MeteoraRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
+RUN = RouterRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz"), toy_task("none", "pq")]
 
 
@@ -36,7 +37,7 @@ def adapters(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture
 def train(chat_model: Path, adapters: dict[str, Path], tmp_path: Path) -> Callable[..., MeteoraResult]:
     def run(
-        name: str, tasks: list[Task] = TASKS, recipe: MeteoraRecipe = RECIPE, run: MeteoraRun = RUN, xyz: str = "xyz"
+        name: str, tasks: list[Task] = TASKS, recipe: MeteoraRecipe = RECIPE, run: RouterRun = RUN, xyz: str = "xyz"
     ) -> MeteoraResult:
         own = {"ab": adapters["ab"], "xyz": adapters[xyz]}
         return train_meteora(chat_model, tasks, own, tmp_path / name, recipe, run)

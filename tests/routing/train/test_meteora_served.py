@@ -11,7 +11,8 @@ from adapters_store.types import Mix
 from routing.gate_folder import GateCard, load_gates
 from routing.train.meteora import train_meteora
 from routing.train.meteora_model import load_gated_model
-from routing.train.meteora_recipe import MeteoraRecipe, MeteoraRun
+from routing.train.meteora_recipe import MeteoraRecipe
+from routing.train.router_recipe import RouterRun
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.gates import GateUse
@@ -56,7 +57,7 @@ def test_the_engine_says_what_the_trained_model_says(
 ) -> None:
     tasks = TASKS if null else TASKS[:2]
     recipe = MeteoraRecipe(steps=12, batch_size=4, learning_rate=3e-2, max_length=80, top_k=top_k, null=null)
-    run = MeteoraRun(progress=False, evaluation_rows=1, base_name="tiny")
+    run = RouterRun(progress=False, evaluation_rows=1, base_name="tiny")
     result = train_meteora(chat_model, tasks, adapters, tmp_path / "router", recipe, run)
     model = load_gated_model(chat_model, tasks, adapters, recipe, "cpu")
     for module, gate in load_gates(result.folder).items():

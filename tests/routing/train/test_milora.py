@@ -20,12 +20,13 @@ from routing.prompt_router import GELU_A, GELU_B
 from routing.train.adapter import TrainError
 from routing.train.batches import encode
 from routing.train.milora import train_milora
-from routing.train.prompt_recipe import MiloraRecipe, PromptRun
+from routing.train.prompt_recipe import MiloraRecipe
 from routing.train.prompt_training import PromptResult
+from routing.train.router_recipe import RouterRun
 from server.model.config import ModelConfig
 
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz")]
-RUN = PromptRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
+RUN = RouterRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
 OVER = MiloraRecipe(
     experts="adapters", top_k=1, steps=20, batch_size=4, router_rate=3e-2, warmup_steps=3, max_length=80
 )

@@ -21,7 +21,8 @@ from routing.train.layer_routers import fresh_routers
 from routing.train.milora import SPREAD, train_milora
 from routing.train.mixed_batches import Mixture, Sample
 from routing.train.prompt_model import load_over_modules
-from routing.train.prompt_recipe import MiloraRecipe, PromptRun
+from routing.train.prompt_recipe import MiloraRecipe
+from routing.train.router_recipe import RouterRun
 
 ADAPTERS = MiloraRecipe(
     experts="adapters",
@@ -51,7 +52,7 @@ ADAPTERS = MiloraRecipe(
 MODULES = replace(ADAPTERS, experts="modules", null=False, top_k=3, norm="rms", coefficients="train")
 TASKS = [toy_task("ab", "ab", rows=24), toy_task("plain", "pq"), toy_task("xyz", "xyz")]
 LABELS = (0, 2, 1)
-RUN = PromptRun(progress=False, evaluation_rows=0, base_name="tiny")
+RUN = RouterRun(progress=False, evaluation_rows=0, base_name="tiny")
 
 Factors = dict[Module, dict[int, tuple[Tensor, Tensor, float]]]
 """A, B and scale by linear and expert."""

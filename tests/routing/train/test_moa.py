@@ -23,12 +23,13 @@ from routing.train.batches import encode
 from routing.train.data import Task, TaskDataError
 from routing.train.mixed_batches import Mixture
 from routing.train.moa import train_moa
-from routing.train.prompt_recipe import MoaRecipe, PromptRun
+from routing.train.prompt_recipe import MoaRecipe
 from routing.train.prompt_training import PromptResult
+from routing.train.router_recipe import RouterRun
 from server.model.config import ModelConfig
 
 RECIPE = MoaRecipe(steps=25, batch_size=4, router_rate=2e-2, warmup_steps=3, max_length=80)
-RUN = PromptRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
+RUN = RouterRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz")]
 
 

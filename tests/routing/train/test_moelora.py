@@ -20,13 +20,13 @@ from routing.train.data import TaskDataError
 from routing.train.gate_tally import GateTally
 from routing.train.gated_linear import GateChoice, embed_adapters
 from routing.train.meteora import CHECKPOINT, MeteoraResult
-from routing.train.meteora_recipe import MeteoraRun
 from routing.train.moelora import MoeLoraRecipe, train_moelora
+from routing.train.router_recipe import RouterRun
 from server.model.config import ModelConfig
 
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz")]
 RECIPE = MoeLoraRecipe(experts=3, rank=2, alpha=4, top_k=2, steps=10, batch_size=4, learning_rate=3e-2, warmup_steps=2)
-RUN = MeteoraRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
+RUN = RouterRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name="tiny", name="toy")
 
 
 @pytest.fixture(scope="module")

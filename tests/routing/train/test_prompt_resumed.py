@@ -14,13 +14,14 @@ from routing.card_file import CHANGE_FILE
 from routing.prompt_folder import read_prompt_router
 from routing.train import milora, moa
 from routing.train.adapter import TrainError
-from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe, PromptRun
+from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
 from routing.train.prompt_training import CHECKPOINT, PromptResult
+from routing.train.router_recipe import RouterRun
 
 SHARED: dict[str, Any] = {"steps": 10, "batch_size": 3, "router_rate": 2e-2, "warmup_steps": 3, "max_length": 80}
 MOA = MoaRecipe(**SHARED, joint=True)
 MILORA = MiloraRecipe(**SHARED, rank=2, coefficients_rate=1e-3, coefficients_every=3)
-RUN = PromptRun(progress=False, evaluation_rows=1, checkpoint_every=4, base_name="tiny", name="toy")
+RUN = RouterRun(progress=False, evaluation_rows=1, checkpoint_every=4, base_name="tiny", name="toy")
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz")]
 
 Train = Callable[..., PromptResult]
@@ -33,7 +34,7 @@ def train(chat_model: Path, tmp_path: Path) -> Train:
         write_adapter(tmp_path / name, chat_model, {"q_proj": 2, "down_proj": 3}, seed=seed)
         adapters[name] = tmp_path / name
 
-    def run(out: Path, recipe: MoaRecipe | MiloraRecipe, tasks: Any = TASKS, run: PromptRun = RUN) -> PromptResult:
+    def run(out: Path, recipe: MoaRecipe | MiloraRecipe, tasks: Any = TASKS, run: RouterRun = RUN) -> PromptResult:
         if isinstance(recipe, MoaRecipe):
             return moa.train_moa(chat_model, tasks, adapters, out, recipe, run)
         own = {} if recipe.experts == "modules" else adapters

@@ -1,0 +1,230 @@
+"""Trains and evaluates all routers inside the model, stage by stage; the same command goes on where one was stopped:
+
+python -m routing.evaluate.study --model DIR --tasks ROOT --out DIR --scale cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from routing.evaluate.study_plan import SCALES, Places, Stage, Step, plan
+from routing.train.data import TaskDataError
+
+Json = dict[str, Any]
+Say = Callable[[str], None]
+
+POLL = 0.2
+"""Seconds between two looks at what runs."""
+
+DONE, FAILED, WRONG, MORE = 0, 1, 2, 3
+"""Exit codes: all done, a step failed, the arguments are wrong, the time was up: call again."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """`jobs` steps run at once; after `seconds` they are stopped, and a later call goes on from their checkpoints."""
+
+    places: Places
+    scale: str
+    jobs: int
+    seconds: float | None = None
+
+    def record(self, step: Step) -> Path:
+        return self.places.out / "steps" / f"{step.name}.json"
+
+    def log(self, step: Step) -> Path:
+        return self.places.out / "logs" / f"{step.name}.log"
+
+
+def carry_out(study: Study, say: Say) -> int:
+    """Runs what is missing, and writes study.json and study.md into `out` after every stage; the exit code.
+
+    A step that fails does not stop those beside it, but the stages after it are not begun.
+    """
+    deadline = None if study.seconds is None else time.monotonic() + study.seconds
+    stages = plan(study.places, SCALES[study.scale])
+    for stage in stages:
+        missing = [step for step in stage.steps if not _known(study, step)]
+        if missing:
+            say(f"{stage.name}: {', '.join(step.name for step in missing)}")
+        failed = _run(study, missing, deadline, say)
+        write_report(study, stages)
+        if failed:
+            say(f"failed: {', '.join(failed)}; see {study.log(missing[0]).parent}")
+            return FAILED
+        if not all(_known(study, step) for step in stage.steps):
+            say("the time is up; the same command goes on from here")
+            return MORE
+    return DONE
+
+
+def _known(study: Study, step: Step) -> Json | None:
+    """The record of the step, if it is done as it is asked for now."""
+    with suppress(OSError, ValueError):
+        found: Json = json.loads(study.record(step).read_text(encoding="utf-8"))
+        if found["module"] == step.module and found["arguments"] == list(step.arguments):
+            return found
+    return None
+
+
+def _run(study: Study, steps: Sequence[Step], deadline: float | None, say: Say) -> list[str]:
+    """The names of those that failed. At the deadline the others are stopped and leave no record."""
+    waiting, failed = list(steps), list[str]()
+    running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
+    try:
+        while running or (waiting and not _late(deadline)):
+            while waiting and len(running) < study.jobs and not _late(deadline):
+                step = waiting.pop(0)
+                running[step.name] = (step, _start(study, step), time.monotonic())
+            for step, process, started in list(running.values()):
+                ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # says what the step itself has used
+                if not ended:
+                    continue
+                del running[step.name]
+                process.returncode = os.waitstatus_to_exitcode(status)
+                spent = {"seconds": time.monotonic() - started, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+                say(f"{step.name}: exit code {process.returncode}, {spent['seconds']:.0f} s")
+                if process.returncode:
+                    failed.append(step.name)
+                else:
+                    _write_record(study, step, spent)
+            if _late(deadline):
+                break
+            time.sleep(POLL)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+            process.wait()
+    return failed
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
+
+
+def _start(study: Study, step: Step) -> subprocess.Popen[bytes]:
+    for link, target in step.links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.resolve(), target_is_directory=True)
+    log = study.log(step)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", step.module, *step.arguments]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _write_record(study: Study, step: Step, spent: Mapping[str, float]) -> None:
+    path = study.record(step)
+    rounded = {name: round(value, 1) for name, value in spent.items()}
+    found = {"module": step.module, "arguments": step.arguments, **rounded}
+    _write(path, json.dumps(found, indent=1) + "\n")
+
+
+def write_report(study: Study, stages: Sequence[Stage]) -> None:
+    """study.json: circumstances, and what each finished step took; study.md: that, and the tables of all that asks."""
+    out = study.places.out
+    found = {step.name: known for stage in stages for step in stage.steps if (known := _known(study, step))}
+    document = {"scale": study.scale, **circumstances(), "steps": found}
+    _write(out / "study.json", json.dumps(document, indent=1) + "\n")
+    _write(out / "study.md", markdown(document, {name: out / name / "gates.md" for name in found}))
+
+
+def circumstances() -> Json:
+    """The machine and the libraries."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown(document: Json, tables: Mapping[str, Path]) -> str:
+    """The steps with their seconds, then the tables that are there."""
+    lines = [
+        f"# Routers inside the model, scale {document['scale']}",
+        "",
+        "| step | seconds | of a processor |",
+        "|---|---|---|",
+    ]
+    for name, record in document["steps"].items():
+        lines.append(f"| {name} | {record['seconds']:.0f} | {record['cpu_seconds']:.0f} |")
+    for name, path in tables.items():
+        if path.is_file():
+            lines += ["", f"## {name}", "", path.read_text(encoding="utf-8").strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit codes as above."""
+    asked = _parser().parse_args(arguments)
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    study = Study(Places(asked.model, asked.tasks, asked.out, asked.adapters), asked.scale, asked.jobs, asked.seconds)
+    try:
+        code = carry_out(study, say)
+    except TaskDataError as error:
+        say(str(error))
+        return WRONG
+    say(str(asked.out / "study.md"))
+    return code
+
+
+def run_alone(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The whole process: told to end, it ends its steps first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(MORE))
+    sys.exit(main(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = (__doc__ or "").split(";")[0]
+    parser = argparse.ArgumentParser(prog="python -m routing.evaluate.study", description=about)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
+    parser.add_argument(
+        "--tasks", type=Path, required=True, help="folder of task folders, with groups small and medium"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is made")
+    parser.add_argument("--adapters", type=Path, help="folder of PEFT folders by task [they are trained]")
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cuda")
+    parser.add_argument("--jobs", type=int, default=1, help="steps at once [1]")
+    parser.add_argument("--seconds", type=float, help="stop after so long; the same command goes on")
+    return parser
+
+
+if __name__ == "__main__":
+    run_alone()

@@ -1,0 +1,327 @@
+"""What a study of all routers inside the model trains and asks, as commands in stages, on a GPU or on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from routing.train.many import task_names
+
+SMALL, MEDIUM = "small", "medium"
+
+
+@dataclass(frozen=True)
+class Step:
+    """`python -m module arguments`; `links` (link to target) are made before."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    links: Mapping[Path, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that may run side by side, after those of the stages before."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Steps of a training, and the rows of each."""
+
+    steps: int
+    rows: int
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return "--steps", str(self.steps), "--batch-size", str(self.rows)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done.
+
+    `gates`, `moa` and `milora` are the trainings of each kind, judged by `judged` validation rows a task. Of each small
+    task `rows` test rows are asked (None: all), `moa_rows` and `milora_rows` under routers by prompt, and of each size
+    `composite_rows` composite prompts. `curve`: training rows a task of further MeteoRA routers. `new`: tasks that join
+    a router which was trained without them. `whole`: also what takes a training of its own beyond the main ones: other
+    seeds and packs, a swapped adapter, one LoRA for all tasks, MoE-LoRA, poolings, activations, the medium tasks.
+    """
+
+    device: str
+    precision: str
+    gates: Loop
+    moa: Loop
+    milora: Loop
+    rows: int | None
+    moa_rows: int
+    milora_rows: int
+    composite_rows: int
+    judged: int
+    merges: str
+    few_merges: str
+    moa_merges: str
+    temperatures: str
+    modules: str
+    coefficients_every: int
+    batch: int
+    batch_tokens: int
+    curve: tuple[int, ...] = ()
+    new: tuple[str, ...] = ()
+    whole: bool = False
+
+
+SCALES = {
+    "cuda": Scale(
+        device="cuda",
+        precision="auto",
+        gates=Loop(300, 32),
+        moa=Loop(300, 32),
+        milora=Loop(600, 32),
+        rows=None,
+        moa_rows=60,
+        milora_rows=60,
+        composite_rows=60,
+        judged=50,
+        merges="cat,linear,linear:sum,svd,ties:0.5,ties:sum:0.5,dare_ties:0.5,dare_ties:sum:0.5",
+        few_merges="cat,ties:sum:0.5",
+        moa_merges="cat,linear:sum,svd,ties:sum:0.5",
+        temperatures="1,4,15,30",
+        modules="1,2,4,5,6,7",
+        coefficients_every=1,
+        batch=384,
+        batch_tokens=4096,
+        curve=(5, 20, 50, 200),
+        new=("spell", "sentiment", "scan"),
+        whole=True,
+    ),
+    "cpu": Scale(
+        device="cpu",
+        precision="bfloat16",
+        gates=Loop(160, 11),
+        moa=Loop(40, 22),
+        milora=Loop(40, 22),
+        rows=30,
+        moa_rows=30,
+        milora_rows=20,
+        composite_rows=12,
+        judged=20,
+        merges="cat,linear:sum,svd,ties:sum:0.5,dare_ties:sum:0.5",
+        few_merges="cat,ties:sum:0.5",
+        moa_merges="",
+        temperatures="1,15",
+        modules="1,2,5,7",
+        coefficients_every=10,
+        batch=64,
+        batch_tokens=1024,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders: of the base model, of the tasks, of adapters by task (None: they are trained), and of the results."""
+
+    model: Path
+    tasks: Path
+    out: Path
+    given: Path | None = None
+
+    @property
+    def adapters(self) -> Path:
+        return self.given or self.out / "adapters"
+
+
+def plan(places: Places, scale: Scale) -> tuple[Stage, ...]:
+    """All stages, in order."""
+    maker = _Maker(places, scale)
+    stages = [
+        Stage("adapters", tuple(maker.adapters())),
+        Stage("gates", tuple(maker.gates())),
+        Stage("joining", tuple(maker.joining())),
+        Stage("tasks", tuple(maker.tasks())),
+        Stage("moa", (maker.moa(),)),
+        Stage("decisions", tuple(maker.decisions())),
+        Stage("asked", (maker.asked_moa(), maker.composites())),
+        Stage("milora", tuple(maker.milora())),
+        Stage("modules", (maker.asked_milora(),)),
+    ]
+    return tuple(stage for stage in stages if stage.steps)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    places: Places
+    scale: Scale
+
+    def adapters(self) -> Iterable[Step]:
+        """One for each task unless they are given; with `whole` LoRAs for all tasks, and another one of `spell`."""
+        if self.places.given is None:
+            yield self._many("adapters", self.places.tasks, self.places.adapters, "--group", self._widest)
+        if not self.scale.whole:
+            return
+        for group in (SMALL, MEDIUM):
+            rows = self.places.out / "joint-tasks" / group
+            yield Step(f"rows-{group}", "routing.train.joint", _options(tasks=self.places.tasks, group=group, out=rows))
+        yield self._many("swapped", self.places.tasks, self._out("swapped"), "--only", "spell", "--seed", "1")
+
+    def gates(self) -> Iterable[Step]:
+        yield self._router("small", SMALL)
+        if self.scale.whole:
+            yield self._router("medium", MEDIUM)
+            yield self._router("packed", SMALL, "--packed", "0.5")
+            yield self._router("seed-1", SMALL, "--seed", "1")
+            for group in (SMALL, MEDIUM):
+                joint = _options(rank=32, alpha=64, learning_rate=1e-3, steps=1600, epochs=1000)
+                rows = self.places.out / "joint-tasks" / group
+                yield self._many(f"joint-{group}", rows, self._out(f"joint-{group}"), "--only", "joint", *joint)
+        for count in self.scale.curve:
+            yield self._router(f"rows-{count}", SMALL, "--samples", str(count))
+        for task in self.scale.new:
+            yield self._router(f"without-{task}", f"rest={SMALL},-{task}")
+
+    def joining(self) -> Iterable[Step]:
+        """Rows for adapters that their router was not trained with."""
+        for task in self.scale.new:
+            yield self._extend(f"row-{task}", f"without-{task}", task, self.places.adapters)
+        if self.scale.whole:
+            row = self._extend("row-swapped", "small", "spell", self._mixed)
+            yield replace(row, links=self._swapped_links())
+
+    def tasks(self) -> Iterable[Step]:
+        """MeteoRA on single tasks."""
+        more = [f"--router=row for {task}={self._trained(f'row-{task}')}" for task in self.scale.new]
+        more += [f"--curve={rows}={self._trained(f'rows-{rows}')}" for rows in self.scale.curve]
+        if self.scale.new:
+            more += ["--new", ",".join(self.scale.new)]
+        if self.scale.whole:
+            more += [f"--router=packed={self._trained('packed')}", f"--router=seed 1={self._trained('seed-1')}"]
+            more += ["--joint", str(self._out("joint-small") / "joint")]
+            more += [f"--swapped=spell={self._out('swapped') / 'spell'}"]
+        router = f"--router=MeteoRA={self._trained('small')}"
+        asked = ("--merges", self.scale.merges, "--perplexity", "--composite-rows", "0")
+        yield self._ask("tasks", SMALL, *_rows(self.scale.rows), router, *more, *asked)
+        if self.scale.whole:
+            joint = ("--joint", str(self._out("joint-medium") / "joint"), "--merges", self.scale.merges)
+            yield self._ask(
+                "medium", MEDIUM, f"--router=MeteoRA={self._trained('medium')}", *joint, "--composite-rows=0"
+            )
+            swapped = f"--router=row for the swapped={self._trained('row-swapped')}"
+            own = ("--merges", "", "--composite-rows", "0", "--new", "spell")
+            yield self._ask("swapped", SMALL, swapped, *own, adapters=self._mixed)
+
+    def moa(self) -> Step:
+        return self._train("moa", "moa", SMALL, self.scale.moa, "--adapters", str(self.places.adapters))
+
+    def decisions(self) -> Iterable[Step]:
+        """The same router, not by vote."""
+        for decision in ("last", "layer"):
+            where = _options(router=self._trained("moa"), out=self._trained(f"moa-{decision}"))
+            yield Step(f"moa-{decision}", "routing.train.decide", (*where, "--decision", decision))
+
+    def milora(self) -> Iterable[Step]:
+        """MiLoRA over modules; with all seven chosen it is plain LoRA."""
+        every = ("--coefficients-every", str(self.scale.coefficients_every))
+        for name, (_, *options) in self._miloras().items():
+            yield self._train("milora", name, SMALL, self.scale.milora, *every, *options)
+        if self.scale.whole:
+            yield self._train("moelora", "moelora", SMALL, self.scale.milora)
+
+    def asked_moa(self) -> Step:
+        """MoA on single tasks."""
+        moa = {"vote": "moa", "last": "moa-last", "layer": "moa-layer"}
+        routers = [f"--prompt-router=MoA, {label}={self._trained(name)}" for label, name in moa.items()]
+        merges = ("--merges", self.scale.moa_merges, "--perplexity")
+        return self._ask("moa", SMALL, *_rows(self.scale.moa_rows), *routers, *merges, "--composite-rows", "0")
+
+    def asked_milora(self) -> Step:
+        """MiLoRA on single tasks, beside plain LoRA that was trained on the same rows."""
+        routers = [f"--prompt-router={own[0]}={self._trained(name)}" for name, own in self._miloras().items()]
+        if self.scale.whole:
+            routers.append(f"--router=MoE-LoRA={self._trained('moelora')}")
+        options = ("--modules", self.scale.modules, "--merges", "", "--composite-rows", "0")
+        return self._ask("milora", SMALL, *_rows(self.scale.milora_rows), *routers, *options)
+
+    def composites(self) -> Step:
+        routers = [f"--router=MeteoRA={self._trained('small')}"]
+        if self.scale.whole:
+            routers += [f"--router=packed={self._trained('packed')}", "--composite-routers", "MeteoRA,packed"]
+            routers += ["--joint", str(self._out("joint-small") / "joint")]
+        count, options = str(self.scale.composite_rows), ("--temperatures", self.scale.temperatures)
+        merges = ("--merges", self.scale.few_merges)
+        return self._ask("composites", SMALL, "--rows", "0", *routers, *merges, "--composite-rows", count, *options)
+
+    @property
+    def _widest(self) -> str:
+        return MEDIUM if self.scale.whole else SMALL
+
+    def _miloras(self) -> dict[str, tuple[str, ...]]:
+        """Label and options by name."""
+        found: dict[str, tuple[str, ...]] = {"milora": ("MiLoRA",), "plain": ("plain LoRA", "--top-k", "7")}
+        if self.scale.whole:
+            for pooling in ("mean", "last", "max"):
+                found[f"milora-{pooling}"] = (f"MiLoRA, {pooling} pooling", "--pooling", pooling)
+            found["milora-gelu"] = ("MiLoRA, GeLU", "--coefficients", "fixed")
+            found["milora-none"] = ("MiLoRA, no activation", "--activation", "none")
+        return found
+
+    def _out(self, name: str) -> Path:
+        return self.places.out / name
+
+    def _trained(self, name: str) -> Path:
+        return self.places.out / "routers" / name
+
+    @property
+    def _mixed(self) -> Path:
+        """The adapters with the swapped one among them."""
+        return self._out("with-swapped")
+
+    def _swapped_links(self) -> dict[Path, Path]:
+        own = {name: self.places.adapters / name for name in self._small}
+        return {self._mixed / name: path for name, path in own.items()} | {
+            self._mixed / "spell": self._out("swapped") / "spell"
+        }
+
+    @property
+    def _small(self) -> Sequence[str]:
+        return task_names(self.places.tasks, SMALL)
+
+    @property
+    def _common(self) -> tuple[str, ...]:
+        return _options(model=self.places.model, tasks=self.places.tasks)
+
+    def _many(self, name: str, tasks: Path, out: Path, *more: str) -> Step:
+        options = _options(model=self.places.model, tasks=tasks, out=out, device=self.scale.device, evaluation_rows=20)
+        return Step(name, "routing.train.many", (*options, *more))
+
+    def _train(self, kind: str, name: str, group: str, loop: Loop, *more: str) -> Step:
+        where = _options(group=group, out=self._trained(name), device=self.scale.device, precision=self.scale.precision)
+        judged = ("--evaluation-rows", str(self.scale.judged), "--plain")
+        return Step(name, f"routing.train.{kind}", (*self._common, *where, *judged, *loop.options, *more))
+
+    def _router(self, name: str, group: str, *more: str) -> Step:
+        return self._train("meteora", name, group, self.scale.gates, "--adapters", str(self.places.adapters), *more)
+
+    def _extend(self, name: str, router: str, task: str, adapters: Path) -> Step:
+        where = _options(router=self._trained(router), adapters=adapters, out=self._trained(name))
+        options = (*self._common, *where, "--add", task, "--device", self.scale.device)
+        return Step(name, "routing.train.extend", options)
+
+    def _ask(self, name: str, group: str, *more: str, adapters: Path | None = None) -> Step:
+        scale = self.scale
+        where = _options(adapters=adapters or self.places.adapters, group=group, out=self._out(f"eval-{name}"))
+        how = _options(device=scale.device, dtype="bfloat16", batch=scale.batch, batch_tokens=scale.batch_tokens)
+        return Step(f"eval-{name}", "routing.evaluate.gates", (*self._common, *where, *how, *more))
+
+
+def _options(**values: object) -> tuple[str, ...]:
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items())
+    return tuple(text for pair in pairs for text in pair)
+
+
+def _rows(count: int | None) -> tuple[str, ...]:
+    return () if count is None else ("--rows", str(count))

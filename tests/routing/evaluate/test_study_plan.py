@@ -1,0 +1,128 @@
+"""What a study does, command by command: all are understood, and none needs what is not there yet."""
+
+import argparse
+import json
+import runpy
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from routing.evaluate.study_plan import SCALES, Loop, Places, Scale, Stage, Step, plan
+from routing.train.data import Task, TaskRow, write_task
+from routing.train.recipe_command import KINDS, _parser, _recipe_type
+
+NAMES = ("pq", "spell", "xyz")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    for name in NAMES:
+        rows = [TaskRow(name, "toy", "Say", f"{name} {i}", name[-1] * 4, 0) for i in range(8)]
+        write_task(folder, Task(name, tuple(rows[:4]), tuple(rows[4:6]), tuple(rows[6:])))
+    groups = {"small": list(NAMES), "medium": list(NAMES)}
+    (folder / "manifest.json").write_text(json.dumps({"groups": groups}))
+    (folder / "composite").mkdir()
+    line = {"prompt": "Both\n", "tasks": list(NAMES), "targets": ["qqqq", "llll", "zzzz"]}
+    (folder / "composite" / "composite_3.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+def parser_of(module: str) -> argparse.ArgumentParser:
+    kind = module.removeprefix("routing.train.")
+    found: argparse.ArgumentParser = (
+        _parser(kind, _recipe_type(kind)) if kind in KINDS else import_module(module)._parser()
+    )
+    return found
+
+
+@pytest.mark.parametrize("scale", sorted(SCALES))
+def test_every_command_is_understood(scale: str, tasks: Path, tmp_path: Path) -> None:
+    stages = plan(Places(tmp_path / "model", tasks, tmp_path / "out"), SCALES[scale])
+    for step in (step for stage in stages for step in stage.steps):
+        asked = vars(parser_of(step.module).parse_args(step.arguments))
+        assert asked["out"].is_relative_to(tmp_path / "out"), step
+
+
+def paths(step: Step, root: Path) -> set[Path]:
+    """What stands in its arguments below `root`."""
+    return {Path(text.rpartition("=")[2]) for text in step.arguments if str(root) in text}
+
+
+@pytest.mark.parametrize("scale", sorted(SCALES))
+def test_a_stage_needs_only_what_those_before_it_made(scale: str, tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made: set[Path] = set()
+    for stage in plan(Places(tmp_path / "model", tasks, out), SCALES[scale]):
+        ours: set[Path] = set()
+        for step in stage.steps:
+            own = Path(step.arguments[step.arguments.index("--out") + 1])
+            assert own not in made | ours, f"{step.name} overwrites what another step made"
+            wanted = (paths(step, out) | set(step.links.values())) - {own} - {link.parent for link in step.links}
+            for path in (path for path in wanted if path.is_relative_to(out)):
+                assert any(path.is_relative_to(there) for there in made), f"{step.name}: {path}"
+            ours |= {own, *(link.parent for link in step.links)}
+        made |= ours
+    assert made
+
+
+def test_adapters_that_are_given_are_not_trained(tasks: Path, tmp_path: Path) -> None:
+    stages = plan(Places(tmp_path / "model", tasks, tmp_path / "out", tmp_path / "given"), SCALES["cpu"])
+    assert [stage.name for stage in stages] == ["gates", "tasks", "moa", "decisions", "asked", "milora", "modules"]
+    options = stages[0].steps[0].arguments
+    assert options[options.index("--adapters") + 1] == str(tmp_path / "given")
+
+
+def tiny(scale: Scale) -> Scale:
+    few = {name: Loop(2, 2) for name in ("gates", "moa", "milora")}
+    return replace(scale, device="cpu", precision="float32", **few, batch=4, curve=(2,), new=("xyz",))
+
+
+def run(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    for link, target in step.links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target.resolve(), target_is_directory=True)
+    monkeypatch.setattr(sys, "argv", [step.module, *step.arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(step.module, run_name="__main__")
+    assert ended.value.code == 0, step
+
+
+def small_joint(stage: Stage) -> tuple[Step, ...]:
+    """Its steps, with fewer of training where one LoRA learns all tasks."""
+
+    def shorter(step: Step) -> Step:
+        arguments = list(step.arguments)
+        if step.module == "routing.train.many":
+            arguments += ["--steps", "2"]
+        return replace(step, arguments=tuple(arguments))
+
+    return tuple(shorter(step) for step in stage.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_whole_study_runs_on_a_tiny_model(
+    chat_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(chat_model, tasks, tmp_path / "out")
+    for stage in plan(places, tiny(SCALES["cuda"])):
+        for step in small_joint(stage):
+            run(step, monkeypatch)
+    found: dict[str, Any] = json.loads((places.out / "eval-tasks" / "gates.json").read_text())
+    assert {"oracle", "MeteoRA, top 1", "MeteoRA, top 2", "row for xyz, top 2", "2 rows a task, top 2"} <= set(
+        found["tasks"]
+    )
+    moa = json.loads((places.out / "eval-moa" / "gates.json").read_text())
+    assert {"MoA, vote", "MoA, last", "MoA, layer"} <= set(moa["tasks"])
+    assert "MoA, layer" not in moa["perplexity"], "what every layer decides is no mix"
+    milora = json.loads((places.out / "eval-milora" / "gates.json").read_text())
+    assert {"MiLoRA", "MiLoRA, k = 1", "MiLoRA, GeLU", "plain LoRA", "MoE-LoRA, top 2"} <= set(milora["tasks"])
+    composites = json.loads((places.out / "eval-composites" / "gates.json").read_text())
+    assert composites["tasks"] == {}
+    assert "packed, top 2, T 30" in composites["composites"]["composite-3"]
+    assert (places.out / "eval-medium" / "gates.md").is_file()
