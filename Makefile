@@ -62,10 +62,11 @@ test-lm-eval: model
 	$(RUN)/python -m pip install --disable-pip-version-check --constraint requirements.lock "lm-eval[api,hf]==0.4.13"
 	$(RUN)/python -m pytest -m slow tests/server/test_lm_eval.py
 
-# Mixed traffic while the engine is killed and paused and adapters come and go; the invariants must hold.
+# Mixed traffic with faults; the invariants must hold. STORES: local (SQLite, files), remote (PostgreSQL, S3) or auto.
 MINUTES ?= 10
+STORES ?= auto
 soak: model
-	$(RUN)/python -m loadtests.soak --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --minutes $(MINUTES)
+	$(RUN)/python -m loadtests.soak --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --minutes $(MINUTES) --stores $(STORES)
 
 # Every kernel and the engine on this machine's GPU; compute-sanitizer comes with CUDA's toolkit.
 gpu-test: model

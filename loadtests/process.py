@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,11 +16,14 @@ KEY = "the-admin-key"
 
 
 class ServerProcess:
-    """`loramux serve` on a free port, from `with` to its end. `seconds`: from its start until it takes requests."""
+    """`loramux serve` on a free port, from `with` to its end. `seconds`: from its start until it takes requests.
 
-    def __init__(self, model: Path, data_dir: Path, *options: str) -> None:
+    `runs`: the command that is `loramux`, if not this Python's own.
+    """
+
+    def __init__(self, model: Path, data_dir: Path, *options: str, runs: Sequence[str] = ()) -> None:
         # -P: a folder named `server` in the working directory must not hide ours.
-        command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", str(model), "--port", "0"]
+        command = [*(runs or (sys.executable, "-P", "-m", "server.cli")), "serve", "--model", str(model), "--port", "0"]
         self._command = [*command, "--data-dir", str(data_dir), "--admin-key", KEY, *options]
         self.url = ""
         self.seconds = 0.0
@@ -42,7 +46,12 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.send_signal(signal.SIGTERM)
-        self._process.communicate(timeout=60)
+        try:
+            self._process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            raise
         self._log.close()
 
     @property

@@ -31,9 +31,15 @@ class LinearSizes:
 
 
 def write_adapter(
-    folder: Path, sizes: LinearSizes, rank: int, seed: int, targets: Sequence[str] = TARGETS, layers: int | None = None
+    folder: Path,
+    sizes: LinearSizes,
+    rank: int,
+    seed: int,
+    targets: Sequence[str] = TARGETS,
+    layers: int | None = None,
+    scale: float = 0.01,
 ) -> Path:
-    """A PEFT folder of small random factors in fp32, on the first `layers` layers (None: all)."""
+    """A PEFT folder of normal random factors of deviation `scale` in fp32, on the first `layers` layers (None: all)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -41,8 +47,8 @@ def write_adapter(
         for target in targets:
             inputs, outputs = sizes.features[target]
             name = f"base_model.model.model.layers.{layer}.{_BLOCK[target]}.{target}"
-            tensors[f"{name}.lora_A.weight"] = 0.01 * torch.randn(rank, inputs, generator=generator)
-            tensors[f"{name}.lora_B.weight"] = 0.01 * torch.randn(outputs, rank, generator=generator)
+            tensors[f"{name}.lora_A.weight"] = scale * torch.randn(rank, inputs, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = scale * torch.randn(outputs, rank, generator=generator)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0}
     config |= {"bias": "none", "target_modules": list(targets)}

@@ -118,7 +118,7 @@ def _serve(
             async with open_store(SHAPE, MODEL, config, (MODEL,)) as store:
                 services = assemble(settings, MODEL, engine, store, tokenizer, "0" * 64)
                 await engine.start()
-                server = Server(uvicorn_config(create_app(settings, services)), services, 1.0, announce)
+                server = Server(uvicorn_config(create_app(settings, services), settings.http), services, 1.0, announce)
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 await asyncio.to_thread(stop)
                 server.should_exit = True

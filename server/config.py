@@ -188,7 +188,8 @@ class HttpSettings(BaseModel):
 
     `cors_origins`: pages of these origins may call, `*` means all; none by default. `keep_alive`: a stream that was
     silent for so long sends a comment, 0 sends none. `reader_timeout`: a stream whose reader took nothing for so long
-    ends.
+    ends. `request_timeout`: headers or a body that have not come by then, and hardly get on, are given up. Beyond
+    `max_connections`, or what the limit of descriptors allows, connections are refused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -196,6 +197,8 @@ class HttpSettings(BaseModel):
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     keep_alive: float = Field(default=15.0, ge=0, allow_inf_nan=False)
     reader_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    request_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    max_connections: int = Field(default=16_384, ge=1)
 
     @field_validator("cors_origins")
     @classmethod

@@ -5,6 +5,7 @@
     ├── Unauthorized           401  no key, or a wrong one
     ├── Forbidden              403  a key that may not do this
     ├── NotFound               404  unknown model, adapter, endpoint
+    ├── RequestTooSlow         408  a request whose bytes do not come
     ├── Conflict               409  a name that exists, an adapter in use
     │   └── ConflictForNow          a name that is being deleted; says when to try again
     ├── PayloadTooLarge        413
@@ -13,6 +14,7 @@
     ├── Unprocessable          422  an adapter that cannot be served
     ├── TooManyRequests        429  beyond a quota; says when to try again
     ├── Unavailable            503  engine down or draining; says when to try again
+    │   └── TooManyConnections      for this process's descriptors
     └── DeadlinePassed         504  the request's own `timeout`, before the first token
 
 `ClientGone` is none of them: nobody is left to read an answer. What adapters_store raises becomes the class of its
@@ -164,6 +166,22 @@ class Unavailable(ServerError):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"Retry-After": str(RETRY_SECONDS)}
+
+
+class TooManyConnections(Unavailable):
+    code = "too_many_connections"
+
+    def __init__(self) -> None:
+        super().__init__("the server has no room for more connections; please retry")
+
+
+class RequestTooSlow(ServerError):
+    status = HTTPStatus.REQUEST_TIMEOUT
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("the request did not arrive in time")
 
 
 class DeadlinePassed(ServerError):

@@ -13,7 +13,8 @@ import uvloop
 from starlette.types import ASGIApp
 
 from server.app import create_app, open_services
-from server.config import ServeSettings, Settings
+from server.config import HttpSettings, ServeSettings, Settings
+from server.connections import protocol
 from server.deps import Services
 from server.in_flight import InFlight
 
@@ -38,10 +39,10 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     uvloop.run(work)
 
 
-def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=protocol(http),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -59,7 +60,7 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
             # many new ones: the event loop stood still for 0.2 s instead of 0.06.
             gc.collect()
             gc.freeze()
-            config = uvicorn_config(app)
+            config = uvicorn_config(app, settings.http)
             server = Server(config, services, settings.serve.shutdown_timeout, announce)
             await server.serve(sockets=[listener])
 

