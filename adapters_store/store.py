@@ -7,14 +7,13 @@ names meant a moment ago. Nothing here blocks the event loop: SQL and disk are l
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from adapters_store.blobs import BlobError, BlobMissing, BlobStore, Fault, no_fault
+from adapters_store.blobs import BlobMissing, BlobStore, Fault, no_fault
 from adapters_store.deletion import AdapterInUse, Deletions
 from adapters_store.folders import Folders
 from adapters_store.intake import Intake, NewAdapter, find_adapters
@@ -22,6 +21,7 @@ from adapters_store.leases import Leases, StoreLease
 from adapters_store.merge_size import unite
 from adapters_store.merging import MergeRecipe
 from adapters_store.names_cache import NamesCache
+from adapters_store.opening import StoreOpenError, open_parts
 from adapters_store.registry import (
     DEFAULT_TENANT,
     ModelRow,
@@ -32,7 +32,6 @@ from adapters_store.registry import (
     Registry,
     RegistryError,
     Resolved,
-    SchemaTooNew,
     may_be_meant,
 )
 from adapters_store.store_config import StoreConfig
@@ -61,10 +60,6 @@ class UnknownAdapter(LookupError):
     def __init__(self, name: str) -> None:
         super().__init__(f"adapter {name!r} does not exist")
         self.name = name
-
-
-class StoreOpenError(RuntimeError):
-    """A store that cannot be opened, in one sentence."""
 
 
 class AdapterStore:
@@ -116,23 +111,15 @@ class AdapterStore:
         `clock` gives seconds since the epoch; `reserved` names are refused; `fault` is for tests of crashes. Raises
         StoreOpenError.
         """
+        registry, blobs, folder = open_parts(shape, config, clock, fault)
         try:
-            registry = Registry.open(config.database_url, clock, fault)
-        except (ValueError, OSError, RegistryError, SchemaTooNew) as error:
-            raise StoreOpenError(str(error)) from error
-        try:
-            owner = registry.claim(shape.fingerprint, uuid.uuid4().hex)
-            is_remote = config.blob_url.startswith("s3://")
-            blobs = BlobStore.open(config.blob_url, config.folder / "cache", config.cache_bytes, fault)
-            blobs.claim(owner)
             for tenant, name in registry.removals.marked():
                 with contextlib.suppress(NotFound):  # another process was faster
                     registry.removals.remove(tenant, name, only_marked=True)
-            folder = WorkFolder(config.folder)
-        except (ValueError, RegistryError, BlobError) as error:
+        except RegistryError as error:
             registry.close()
             raise StoreOpenError(str(error)) from error
-        folder_bytes = config.cache_bytes if is_remote else None
+        folder_bytes = config.cache_bytes if config.blob_url.startswith("s3://") else None
         what = registry, blobs, folder, shape, base_name, reserved, clock
         return cls(*what, folder_bytes=folder_bytes, fault=fault, limits=config.limits)
 

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -30,11 +29,10 @@ from server.accounts import REFRESH_SECONDS, AccountService
 from server.admin.routes import router as admin_router
 from server.catalog import Catalog, policies
 from server.chat import ChatTokenizer
-from server.checkpoint import locate
 from server.choice import ChoiceServices
 from server.config import Settings
 from server.console.routes import add_console
-from server.deps import Services, ServicesDep, ServingEngine, State, check_metrics_key
+from server.deps import EngineGroup, Services, ServicesDep, ServingEngine, State, check_metrics_key
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
 from server.engine.pool import EnginePool
@@ -43,7 +41,6 @@ from server.generation import SEEDS, Generator
 from server.key_ring import KeyRing
 from server.local_only import LocalOnly
 from server.metrics import Metrics
-from server.model.config import ModelConfig
 from server.openai.embeddings import router as embeddings_router
 from server.openai.routes import router as openai_router
 from server.periodic import repeating
@@ -51,6 +48,7 @@ from server.quotas import QuotaGate
 from server.rate_limit_headers import RATE_LIMIT_HEADERS, RateLimitHeaders
 from server.request_id import RequestIds
 from server.router_setup import embedder_of, encoder_name, encoder_process, router_service
+from server.served_model import ServedModel
 from server.tenants import Keys, Tenants
 from server.tools.form import FORMS
 from server.usage import FLUSH_SECONDS, UsageLedger
@@ -72,15 +70,15 @@ READY_SECONDS = 30.0
 """So long the start waits for the encoder, which is ready before the engine unless thousands of samples are new."""
 
 
-def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
-    """The application. Its lifespan opens the services, unless they are given and belong to the caller."""
+def create_app(settings: Settings, services: Services | None = None, engines: EngineGroup | None = None) -> FastAPI:
+    """The application. Its lifespan opens the services, with these engines, unless the caller has opened them."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         if services is not None:
             yield State(services=services)
             return
-        async with open_services(settings) as opened:
+        async with open_services(settings, engines) as opened:
             yield State(services=opened)
 
     app = FastAPI(
@@ -107,29 +105,22 @@ def create_app(settings: Settings, services: Services | None = None) -> FastAPI:
 
 
 @contextlib.asynccontextmanager
-async def open_services(settings: Settings) -> AsyncIterator[Services]:
-    """Everything that serves, started, and stopped at the end.
+async def open_services(settings: Settings, engines: EngineGroup | None = None) -> AsyncIterator[Services]:
+    """Everything that serves, started, and stopped at the end. `engines` None: processes of its own.
 
     Raises CheckpointError, ModelError, TokenizerError, StoreOpenError, AdapterError, BlobError, RegistryError or
     EngineStartError, with one sentence each.
     """
-    if settings.serve.model is None:
-        raise ValueError("no model is given, expected --model FOLDER or a hub id")
-    folder = locate(settings.serve.model, settings.data_dir)
-    local = Path(settings.serve.model).expanduser().is_dir()
-    served_name = settings.serve.served_name or (
-        folder.resolve().name if local else settings.serve.model.split("/")[-1]
-    )
-    config = settings.serve.store_config(served_name, settings.data_dir, settings.sources.max_adapter_bytes)
-    base, base_name = ModelConfig.from_folder(folder), folder.resolve().name if local else served_name
-    tokenizer = ChatTokenizer.from_folder(folder, FORMS.get(settings.serve.tool_parser))
+    model = ServedModel.of(settings)
+    served_name, config = model.served_name, model.store_config(settings)
+    tokenizer = ChatTokenizer.from_folder(model.folder, FORMS.get(settings.serve.tool_parser))
     reserved = (served_name, *encoder_name(settings))
-    async with open_store(base.linear_shape, base_name, config, reserved) as store:
+    async with open_store(model.base.linear_shape, model.base_name, config, reserved) as store:
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
-        configs = settings.serve.engine_configs(folder, settings.data_dir)
-        engine = make_engine(configs, settings.serve.stall_timeout)
+        configs = settings.serve.engine_configs(model.folder, settings.data_dir)
+        engine = engines or make_engine(configs, settings.serve.stall_timeout)
         process, absent = encoder_process(settings)
-        services = assemble(settings, served_name, engine, store, tokenizer, base.fingerprint(), process, absent)
+        services = assemble(settings, served_name, engine, store, tokenizer, model.base.fingerprint(), process, absent)
         watch_engine(engine, services.metrics, time.time)
         async with accounting(services), upkeep(services):
             try:
@@ -152,15 +143,15 @@ def make_engine(configs: Sequence[EngineConfig], stall_seconds: float) -> Engine
     return EnginePool.of(configs, stall_seconds, random.Random())
 
 
-def watch_engine(engine: EngineClient | EnginePool, metrics: Metrics, now: Callable[[], float]) -> None:
+def watch_engine(engine: EngineClient | EngineGroup, metrics: Metrics, now: Callable[[], float]) -> None:
     """What engines say of themselves is counted."""
     for number, member in enumerate(engine.members):
         metrics.watch(str(number), partial(getattr, member, "alive"))
-    if isinstance(engine, EnginePool):
+    if isinstance(engine, EngineClient):
+        engine.on_stats = lambda stats: metrics.engine(stats, now())
+    else:
         engine.on_move = metrics.moved
         engine.on_stats = lambda number, stats: metrics.engine(stats, now(), str(number))
-    else:
-        engine.on_stats = lambda stats: metrics.engine(stats, now())
 
 
 @contextlib.asynccontextmanager

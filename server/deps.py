@@ -1,6 +1,6 @@
 """What route handlers ask for: the services of the application, and who calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Protocol, TypedDict, cast
@@ -46,6 +46,22 @@ class ServingEngine(Engine, TieredEngine, Protocol):
 
     @property
     def members(self) -> Sequence[ServingMember]: ...
+
+
+class EngineGroup(ServingEngine, Protocol):
+    """Several engines, as a pool has them: `on_stats` is told an engine's number with its snapshot."""
+
+    on_stats: Callable[[int, EngineStats], None] | None
+    on_move: Callable[[], None] | None
+
+    async def start(self) -> None:
+        """Wait until they serve. Raises EngineStartError."""
+
+    async def stop(self) -> None:
+        """End them; requests in flight end with an error."""
+
+    def prefetch(self, paths: Mapping[str, str]) -> None:
+        """Read adapters, folder by digest, into host memory while there is nothing better to do."""
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,16 @@ class Registry:
                 found.update(connection.execute(statement).scalars())
         return frozenset(found)
 
+    def blobs_of(self, digests: Iterable[str]) -> Mapping[str, tuple[str, str]]:
+        """sha256 of config and weights, by the digest of adapters that somebody has."""
+        found: dict[str, tuple[str, str]] = {}
+        with self._database.read() as connection:
+            for some in chunks(sorted(set(digests))):
+                blobs = adapters.c.config_blob, adapters.c.weights_blob
+                statement = select(adapters.c.digest, *blobs).where(adapters.c.digest.in_(some))
+                found |= {row.digest: (row.config_blob, row.weights_blob) for row in connection.execute(statement)}
+        return found
+
     def pinned(self) -> tuple[Resolved, ...]:
         """The pinned names of all tenants with what they mean, by tenant and name."""
         blobs = adapters.c.config_blob, adapters.c.weights_blob

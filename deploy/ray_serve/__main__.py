@@ -1,0 +1,104 @@
+"""`python -m deploy.ray_serve --model ...`: serve on a Ray cluster until SIGTERM or SIGINT.
+
+Options are the settings of `loramux serve`, those of `RaySettings` as `--ray-*`, and `--address`: of a Ray cluster,
+`auto` for the one that this machine belongs to; without it a cluster of this machine alone is started, and ended.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from server.config import SettingsError
+
+APPLICATION = "loramux"
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Least that Ray takes; nothing of ours is an object of its store."""
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+
+
+def main(options: Sequence[str]) -> int:
+    """The exit code."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        given = read_options(options)
+        address = given.pop("address", None)
+        from deploy.ray_serve.settings import read_settings
+
+        settings, spread = read_settings(given)
+    except (SettingsError, ValueError) as error:
+        print(f"loramux: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    try:
+        import ray
+        from ray import serve
+
+        from deploy.ray_serve.application import build
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        print("loramux: this command needs ray: run `pip install 'loramux[ray]'`", file=sys.stderr)
+        return FAILED
+    stop = threading.Event()
+    port = settings.serve.port or _free_port(settings.serve.host)
+    _join(ray, address)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has just put a handler of its own there, which aborts
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve.start(http_options={"host": settings.serve.host, "port": port, "location": "EveryNode"})
+        serve.run(build(settings, spread), name=APPLICATION, route_prefix="/")
+        print(f"loramux {version('loramux')} serves on http://{settings.serve.host}:{port}/v1", flush=True)
+        stop.wait()
+        serve.delete(APPLICATION)  # returns when all replicas have been drained
+        return DONE
+    except RuntimeError as error:
+        print(f"loramux: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    finally:
+        if address is None:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def read_options(options: Sequence[str]) -> dict[str, Any]:
+    """`--some-name value`, `--some-name=value` and `--some-flag` by name; what is repeated is a list.
+
+    Raises ValueError.
+    """
+    given: dict[str, Any] = {}
+    rest = list(options)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise ValueError(f"{name}: expected --NAME VALUE")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        key = name.removeprefix("--").replace("-", "_")
+        before = given.get(key)
+        given[key] = value if before is None else [*(before if isinstance(before, list) else [before]), value]
+    return given
+
+
+def _join(ray: Any, address: str | None) -> None:
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+        return
+    ray.init(
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+    )
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""How an application for Ray Serve is configured, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.ray_serve.__main__ import WRONG_USAGE, main, read_options
+from deploy.ray_serve.settings import RaySettings, read_settings
+from server.config import SettingsError
+
+SHARED = {"model": "m", "database_url": "postgresql://db/loramux", "blob_url": "s3://bucket/adapters"}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith("LORAMUX_"):
+            monkeypatch.delenv(name)
+
+
+def test_arguments_are_those_of_serve_with_ray_and_groups_beside_them(tmp_path: Path) -> None:
+    file = tmp_path / "loramux.toml"
+    file.write_text("[serve]\nmax_num_seqs = 5\nkv_memory = '1GiB'\n[limits]\nn = 3\n")
+    arguments = {"max_num_seqs": "8", "encoder": "none", "config": str(file), "data_dir": "/data"}
+    arguments |= {"http": {"keep_alive": 3}}
+    settings, spread = read_settings(SHARED | arguments | {"ray_front_ends": "2", "ray_max_engines": 4})
+    assert (settings.serve.max_num_seqs, settings.serve.kv_memory, settings.limits.n) == (8, 1 << 30, 3)
+    assert (settings.routing.encoder, settings.data_dir, settings.http.keep_alive) == ("none", Path("/data"), 3)
+    assert spread == RaySettings(front_ends=2, max_engines=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "no model is given"),
+        ({"database_url": None}, "database_url: .*expected postgresql://"),
+        ({"database_url": "sqlite:////data/registry.sqlite"}, "SQLite is a file of one machine"),
+        ({"blob_url": None}, "blob_url: .*expected s3://"),
+        ({"blob_url": "/data/blobs"}, "a folder is on one machine"),
+        ({"engines": 2}, "^engines: each replica has one"),
+        ({"ray_max_engines": 0}, "^ray_max_engines: "),
+        ({"ray_min_engines": 3, "ray_max_engines": 2}, "^ray_min_engines is 3, expected at most ray_max_engines, 2$"),
+        ({"ray_engines": 3}, "^ray_engines: "),
+        ({"max_foo": 3}, "unknown setting serve.max_foo"),
+        ({"config": "/nowhere.toml"}, "there is no such file"),
+    ],
+)
+def test_what_cannot_be_served_by_many_machines_is_one_sentence(changes: dict[str, Any], message: str) -> None:
+    arguments = {name: value for name, value in (SHARED | changes).items() if value is not None}
+    with pytest.raises(SettingsError, match=message):
+        read_settings(arguments)
+
+
+def test_options_of_the_command_line() -> None:
+    options = ["--model", "m", "--max-num-seqs=8", "--insecure", "--api-key", "a", "--api-key", "b"]
+    expected = {"model": "m", "max_num_seqs": "8", "insecure": "true", "api_key": ["a", "b"]}
+    assert read_options(options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model", "m"], "model: expected --NAME VALUE"),
+        (["--model", "m"], "SQLite is a file of one machine"),
+        (["--model", "m", "--host", "0.0.0.0"], "no key is set"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == WRONG_USAGE
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("loramux: ")
+    assert captured.err.count("\n") == 1
