@@ -27,6 +27,7 @@ from routing.encoder import EncoderProcess
 from routing.router import ExplicitRouter, Routers
 from server.accounts import REFRESH_SECONDS, AccountService
 from server.admin.routes import router as admin_router
+from server.answers import HEALTH, REFUSALS, text
 from server.catalog import Catalog, policies
 from server.chat import ChatTokenizer
 from server.choice import ChoiceServices
@@ -287,13 +288,13 @@ def _add_operations(app: FastAPI) -> None:
     """What operators and load balancers ask."""
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", tags=["operations"])
+    @app.get("/health", tags=["operations"], responses=HEALTH)
     async def health(services: ServicesDep) -> JSONResponse:
         """200 while an engine lives."""
         return _state("ok" if services.engine.alive else "no engine", services.engine.alive)
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", tags=["operations"])
+    @app.get("/ready", tags=["operations"], responses=HEALTH)
     async def ready(services: ServicesDep) -> JSONResponse:
         """200 while new requests are taken."""
         if services.generator.is_draining:
@@ -301,7 +302,7 @@ def _add_operations(app: FastAPI) -> None:
         return _state("ready" if services.engine.alive else "no engine", services.engine.alive)
 
     @app.head("/health/decode", include_in_schema=False)
-    @app.get("/health/decode", tags=["operations"])
+    @app.get("/health/decode", tags=["operations"], responses=HEALTH)
     async def decode(services: ServicesDep) -> JSONResponse:
         """503 while a step of an engine is stuck: it has requests, and is silent longer than `--stall-timeout`."""
         if not services.engine.alive:
@@ -315,7 +316,13 @@ def _add_operations(app: FastAPI) -> None:
         """The server's version."""
         return {"version": version("loramux")}
 
-    @app.get("/metrics", tags=["operations"], dependencies=[Depends(check_metrics_key)])
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        dependencies=[Depends(check_metrics_key)],
+        response_class=Response,
+        responses=text("Prometheus' text format, or OpenMetrics if `Accept` asks for it.") | REFUSALS,
+    )
     async def metrics(request: Request, services: ServicesDep) -> Response:
         """For Prometheus. Takes the admin key or the metrics key, where there are keys."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
