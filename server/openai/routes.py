@@ -87,7 +87,7 @@ async def completions(body: CompletionBody, request: Request, services: Services
 async def list_models(
     services: ServicesDep,
     caller: CallerDep,
-    limit: Annotated[int | None, Query(ge=1)] = None,
+    limit: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
     cursor: Annotated[str | None, Query(max_length=256)] = None,
 ) -> Response:
     """The base model, the embedding model, then the adapters by name: all or, as an addition to OpenAI's list, a part.
