@@ -85,11 +85,12 @@ class EncoderProcess:
         restart_seconds: float = RESTART_SECONDS,
         loader: str = LOADER,
         identify: Identify | None = None,
+        log_format: str = "text",
     ) -> None:
         """`gpu_share`: the most of the GPU's memory that the process may take, from 0 to 1."""
         self.folder = folder
         self.cache = EmbeddingCache(cache_texts)
-        start = Start(str(folder), device, max_batch, loader, gpu_share)
+        start = Start(str(folder), device, max_batch, loader, gpu_share, log_format)
         self._child = EncoderChild(start, num_threads, self._answered, self._lost, restart_seconds)
         self._identify = identify or _identify
         self._numbers = itertools.count()

@@ -6,7 +6,7 @@ import msgspec
 class Start(msgspec.Struct, tag=True):
     """To the encoder, first: load the encoder in `folder` with `loader`, "module:attribute", onto `device`.
 
-    The device `auto` is a GPU where there is one.
+    The device `auto` is a GPU where there is one. `log_format` is `text` or `json`.
     """
 
     folder: str
@@ -14,6 +14,7 @@ class Start(msgspec.Struct, tag=True):
     max_batch: int
     loader: str
     gpu_share: float | None = None
+    log_format: str = "text"
 
 
 class Embed(msgspec.Struct, tag=True):

@@ -31,6 +31,7 @@ from routing.encoder_messages import (
     encode,
 )
 from routing.encoder_waiting import PassLimits, Text, Waiting
+from server.logs import configure
 
 PARENT_POLL_SECONDS = 0.5
 MOST_MODELS = 8
@@ -188,7 +189,6 @@ def leave_with(parent: int) -> None:
 def main() -> int:
     """Connect to the server, load what it says, and serve it."""
     address, parent = sys.argv[1], int(sys.argv[2])
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in (signal.SIGINT, signal.SIGTERM):  # they may go to the whole group; the server decides when to stop
         signal.signal(name, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
@@ -199,6 +199,7 @@ def main() -> int:
         start = decode_to_encoder(socket.recv())
         if not isinstance(start, Start):
             raise TypeError(f"the first message must be Start, got {type(start).__name__}")
+        configure(start.log_format, "encoder", level=logging.WARNING)
         try:
             device = chosen_device(start.device)
             models = load_models(start, device)

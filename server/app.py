@@ -9,15 +9,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
-from prometheus_client.exposition import choose_encoder
-from starlette.responses import Response
 
 from adapters_store.blobs import BlobError
 from adapters_store.registry import DEFAULT_TENANT, NamedAdapter
@@ -27,24 +23,26 @@ from routing.encoder import EncoderProcess
 from routing.router import ExplicitRouter, Routers
 from server.accounts import REFRESH_SECONDS, AccountService
 from server.admin.routes import router as admin_router
-from server.answers import HEALTH, REFUSALS, text
 from server.catalog import Catalog, policies
 from server.chat import ChatTokenizer
 from server.choice import ChoiceServices
+from server.choices import SEEDS
 from server.config import Settings
 from server.console.routes import add_console
-from server.deps import EngineGroup, Services, ServicesDep, ServingEngine, State, check_metrics_key
+from server.deps import EngineGroup, Services, ServingEngine, State
 from server.engine.client import EngineClient
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, EngineStats
 from server.engine.pool import EnginePool
 from server.errors import install_error_handlers
-from server.generation import SEEDS, Generator
+from server.generation import Generator
 from server.key_ring import KeyRing
 from server.local_only import LocalOnly
 from server.metrics import Metrics
+from server.observer import Observer, Tracer
 from server.openai.embeddings import router as embeddings_router
 from server.openai.routes import router as openai_router
 from server.periodic import repeating
+from server.probes import add_probes
 from server.quotas import QuotaGate
 from server.rate_limit_headers import RATE_LIMIT_HEADERS, RateLimitHeaders
 from server.request_id import RequestIds
@@ -52,6 +50,7 @@ from server.router_setup import embedder_of, encoder_name, encoder_process, rout
 from server.served_model import ServedModel
 from server.tenants import Keys, Tenants
 from server.tools.form import FORMS
+from server.tracing import tracing
 from server.usage import FLUSH_SECONDS, UsageLedger
 
 logger = logging.getLogger(__name__)
@@ -62,6 +61,8 @@ CORS: dict[str, Any] = {
     "expose_headers": ("x-request-id", "x-loramux-route", "retry-after", "traceresponse", *RATE_LIMIT_HEADERS),
 }
 """What pages of the allowed origins may send and read; keys come in a header, never in cookies."""
+NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""The framework's own, which tells of bodies and errors what is not to leave the server: `otel.py` makes the spans."""
 SWEEP_SECONDS = 600.0
 SWEEP_GRACE = 3600.0
 """Longer than any registration takes from its first file to its name."""
@@ -88,12 +89,13 @@ def create_app(settings: Settings, services: Services | None = None, engines: En
         summary="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
     )
     install_error_handlers(app)
     app.include_router(openai_router, tags=["OpenAI"])
     app.include_router(embeddings_router, tags=["OpenAI"])
     app.include_router(admin_router)
-    _add_operations(app)
+    add_probes(app)
     add_console(app)
     origins = settings.http.cors_origins
     if settings.serve.is_open and not settings.serve.insecure:
@@ -109,19 +111,23 @@ def create_app(settings: Settings, services: Services | None = None, engines: En
 async def open_services(settings: Settings, engines: EngineGroup | None = None) -> AsyncIterator[Services]:
     """Everything that serves, started, and stopped at the end. `engines` None: processes of its own.
 
-    Raises CheckpointError, ModelError, TokenizerError, StoreOpenError, AdapterError, BlobError, RegistryError or
-    EngineStartError, with one sentence each.
+    Raises CheckpointError, ModelError, TokenizerError, StoreOpenError, AdapterError, BlobError, RegistryError,
+    EngineStartError or TracingError, with one sentence each.
     """
     model = ServedModel.of(settings)
     served_name, config = model.served_name, model.store_config(settings)
     tokenizer = ChatTokenizer.from_folder(model.folder, FORMS.get(settings.serve.tool_parser))
     reserved = (served_name, *encoder_name(settings))
-    async with open_store(model.base.linear_shape, model.base_name, config, reserved) as store:
+    async with (
+        tracing(settings.serve.otlp_endpoint, version("loramux")) as tracer,
+        open_store(model.base.linear_shape, model.base_name, config, reserved) as store,
+    ):
         given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
         configs = settings.serve.engine_configs(model.folder, settings.data_dir)
         engine = engines or make_engine(configs, settings.serve.stall_timeout)
         process, absent = encoder_process(settings)
-        services = assemble(settings, served_name, engine, store, tokenizer, model.base.fingerprint(), process, absent)
+        fingerprint = model.base.fingerprint()
+        services = assemble(settings, served_name, engine, store, tokenizer, fingerprint, process, absent, tracer)
         watch_engine(engine, services.metrics, time.time)
         async with accounting(services), upkeep(services):
             try:
@@ -148,6 +154,7 @@ def watch_engine(engine: EngineClient | EngineGroup, metrics: Metrics, now: Call
     """What engines say of themselves is counted."""
     for number, member in enumerate(engine.members):
         metrics.watch(str(number), partial(getattr, member, "alive"))
+        metrics.engine(EngineStats(), now(), str(number))  # gateways read it before the first request comes
     if isinstance(engine, EngineClient):
         engine.on_stats = lambda stats: metrics.engine(stats, now())
     else:
@@ -224,10 +231,12 @@ def assemble(
     fingerprint: str,
     process: EncoderProcess | None = None,
     absent: str = "it has no encoder",
+    tracer: Tracer | None = None,
 ) -> Services:
     """The services around an engine, a store and a tokenizer.
 
-    `fingerprint` is the base model's; `absent` says why there is no encoder `process`.
+    `fingerprint` is the base model's; `absent` says why there is no encoder `process`. Without a `tracer` nothing is
+    traced.
     """
     serve = settings.serve
     metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs * serve.engines)
@@ -253,6 +262,7 @@ def assemble(
         new_seed=lambda: secrets.randbelow(SEEDS),
         most_scores=settings.limits.prompt_logprobs,
         most_waiting=serve.max_waiting,
+        log_prompts=serve.log_prompts,
     )
     keys = Keys(
         [key.get_secret_value() for key in serve.api_key],
@@ -279,59 +289,10 @@ def assemble(
         limits=settings.limits,
         http=settings.http,
         metrics_public=serve.metrics_public,
+        observer=Observer(metrics, time.perf_counter, tracer),
         now=time.time,
         started=time.time(),
     )
-
-
-def _add_operations(app: FastAPI) -> None:
-    """What operators and load balancers ask."""
-
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health", tags=["operations"], responses=HEALTH)
-    async def health(services: ServicesDep) -> JSONResponse:
-        """200 while an engine lives."""
-        return _state("ok" if services.engine.alive else "no engine", services.engine.alive)
-
-    @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", tags=["operations"], responses=HEALTH)
-    async def ready(services: ServicesDep) -> JSONResponse:
-        """200 while new requests are taken."""
-        if services.generator.is_draining:
-            return _state("shutting down", False)
-        return _state("ready" if services.engine.alive else "no engine", services.engine.alive)
-
-    @app.head("/health/decode", include_in_schema=False)
-    @app.get("/health/decode", tags=["operations"], responses=HEALTH)
-    async def decode(services: ServicesDep) -> JSONResponse:
-        """503 while a step of an engine is stuck: it has requests, and is silent longer than `--stall-timeout`."""
-        if not services.engine.alive:
-            return _state("no engine", False)
-        is_stuck = any(engine.stalled for engine in services.engine.members)
-        return _state("stuck" if is_stuck else "ok", not is_stuck)
-
-    @app.head("/version", include_in_schema=False)
-    @app.get("/version", tags=["operations"])
-    async def get_version() -> dict[str, str]:
-        """The server's version."""
-        return {"version": version("loramux")}
-
-    @app.get(
-        "/metrics",
-        tags=["operations"],
-        dependencies=[Depends(check_metrics_key)],
-        response_class=Response,
-        responses=text("Prometheus' text format, or OpenMetrics if `Accept` asks for it.") | REFUSALS,
-    )
-    async def metrics(request: Request, services: ServicesDep) -> Response:
-        """For Prometheus. Takes the admin key or the metrics key, where there are keys."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(services.metrics.registry), headers={"Content-Type": content_type})
-
-
-def _state(status: str, is_good: bool) -> JSONResponse:
-    code = HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE
-    return JSONResponse({"status": status}, status_code=code, headers=None if is_good else {"Retry-After": "2"})
 
 
 def _new_id() -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from routing.router import RouteQuery
 from server.chat import ChatTokenizer
 from server.engine.sequence import SamplingParams
+from server.journal import Asked, Operation
 from server.query_text import QueryScope, of_messages, of_prompts
 from server.tenants import Tenant
 from server.tools.definition import ToolUse
@@ -61,6 +62,25 @@ class Ask:
         if self.params.pooled:
             return "input"
         return "prompt" if self.messages is None else "messages"
+
+    def noted(self, request_id: str, arrival: float) -> Asked:
+        """What is written down of it."""
+        words: Operation = "text_completion" if self.messages is None else "chat"
+        return Asked(
+            id=request_id,
+            arrival=arrival,
+            operation="embeddings" if self.params.pooled else words,
+            model=self.query.model,
+            choices=self.n,
+            max_tokens=self.max_tokens,
+            temperature=self.params.temperature,
+            top_p=self.params.top_p,
+            top_k=self.params.top_k,
+            seed=self.seed,
+            frequency_penalty=self.params.frequency_penalty,
+            presence_penalty=self.params.presence_penalty,
+            priority=self.priority,
+        )
 
     async def query_text(self, tokenizer: ChatTokenizer) -> str:
         """What a router chooses from. Raises BadRequest for several prompts."""

@@ -15,9 +15,10 @@ from server.chat import ChatTokenizer
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineInfo, RequestError
 from server.engine.prompt_routers import Decided
-from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, TokenLogprobs
+from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, Timings, TokenLogprobs
 from server.errors import BadRequest, DeadlinePassed, ServerError, Unavailable
-from server.metrics import Ending, Metrics
+from server.journal import Ending
+from server.metrics import Metrics
 from server.routed_tokens import RoutedTokens
 from server.stops import StopStrings
 
@@ -131,9 +132,12 @@ class Choice:
         self._said = 0  # characters given out
         self._has_spoken = False
         self._unsaid: deque[_Unsaid] = deque()
-        self._first: Output | None = None
+        self._timings: Timings | None = None
+        self._preempted: tuple[float, ...] = ()
+        self._submitted: float | None = None
         self._first_time: float | None = None
         self._last_time = 0.0
+        self.ending: Ending | None = None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Submit, stream, and account for the ending, whichever it is. Closing this early aborts the request.
@@ -141,11 +145,12 @@ class Choice:
         Raises BadRequest for what the engine refuses, Unavailable when there is no engine or it ends the request,
         DeadlinePassed where the request's time is over before its first token.
         """
-        ending = FinishReason.ABORT
+        ending, code = FinishReason.ABORT, None
         self._services.metrics.begin(self._route)
         try:
             if self._waits and self.leader is not None:
                 await self.leader._has_started.wait()
+            self._submitted = self._services.clock()
             async with aclosing(self._services.engine.submit(self._in_time())) as outputs:
                 async for output in outputs:
                     self.prompt_scores += output.prompt_logprobs
@@ -164,10 +169,12 @@ class Choice:
                         break  # leaving closes the stream: after a stop string this aborts in the engine
         except (EngineUnavailable, RequestError, ServerError) as error:
             ending = FinishReason.TIMEOUT if isinstance(error, DeadlinePassed) else FinishReason.ERROR
-            raise _client_error(error) from error
+            told = _client_error(error)
+            code = told.code
+            raise told from error
         finally:
             self._has_started.set()
-            self._account(ending)
+            self._account(ending, code)
 
     def _in_time(self) -> Request:
         """The request with what is left of its time. Raises DeadlinePassed."""
@@ -179,12 +186,14 @@ class Choice:
         return replace(self.request, timeout=left)
 
     def _take(self, output: Output) -> Piece:
+        if output.timings is not None:
+            self._note_timings(output.timings)
         if output.finish_reason is FinishReason.ABORT:
             raise Unavailable("the server is shutting down", code="draining")
         if output.finish_reason is FinishReason.ERROR:
             if output.error == NOT_FINITE:
                 raise OutputNotFinite(NOT_FINITE, param="lora.adapters")
-            logger.error("request %s failed in the engine: %s", output.request_id, output.error)
+            logger.error("the engine ended a request: %s", output.error)
             raise Unavailable("the engine could not finish this request; please retry", code="engine_error")
         is_late = output.finish_reason is FinishReason.TIMEOUT
         if is_late and not self.num_tokens:
@@ -241,30 +250,40 @@ class Choice:
 
     def _note_time(self, output: Output) -> None:
         now = self._services.clock()
-        if self._first is None:
-            self._first, self._first_time = output, now
+        if self._first_time is None:
+            self._first_time = now
             self.cached_tokens = output.cached_tokens
             self._has_started.set()
         else:
             self._services.metrics.gap(self.request.tenant, self._route, now - self._last_time)
         self._last_time = now
 
-    def _account(self, reason: FinishReason) -> None:
-        now, timings = self._services.clock(), self._first.timings if self._first is not None else None
-        self._services.metrics.end(
-            Ending(
-                tenant=self.request.tenant,
-                route=self._route,
-                finish_reason=reason,
-                prompt_tokens=len(self.request.prompt) if self.leader is None else 0,
-                generation_tokens=self.num_tokens,
-                e2e=now - self._arrival,
-                first_token=self._first_time - self._arrival if self._first_time is not None else None,
-                queue=timings.queue if timings is not None else None,
-                prefill=timings.prefill if timings is not None else None,
-                decode=now - self._first_time if self._first_time is not None else None,
-            )
+    def _note_timings(self, timings: Timings) -> None:
+        """The engine's spans of time end when it tells them, which is about now."""
+        now = self._services.clock()
+        self._timings = self._timings or timings
+        self._preempted = tuple(now - ago - self._arrival for ago in timings.preempted)
+
+    def _account(self, reason: FinishReason, code: str | None) -> None:
+        now, timings, first = self._services.clock(), self._timings, self._first_time
+        self.ending = Ending(
+            tenant=self.request.tenant,
+            route=self._route,
+            finish_reason=reason,
+            prompt_tokens=len(self.request.prompt) if self.leader is None else 0,
+            generation_tokens=self.num_tokens,
+            e2e=now - self._arrival,
+            first_token=first - self._arrival if first is not None else None,
+            queue=timings.queue if timings is not None else None,
+            prefill=timings.prefill if timings is not None else None,
+            decode=now - first if first is not None else None,
+            submitted=self._submitted - self._arrival if self._submitted is not None else None,
+            loading=timings.loading if timings is not None else None,
+            preempted=self._preempted,
+            cached_tokens=self.cached_tokens if self.leader is None else 0,
+            error=code,
         )
+        self._services.metrics.end(self.ending)
 
 
 def _client_error(error: EngineUnavailable | RequestError | ServerError) -> ServerError:

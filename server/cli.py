@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from server import cli_admin, cli_chat, cli_gates, cli_train, cli_train_prompt
-from server.trace_context import LOG_FORMAT, RequestFilter
+from server.logs import configure, level_of
 
 if TYPE_CHECKING:
     from server.config import Settings
@@ -109,6 +109,12 @@ def serve(
         float | None,
         typer.Option(help="Silent seconds until /health/decode fails; after twice that the engine is replaced [60]."),
     ] = None,
+    log_format: Annotated[str | None, typer.Option(metavar="text|json", help="Lines of the log [text].")] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="debug|info|warning|error")] = None,
+    log_prompts: Annotated[bool | None, typer.Option("--log-prompts", help="The log has prompts, too.")] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Traces go to this OpenTelemetry collector: http://HOST:4318.")
+    ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Serve other machines without keys.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
 ) -> None:
@@ -116,9 +122,7 @@ def serve(
     settings = _settings(locals())
     if settings.serve.model is None:
         _fail("no model is given: expected --model FOLDER, a pulled model or a hub id", code=2)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(RequestFilter())
+    configure(settings.serve.log_format, "front", settings.secrets, level_of(settings.serve.log_level))
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it names its plugins at every start
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that clients get wrong
     from adapters_store.blobs import BlobError
@@ -131,9 +135,11 @@ def serve(
     from server.model.config import ModelError
     from server.serve import BindError
     from server.serve import serve as run
+    from server.tracing import TracingError
 
     store = (AdapterError, BlobError, RegistryError, StoreOpenError)
-    with _failing(*store, BindError, CheckpointError, EngineStartError, ModelError, TokenizerError):
+    start = (BindError, CheckpointError, EngineStartError, ModelError, TokenizerError, TracingError)
+    with _failing(*store, *start):
         run(settings, announce=lambda line: print(line, flush=True))
 
 

@@ -10,15 +10,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    SecretStr,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -31,7 +31,15 @@ from pydantic_settings import (
 
 from adapters_store.store_config import StoreConfig
 from adapters_store.types import AdapterLimits
+from server.config_groups import DEFAULT_ENCODER as DEFAULT_ENCODER
+from server.config_groups import HttpSettings as HttpSettings
+from server.config_groups import Key, Size, as_list
+from server.config_groups import LimitSettings as LimitSettings
+from server.config_groups import RoutingSettings as RoutingSettings
+from server.config_groups import SourceSettings as SourceSettings
+from server.config_groups import parse_size as parse_size
 from server.engine.config import GIB, MOST_BATCH_TOKENS, EngineConfig
+from server.otel_environment import otlp_endpoint, traces_url
 
 PREFIX = "LORAMUX_"
 SHORT_KEYS = {"LORAMUX_API_KEY": "api_key", "LORAMUX_ADMIN_KEY": "admin_key"}
@@ -39,32 +47,10 @@ CLIENT_VARIABLES = frozenset({"LORAMUX_URL"})
 """What commands read that talk to a server."""
 KUBERNETES = re.compile(r"LORAMUX_(SERVICE_(HOST|PORT)|PORT_\d+_|PORT=(tcp|udp)://)")
 """What Kubernetes sets in every pod beside a Service of our name."""
-DEFAULT_ENCODER = "all-minilm-l6-v2"
-UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class SettingsError(ValueError):
     """A setting that is unknown or has no meaning. The message is one line that names it."""
-
-
-def parse_size(value: object) -> object:
-    """Bytes from `2GiB`, `500MB`, a plain number; None from `auto`. Raises ValueError for anything else."""
-    if not isinstance(value, str):
-        return value
-    if value.strip().lower() == "auto":
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
-    if match is None or match[2] not in UNITS:
-        raise ValueError("expected a size such as 2GiB or 500MB, or auto")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def _as_list(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Size = Annotated[int | None, Field(ge=1), BeforeValidator(parse_size)]
-Key = Annotated[SecretStr, Field(min_length=1)]
 
 
 class ServeSettings(BaseModel):
@@ -75,14 +61,14 @@ class ServeSettings(BaseModel):
     model: str | None = None
     served_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     adapters: Path | None = None
-    adapter_root: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    adapter_root: Annotated[tuple[Path, ...], BeforeValidator(as_list)] = ()
     database_url: str | None = None
     blob_url: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    api_key: Annotated[tuple[Key, ...], BeforeValidator(_as_list)] = ()
+    api_key: Annotated[tuple[Key, ...], BeforeValidator(as_list)] = ()
     admin_key: Key | None = None
     metrics_key: Key | None = None
     metrics_public: bool = False
@@ -106,6 +92,10 @@ class ServeSettings(BaseModel):
     shutdown_timeout: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     stall_timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     max_waiting: int = Field(default=4096, ge=1)
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_prompts: bool = False
+    otlp_endpoint: Annotated[str, AfterValidator(traces_url)] | None = None
     insecure: bool = False
 
     @model_validator(mode="after")
@@ -163,87 +153,9 @@ class ServeSettings(BaseModel):
             gate_slots=self.gate_slots,
             max_layered_tokens=self.max_layered_tokens,
             gates_per_slot=self.gates_per_slot,
+            log_format=self.log_format,
+            log_level=self.log_level,
         )
-
-
-class LimitSettings(BaseModel):
-    """What one request may ask for. Bytes, counts; `messages` with all parts of their contents, `prompt_logprobs` over
-    all tokens of all its prompts.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    body_bytes: int = Field(default=16 * 2**20, ge=1024)
-    n: int = Field(default=16, ge=1)
-    messages: int = Field(default=8192, ge=1)
-    prompts: int = Field(default=128, ge=1)
-    inputs: int = Field(default=2048, ge=1)
-    prompt_logprobs: int = Field(default=2**18, ge=1)
-    adapters: int = Field(default=256, ge=1)
-    uploads: int = Field(default=4, ge=1)
-
-
-class HttpSettings(BaseModel):
-    """How answers travel. Seconds.
-
-    `cors_origins`: pages of these origins may call, `*` means all; none by default. `keep_alive`: a stream that was
-    silent for so long sends a comment, 0 sends none. `reader_timeout`: a stream whose reader took nothing for so long
-    ends. `request_timeout`: headers or a body that have not come by then, and hardly get on, are given up. Beyond
-    `max_connections`, or what the limit of descriptors allows, connections are refused.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    keep_alive: float = Field(default=15.0, ge=0, allow_inf_nan=False)
-    reader_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    request_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
-    max_connections: int = Field(default=16_384, ge=1)
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"{origin} is no origin, expected * or the form https://app.example.com")
-        return value
-
-
-class RoutingSettings(BaseModel):
-    """How adapters are chosen from the prompt.
-
-    `encoder` is a pulled encoder, a sentence-transformers folder or hub id, or `none`; `device` auto is the engine's.
-    `gpu_share` is the most of the GPU's memory that it may take; `min_score` None is what was calibrated for it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    encoder: str = DEFAULT_ENCODER
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1)
-    gpu_share: float = Field(default=0.05, gt=0, le=1)
-    top_k: int = Field(default=3, ge=1, le=256)
-    min_score: float | None = Field(default=None, ge=-1, le=1)
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    cached_texts: int = Field(default=10_000, ge=0)
-
-
-class SourceSettings(BaseModel):
-    """Where adapters may be fetched from, and how much, in bytes and seconds.
-
-    An empty `hub_endpoint` switches hf:// off. Tenants' own registrations use neither the buckets nor the token.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    https_hosts: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    s3_buckets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    s3_endpoint: str | None = None
-    s3_region: str | None = None
-    hub_endpoint: str = "https://huggingface.co"
-    hub_token: Key | None = None
-    max_adapter_bytes: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] = 2 * GIB
-    timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
 
 
 class Settings(BaseSettings):
@@ -257,6 +169,13 @@ class Settings(BaseSettings):
     http: HttpSettings = Field(default_factory=HttpSettings)
     sources: SourceSettings = Field(default_factory=SourceSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What nobody is to read in a log."""
+        keys = (*self.serve.api_key, self.serve.admin_key, self.serve.metrics_key, self.sources.hub_token)
+        password = urlsplit(self.serve.database_url or "").password
+        return (*(key.get_secret_value() for key in keys if key is not None), *((password,) if password else ()))
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None = None) -> Settings:
@@ -277,14 +196,14 @@ def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None 
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            keys = _short_keys()
-            short = InitSettingsSource(settings_cls, {"serve": keys} if keys else {})
+            short = InitSettingsSource(settings_cls, {"serve": known} if known else {})
             toml = (TomlConfigSettingsSource(settings_cls, file),) if file is not None else ()
             return (init_settings, env_settings, short, *toml)
 
     if file is not None and not file.is_file():
         raise SettingsError(f"--config {file}: there is no such file")
     try:
+        known = _short_names()
         settings = FromSources(**(overrides or {}))
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
@@ -303,8 +222,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _short_keys() -> dict[str, str]:
-    return {field: os.environ[name] for name, field in SHORT_KEYS.items() if os.environ.get(name)}
+def _short_names() -> dict[str, str]:
+    """Settings of `serve` that have another name in the environment, too. Raises ValueError."""
+    endpoint = otlp_endpoint(os.environ)
+    keys = {field: os.environ[name] for name, field in SHORT_KEYS.items() if os.environ.get(name)}
+    return keys if endpoint is None else keys | {"otlp_endpoint": endpoint}
 
 
 def _check_environment() -> None:

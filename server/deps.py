@@ -18,7 +18,9 @@ from server.embedder import Embedder
 from server.engine.config import EngineInfo, EngineStats
 from server.errors import Unauthorized, Unavailable
 from server.generation import Generator
+from server.journal import current
 from server.metrics import Metrics
+from server.observer import Observer
 from server.quotas import QuotaGate
 from server.routers import RouterService
 from server.tenants import Caller, Keys
@@ -84,6 +86,7 @@ class Services:
     limits: LimitSettings
     http: HttpSettings
     metrics_public: bool
+    observer: Observer
     now: Callable[[], float]
     started: float
 
@@ -109,6 +112,9 @@ async def get_caller(request: Request, services: ServicesDep, bearer: Bearer) ->
     if caller is None:
         problem = "the key is not valid" if bearer is not None else "a key is needed"
         raise Unauthorized(f"{problem}: expected the header `Authorization: Bearer <key>`")
+    journal = current()
+    if journal is not None:
+        journal.tenant = caller.tenant.id
     request.state.rate_limits = partial(services.quotas.headers, caller.tenant.id)
     return caller
 

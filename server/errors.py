@@ -36,6 +36,7 @@ from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import UnknownAdapter
 from adapters_store.types import AdapterError
+from server import journal
 from server.absent_endpoints import no_endpoint
 
 logger = logging.getLogger(__name__)
@@ -241,6 +242,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def error_response(error: ServerError) -> JSONResponse:
+    journal.failed(error.code)
     return JSONResponse(error.body(), status_code=error.status, headers=dict(error.headers))
 
 
@@ -288,6 +290,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         refusal.code = "method_not_allowed"
         headers["Allow"] = ", ".join(_methods(request))
+    journal.failed(refusal.code)
     return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
 
 
@@ -301,6 +304,6 @@ def _methods(request: Request) -> list[str]:
     ]
 
 
-async def _on_client_gone(request: Request, _: Exception) -> JSONResponse:
-    logger.info("499 %s %s: the client left", request.method, request.url.path)
+async def _on_client_gone(_: Request, __: Exception) -> JSONResponse:
+    journal.failed(journal.CLIENT_GONE)
     return JSONResponse(None, status_code=499)

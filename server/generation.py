@@ -5,7 +5,6 @@ released once, each choice is accounted for once, and closing the iteration ends
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -13,24 +12,22 @@ from dataclasses import dataclass, replace
 from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import AdapterStore, UnknownAdapter
-from adapters_store.types import BASE
 from routing.router import Route, RouteError, Routers
 from server.ask import Ask
-from server.cache_key import cache_key
+from server.bill import Bill
 from server.chat import ChatTokenizer
-from server.choice import Choice, ChoiceServices, OutputNotFinite, Piece
+from server.choice import Choice, ChoiceServices, Piece
+from server.choices import Order
 from server.engine.config import EngineInfo
-from server.engine.sequence import Request
 from server.errors import BadRequest, DeadlinePassed, NotFound, ServerError, Unavailable, refusal
 from server.interleave import interleave
+from server.journal import Phase, current, log_names
 from server.prompt_decisions import with_decision
+from server.prompt_log import log_prompt
 from server.prompts import PromptReader
-from server.quotas import Meter, QuotaGate
+from server.quotas import QuotaGate
 from server.routed_tokens import with_shares
-from server.stops import StopStrings
 from server.usage import UsageLedger
-
-SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class Generator:
         new_seed: Callable[[], int],
         most_scores: int,
         most_waiting: int,
+        log_prompts: bool = False,
     ) -> None:
         self.services = services
         self.store = store
@@ -70,6 +68,7 @@ class Generator:
         self.new_seed = new_seed
         self.most_scores = most_scores
         self.most_waiting = most_waiting
+        self.log_prompts = log_prompts
         self.is_draining = False
         self.running: set[Generation] = set()
         self.waiting: set[Generation] = set()
@@ -105,8 +104,10 @@ class Generation:
         tokenizer = generator.services.tokenizer
         self._ask = ask.of_form(tokenizer.tool_form, tokenizer.special_markers)
         self._arrival = generator.services.clock()
-        self._charged: Counter[int] = Counter()  # tokens by choice
         self._is_counted = False  # the decision of a prompt-level router
+        self._journal = current()
+        if self._journal is not None:
+            self._journal.asked = ask.noted(self.id, self._arrival)
 
     @property
     def usage(self) -> Usage:
@@ -125,9 +126,14 @@ class Generation:
         return None if decided is None else with_decision(self.route, decided)
 
     @property
+    def known(self) -> Route | None:
+        """The route as far as it is known."""
+        return self.settled or self.route
+
+    @property
     def routed(self) -> Route | None:
-        """The route, as far as it is known, and of a token-level router the shares of its adapters so far."""
-        route = self.settled or self.route
+        """The same, and of a token-level router the shares of its adapters so far."""
+        route = self.known
         return None if route is None else with_shares(route, [choice.routed for choice in self.choices])
 
     @property
@@ -155,20 +161,24 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The life of the request. To be iterated once, and closed. Raises ServerError."""
-        with self._running(), self._generator.quotas.admit(self._ask.tenant.id, self._ask.sequences) as meter:
+        tenant = self._ask.tenant.id
+        with self._running(), self._generator.quotas.admit(tenant, self._ask.sequences) as meter:
             info = self._engine_info()
-            async with self._in_time():
+            if self._generator.log_prompts:
+                log_prompt(self._ask)
+            async with self._in_time("prompt"):
                 self.prompts = await self._reader(info).read()
-            with self._accounted(meter):
-                async with self._in_time():
+            bill = Bill(meter, self._generator.ledger, tenant)
+            with bill.open(self, sum(map(len, self.prompts))):
+                async with self._in_time("route"):
                     self.route = await self._decide()
                 async with self._lease(self.route) as paths:
                     self.choices = self._make_choices(info, self.route, paths)
                     async with aclosing(interleave([choice.pieces() for choice in self.choices])) as pieces:
                         async for piece in pieces:
                             self._generator.waiting.discard(self)
-                            self._charge(meter, self.choices[piece.index])
-                            self._count_decision()
+                            bill.charge(self.choices[piece.index])
+                            self._note_decision()
                             yield piece
 
     @contextmanager
@@ -180,60 +190,40 @@ class Generation:
         finally:
             self._generator.running.discard(self)
             self._generator.waiting.discard(self)
+            self._write_down()
+
+    def _write_down(self) -> None:
+        """What has become of it, into the journal of the HTTP request that it belongs to."""
+        if self._journal is not None:
+            self._journal.route = self.routed
+            self._journal.endings += [choice.ending for choice in self.choices if choice.ending is not None]
 
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
+    async def _in_time(self, phase: str) -> AsyncIterator[None]:
         """What is done before the engine has the request, and watches its time. Raises DeadlinePassed."""
-        left = None
-        if self._ask.timeout is not None:
-            left = self._arrival + self._ask.timeout - self._generator.services.clock()
+        clock = self._generator.services.clock
+        started, error = clock(), None
+        left = None if self._ask.timeout is None else self._arrival + self._ask.timeout - started
         try:
             async with asyncio.timeout(left) as scope:
                 yield
         except TimeoutError:
             if not scope.expired():
                 raise
+            error = DeadlinePassed.code
             raise DeadlinePassed from None
-
-    @contextmanager
-    def _accounted(self, meter: Meter) -> Iterator[None]:
-        """The tokens of all prompts are reserved, and what was used is counted at the end, whichever it is.
-
-        A prompt that the engine refused, or lost before the first token of an answer, costs nothing; what it refused
-        is not a use either.
-        """
-        prompt_tokens, has_failed, is_refused = sum(map(len, self.prompts)), False, False
-        meter.reserve(prompt_tokens)
-        try:
-            yield
-        except OutputNotFinite:
-            raise  # it was computed
-        except ServerError as error:
-            has_failed, is_refused = True, isinstance(error, BadRequest)
+        except ServerError as caught:
+            error = caught.code
             raise
         finally:
-            for choice in self.choices:
-                self._charge(meter, choice)
-            generated = self._charged.total()
-            if not self.choices or (has_failed and not generated):
-                meter.give_back(prompt_tokens)
-                prompt_tokens = 0
-            if self.route is not None and self.choices and (generated or not is_refused):
-                route = self.settled or self.route
-                self._generator.ledger.count(self._ask.tenant.id, route, prompt_tokens, generated)
-
-    def _charge(self, meter: Meter, choice: Choice) -> None:
-        """The tokens that a choice has got since last time."""
-        new = choice.num_tokens - self._charged[choice.index]
-        if new:
-            self._charged[choice.index] += new
-            meter.charge(new)
+            if self._journal is not None:
+                self._journal.phases.append(Phase(phase, started, clock(), error))
 
     @asynccontextmanager
     async def _lease(self, route: Route) -> AsyncIterator[Mapping[str, str]]:
         """Folders of the route's adapters by digest, which stay in place meanwhile."""
         try:
-            async with self._in_time():
+            async with self._in_time("lease"):
                 lease = await self._generator.store.lease(self._ask.tenant.id, route.resolved)
         except UnknownAdapter as error:  # deleted since it was routed to
             raise NotFound(
@@ -271,60 +261,23 @@ class Generation:
             metrics.route_failed(name)
             raise refusal(error) from error
         if route.prompt_router is None:
-            metrics.routed(route)
+            metrics.routed(route, query.tenant)
+        if self._journal is not None:
+            self._journal.route = route
         return route
 
-    def _count_decision(self) -> None:
+    def _note_decision(self) -> None:
         """Of a router that decides in the engine, once that is known."""
-        route = self.settled
-        if route is not None and route.decided is not None and not self._is_counted:
+        route = self.settled if not self._is_counted else None
+        if route is not None and route.decided is not None:
             self._is_counted = True
-            self._generator.services.metrics.routed(route)
+            self._generator.services.metrics.routed(route, self._ask.tenant.id)
 
     def _make_choices(self, info: EngineInfo, route: Route, paths: Mapping[str, str]) -> tuple[Choice, ...]:
-        """`n` choices a prompt, numbered through. A prompt of several blocks is computed by its first choice alone."""
         ask, generator = self._ask, self._generator
         seed = generator.new_seed() if ask.seed is None else ask.seed
-        known = route.mix if route.prompt_router is None else BASE  # the engine adds what is decided there
-        key = cache_key(info.model_fingerprint, known, ask.tenant.salt)
-        shown = self.tokenizer.tool_form.markers if ask.tools is not None else frozenset()
-        choices: list[Choice] = []
-        for prompt in self.prompts:
-            leader: Choice | None = None
-            length = info.max_model_len - len(prompt) if ask.max_tokens is None else ask.max_tokens
-            params = replace(ask.params, max_tokens=length)
-            for number in range(ask.n):
-                request = Request(
-                    id=f"{self.id}-{len(choices)}",
-                    prompt=prompt,
-                    params=replace(params, seed=(seed + number) % SEEDS),
-                    mix=route.mix,
-                    paths=paths,
-                    cache_key=key,
-                    tenant=ask.tenant.id,
-                    weight=ask.tenant.weight,
-                    gates=route.gates,
-                    prompt_router=route.prompt_router,
-                    timeout=ask.timeout,
-                    priority=ask.priority,
-                )
-                stops = StopStrings(ask.stop)
-                waits = leader is not None and (len(prompt) > info.block_size or ask.params.prompt_logprobs is not None)
-                choice = Choice(
-                    len(choices),
-                    request,
-                    route,
-                    stops,
-                    generator.services,
-                    self._arrival,
-                    leader,
-                    waits,
-                    ask.query.options.explain,
-                    shown,
-                )
-                leader, params = leader or choice, replace(params, prompt_logprobs=None)
-                choices.append(choice)
-        return tuple(choices)
+        order = Order(self.id, ask, route, paths, self.prompts, self._arrival, seed, log_names(self._journal))
+        return order.choices(generator.services, info)
 
 
 def route_error(error: RouteError) -> ServerError:

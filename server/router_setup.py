@@ -43,6 +43,7 @@ def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
         num_threads=routing.threads,
         cache_texts=routing.cached_texts,
         gpu_share=routing.gpu_share,
+        log_format=settings.serve.log_format,
     )
     return process, ""
 

@@ -75,6 +75,7 @@ def _server(model: Path, encoder: Path, host: str, port: int, console: Console) 
     _check_port(host, port)
     command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", str(model), "--served-name", SERVED_NAME]
     command += ["--adapters", str(ADAPTERS), "--encoder", str(encoder), "--host", host, "--port", str(port)]
+    command += ["--log-level", "warning"]
     url = f"http://{host}:{port}"
     with tempfile.TemporaryDirectory(prefix="loramux-demo-") as folder:
         command += ["--database-url", f"sqlite:///{folder}/registry.sqlite", "--blob-url", f"{folder}/blobs"]

@@ -6,14 +6,13 @@ from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse
 
 from adapters_store.registry import NameTaken, RegistryError
 from adapters_store.store import NewAdapter
 from adapters_store.types import AdapterError
-from server.admin.access import AdminDep, get_admin
+from server.admin.access import REFUSALS, AdminDep, get_admin
 from server.admin.protocol import LoadLoraRequest, UnloadLoraRequest
-from server.answers import REFUSALS, text
 from server.body import document, json_body
 from server.deps import ServicesDep, check_not_draining
 from server.errors import BadRequest, refusal
@@ -30,13 +29,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @router.post(
     "/load_lora_adapter",
-    response_class=Response,
-    responses=text("What was done."),
+    response_class=PlainTextResponse,
     summary="Load an adapter (vLLM)",
     dependencies=[Depends(check_not_draining)],
     openapi_extra=document(LoadLoraRequest),
 )
-async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: AdminDep) -> PlainTextResponse:
+async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: AdminDep) -> str:
     """Registers it for every tenant, durably. `POST /admin/v1/adapters` does more."""
     _check_given(lora_name=body.lora_name, lora_path=body.lora_path)
     new = NewAdapter(body.lora_name, caller.tenant.id, public=True, replace=body.load_inplace)
@@ -49,21 +47,20 @@ async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: Admin
         told = refusal(error)
         told.param = FIELDS.get(told.param or "")
         raise told from error
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post(
     "/unload_lora_adapter",
-    response_class=Response,
-    responses=text("What was done."),
+    response_class=PlainTextResponse,
     summary="Unload an adapter (vLLM)",
     openapi_extra=document(UnloadLoraRequest),
 )
-async def unload_lora_adapter(body: UnloadBody, services: ServicesDep, caller: AdminDep) -> PlainTextResponse:
+async def unload_lora_adapter(body: UnloadBody, services: ServicesDep, caller: AdminDep) -> str:
     """No new request can use it; those that do end as they would have."""
     _check_given(lora_name=body.lora_name)
     await services.catalog.delete(caller, caller.tenant.id, body.lora_name, None)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 def _source(path: str) -> str:

@@ -31,6 +31,7 @@ class EngineConfig:
     `gate_slots` token-level routers run at a time, with up to `gates_per_slot` gates a linear each; others wait.
     `grammar_memory` is for compiled constraints that no request uses at the moment, `mask_threads` compute their masks.
     A prompt that is decided layer by layer may have `max_layered_tokens`, whose states are kept between its steps.
+    `log_format` ("text", "json") and `log_level` are for an engine in a process of its own.
     """
 
     model: str
@@ -58,6 +59,8 @@ class EngineConfig:
     grammar_memory: int = GIB // 4
     mask_threads: int | None = None
     max_layered_tokens: int = 4096
+    log_format: str = "text"
+    log_level: str = "info"
 
     def shared_out(self, engines: int, cores: int) -> "tuple[EngineConfig, ...]":
         """One for each of several engines on one machine of so many cores.
@@ -97,7 +100,6 @@ class EngineStats:
 
     `steps` are (seconds, token rows) of each step since the snapshot before, `adapter_reads` the seconds that each read
     of an adapter from disk took; adapters are given by digest. Requests whose adapters are being read count as waiting.
-    `host_shrinks` counts how often host memory was taken back because the machine's was short.
     """
 
     running: int = 0
@@ -112,9 +114,6 @@ class EngineStats:
     adapter_evictions: int = 0
     adapter_reads: tuple[float, ...] = ()
     host_evictions: int = 0
-    host_bytes: int = 0
-    host_budget: int = 0
-    host_shrinks: int = 0
     adapters_host: int = 0
     adapters_device: int = 0
     running_adapters: tuple[str, ...] = ()

@@ -1,12 +1,12 @@
 """The outputs of requests that end without a token."""
 
 from server.engine.config import RequestError
-from server.engine.sequence import NOT_FINITE, FinishReason, Output
+from server.engine.sequence import NOT_FINITE, FinishReason, Output, Timings
 
 
-def ended(request_id: str, reason: FinishReason) -> Output:
+def ended(request_id: str, reason: FinishReason, timings: Timings | None = None) -> Output:
     """Somebody or something ended it."""
-    return Output(request_id, finish_reason=reason)
+    return Output(request_id, finish_reason=reason, timings=timings)
 
 
 def not_finite(request_id: str) -> Output:

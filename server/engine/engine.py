@@ -34,7 +34,7 @@ from server.engine.router_bank import RouterBank
 from server.engine.runner import Launched, Runner
 from server.engine.sampler import stop_ids
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import FinishReason, Output, Request, Sequence, Timings, TokenLogprobs
+from server.engine.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
 
 Clock = Callable[[], float]
 
@@ -136,7 +136,7 @@ class Engine:
         started = self.clock()
         for sequence in self._deadlines.expired(started):
             self._end(sequence)
-            self._endings.append(ended(sequence.request.id, FinishReason.TIMEOUT))
+            self._endings.append(ended(sequence.request.id, FinishReason.TIMEOUT, sequence.timings(started)))
         self._move_adapters()
         if self._launched is not None and self._launched.sampled is None:
             self._choose(self._launched)
@@ -193,9 +193,6 @@ class Engine:
             adapter_evictions=pool.counters.evictions,
             adapter_reads=self.adapters.take_read_seconds(),
             host_evictions=self.adapters.host.counters.evictions,
-            host_bytes=self.adapters.host.num_bytes,
-            host_budget=self.adapters.host.budget_bytes,
-            host_shrinks=self.adapters.host.counters.shrinks,
             adapters_host=len(self.adapters.host),
             adapters_device=len(pool.residents),
             running_adapters=_digests(scheduler.running),
@@ -315,22 +312,22 @@ class Engine:
             reason = FinishReason.LENGTH
         if reason is not None:
             self._end(sequence)
-        first, said = sequence.num_output == 1, wanted and not stopped
+        first, said, told = sequence.num_output == 1, wanted and not stopped, None
+        if first or (reason is not None and sequence.preempted):
+            now = self.clock()
+            sequence.first_token = now if first else sequence.first_token
+            told = sequence.timings(now)
         return Output(
             sequence.request.id,
             tokens=(token,) if said else (),
             logprobs=(logprob,) if said and logprob is not None else (),
             finish_reason=reason,
-            timings=self._timings(sequence) if first else None,
+            timings=told,
             cached_tokens=(sequence.num_cached or 0) if first else 0,
             shares=shares if said else (),
             prompt_logprobs=scored,
             decided=sequence.decision.told if first and sequence.decision is not None else None,
         )
-
-    def _timings(self, sequence: Sequence) -> Timings:
-        scheduled = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
-        return Timings(queue=scheduled - sequence.arrival, prefill=self.clock() - scheduled)
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         self._end(sequence)

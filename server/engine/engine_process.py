@@ -166,7 +166,9 @@ class EngineProcess:
         while True:
             started = clock()
             if self.pid is not None and self._process is not None:
-                await self._process.wait()
+                code = await self._process.wait()
+                if not self.is_stopping:
+                    logger.error("the engine's process ended with code %d; another one follows", code)
             if self.is_stopping:
                 return
             await self._lost("the inference engine stopped unexpectedly; please retry")

@@ -1,6 +1,5 @@
 """An engine in its own process: messages in, steps, messages out; `python -m server.engine.loop ADDRESS PARENT_PID`."""
 
-import logging
 import os
 import shutil
 import signal
@@ -14,11 +13,9 @@ from pathlib import Path
 import torch
 import zmq
 
-from server.engine.available_memory import MemoryProbe
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.fronts import Front, Fronts
-from server.engine.memory_watch import MemoryWatch
 from server.engine.messages import (
     Abort,
     Evict,
@@ -43,6 +40,7 @@ from server.engine.messages import (
     fronts_address,
 )
 from server.engine.sequence import Output
+from server.logs import configure, level_of
 
 IDLE_POLL_MS = 500
 STATS_SECONDS = 0.25
@@ -57,14 +55,11 @@ class EngineLoop:
         self.fronts = inbox.fronts
         self._news = False
         self._next_stats = 0.0
-        host, grammars = engine.adapters.host, engine.arrivals.grammars
-        self._memory = MemoryWatch(host, engine.adapters.wanted, grammars, MemoryProbe().read, time.monotonic)
 
     def run(self) -> None:
         while self.inbox.is_needed:
             if not self._receive():
                 return
-            self._memory.look()
             if self._active or self._news:
                 self._news = False
                 self._report(self.engine.step())
@@ -222,13 +217,13 @@ def take_orders(
 def main() -> int:
     """Load what the process says that started this one, and serve its front ends."""
     address, parent = sys.argv[1], int(sys.argv[2])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in (signal.SIGINT, signal.SIGTERM):  # they may go to the whole group; the front end decides when to stop
         signal.signal(name, signal.SIG_IGN)
     return take_orders(address, parent, partial(_serve, parent))
 
 
 def _serve(parent: int, start: Start, orders: "zmq.Socket[bytes]", fronts: "zmq.Socket[bytes]") -> int:
+    configure(start.config.log_format, "engine", level=level_of(start.config.log_level))
     try:
         engine = start_engine(start.config)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -16,6 +16,7 @@ from server.engine.config import EngineConfig, RequestError
 from server.engine.matching import Matching
 from server.engine.plan import Chunk
 from server.engine.sequence import Sequence
+from server.logs import FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def no_mask(sequence: Sequence, matching: Matching) -> RequestError:
     """What a request whose output cannot be continued ends with."""
     constraint = sequence.request.params.constraint
     assert constraint is not None
-    logger.warning("request %s has no mask: %s", sequence.request.id, matching.error)
+    logger.warning("a request has no mask: %s", matching.error, extra={FIELDS: sequence.request.log_fields})
     return RequestError(
         f"{constraint.param}: at token {sequence.num_output + 1} it is too complex, or nothing can follow",
         param=constraint.param,

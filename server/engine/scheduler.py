@@ -59,6 +59,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence, *, first: bool = False) -> None:
         """Queue a sequence, `first`: ahead of its tenant's others."""
+        if sequence.queued is None:
+            sequence.queued = self.clock()
         if first:
             self.waiting.push_front(sequence)
         else:
@@ -178,6 +180,7 @@ class Scheduler:
         self.waiting.push_front(sequence)
         self._leave(sequence)
         sequence.forget_computed()
+        sequence.preempted.append(self.clock())
         self.preemptions += 1
 
     def _leave(self, sequence: Sequence) -> None:

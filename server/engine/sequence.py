@@ -77,7 +77,8 @@ class Request:
     another. `gates` weigh the adapters of the mix anew for every token; a `prompt_router` chooses among them once, and
     what it chose belongs to the root as well. `weight` (> 0) is the share that is due to `tenant`, relative to those of
     others. `timeout`: seconds after its arrival when it ends, whatever it has by then.
-    The smaller its `priority`, the earlier it starts among the waiting requests of its tenant (fairness.py).
+    The smaller its `priority`, the earlier it starts among the waiting requests of its tenant (fairness.py). `log`:
+    under which names the log knows whom it comes from.
     """
 
     id: str
@@ -92,10 +93,16 @@ class Request:
     timeout: float | None = None
     priority: int = 0
     prompt_router: PromptUse | None = None
+    log: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ValueError(f"the weight of tenant {self.tenant!r} is {self.weight}, expected a number above 0")
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """What a line of the log about it says besides."""
+        return {**self.log, "tenant": self.tenant, "generation": self.id}
 
     @property
     def cache_root(self) -> bytes:
@@ -118,17 +125,25 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds from arrival in the engine to first scheduling, and from there to the first token."""
+    """Seconds from arrival in the engine to first scheduling, and from there to the first token; None: not yet.
+
+    `loading` is the part of `queue` in which adapters, routers or a grammar were not there yet. `preempted`: how long
+    before the output that tells this, each time, the request lost its place. These are spans of time and no points,
+    since two processes need not have one clock.
+    """
 
     queue: float
-    prefill: float
+    prefill: float | None
+    loading: float = 0.0
+    preempted: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Output:
     """What one step produced for one request. The one with a `finish_reason` is the last.
 
-    `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token. `error_param`
+    `timings` and `cached_tokens` (prompt tokens taken from the prefix cache) come with the first token; `timings` also
+    with the end if there was no token, and once more if the request was preempted since. `error_param`
     and `error_code` tell of a request that could not be taken after all, in the terms of `RequestError`, or that its
     engine is lost. With a
     token-level router, `shares` are the weights of its gates' rows for the token, on average over all gates; what a
@@ -191,7 +206,10 @@ class Sequence:
     num_charged: int = 0
     parent_hash: bytes = b""
     skipped_steps: int = 0
+    queued: float | None = None
     first_scheduled: float | None = None
+    first_token: float | None = None
+    preempted: list[float] = field(default_factory=list)
     kept_until: int = 0  # tokens it must have before another tenant's may take its place
 
     @classmethod
@@ -282,6 +300,17 @@ class Sequence:
             return False
         waits = params.needs_host_token or (matching is not None and matching.slow)
         return not self.num_pending or not (waits or self.num_sampled >= params.max_tokens)
+
+    def timings(self, now: float) -> Timings:
+        """What has become of it by this time, by the clock of its `arrival`."""
+        scheduled = now if self.first_scheduled is None else self.first_scheduled
+        token = now if self.first_token is None else self.first_token
+        return Timings(
+            queue=scheduled - self.arrival,
+            prefill=None if self.first_scheduled is None else token - scheduled,
+            loading=min(now if self.queued is None else self.queued, scheduled) - self.arrival,
+            preempted=tuple(now - then for then in self.preempted),
+        )
 
     def forget_computed(self) -> None:
         """Back to nothing computed, as preemption by recompute needs. Blocks and lease must have been given back."""

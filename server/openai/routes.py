@@ -20,7 +20,6 @@ from server.deps import CallerDep, Services, ServicesDep, count_request, get_cal
 from server.errors import BadRequest, NotFound
 from server.generation import Generation, route_error
 from server.openai.answer import Answer, Collected, Json, collect
-from server.openai.answers import ChatCompletion, Model, ModelList, Text, TextCompletion, Tokens, answers
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
 from server.openai.messages import plain
@@ -37,12 +36,7 @@ TokenizeBody = Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
 
 
-@router.post(
-    "/v1/chat/completions",
-    dependencies=[Depends(knock)],
-    openapi_extra=document(ChatRequest),
-    responses=answers(ChatCompletion, streams=True),
-)
+@router.post("/v1/chat/completions", dependencies=[Depends(knock)], openapi_extra=document(ChatRequest))
 async def chat_completions(body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """An answer to messages, whole or as a stream."""
     ask = body.ask(caller.tenant)
@@ -60,12 +54,7 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
     return await _respond(request, generation, answer, services.http if body.stream else None)
 
 
-@router.post(
-    "/v1/completions",
-    dependencies=[Depends(knock)],
-    openapi_extra=document(CompletionRequest),
-    responses=answers(TextCompletion, streams=True),
-)
+@router.post("/v1/completions", dependencies=[Depends(knock)], openapi_extra=document(CompletionRequest))
 async def completions(body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """What follows one prompt or many, whole or as a stream."""
     ask = body.ask(caller.tenant)
@@ -83,11 +72,11 @@ async def completions(body: CompletionBody, request: Request, services: Services
     return await _respond(request, generation, answer, services.http if body.stream else None)
 
 
-@router.get("/v1/models", responses=answers(ModelList))
+@router.get("/v1/models")
 async def list_models(
     services: ServicesDep,
     caller: CallerDep,
-    limit: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
+    limit: Annotated[int | None, Query(ge=1)] = None,
     cursor: Annotated[str | None, Query(max_length=256)] = None,
 ) -> Response:
     """The base model, the embedding model, then the adapters by name: all or, as an addition to OpenAI's list, a part.
@@ -105,7 +94,7 @@ async def list_models(
     return Response(await asyncio.to_thread(encode), media_type="application/json")
 
 
-@router.get("/v1/models/{model:path}", response_model=None, responses=answers(Model))
+@router.get("/v1/models/{model:path}")
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Json:
     """One model; `name@digest` is a revision of an adapter."""
     if model == services.served_name:
@@ -120,13 +109,7 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
     return _adapter(ModelRow(named.tenant, named.name, found.digest, named.public, named.created), services)
 
 
-@router.post(
-    "/tokenize",
-    dependencies=[Depends(count_request)],
-    openapi_extra=document(TokenizeRequest),
-    response_model=None,
-    responses=answers(Tokens),
-)
+@router.post("/tokenize", dependencies=[Depends(count_request)], openapi_extra=document(TokenizeRequest))
 async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     """The tokens of a text, or of messages in the chat template."""
     await _check_model(body.model, services, caller.tenant)
@@ -147,13 +130,7 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
     return answer | {"token_strs": services.tokenizer.tokens(tokens)} if body.return_token_strs else answer
 
 
-@router.post(
-    "/detokenize",
-    dependencies=[Depends(count_request)],
-    openapi_extra=document(DetokenizeRequest),
-    response_model=None,
-    responses=answers(Text),
-)
+@router.post("/detokenize", dependencies=[Depends(count_request)], openapi_extra=document(DetokenizeRequest))
 async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     """The text of tokens."""
     await _check_model(body.model, services, caller.tenant)

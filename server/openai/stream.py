@@ -10,6 +10,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server import journal
 from server.choice import Piece
 from server.config import HttpSettings
 from server.errors import ClientGone, ServerError
@@ -83,7 +84,7 @@ class EventStream(Response):
         self._http = http
         self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         pulse = Pulse(send, self._http.keep_alive, self._http.reader_timeout)
         sending, leaving = asyncio.create_task(self._stream(send, pulse)), asyncio.create_task(_gone(receive))
         beating = asyncio.create_task(pulse.beat())
@@ -92,8 +93,7 @@ class EventStream(Response):
             if sending.done():
                 sending.result()
             else:
-                how = "left its stream" if leaving.done() else "does not read its stream"
-                logger.info("499 %s: the client %s", scope.get("path"), how)
+                journal.failed(journal.CLIENT_GONE if leaving.done() else journal.READER_STALLED)
         finally:
             await _end(sending, leaving, beating, self._first)
             await self._pieces.aclose()
@@ -106,9 +106,11 @@ class EventStream(Response):
                 await self._send_piece(pulse, piece)
             last = b"data: [DONE]\n\n"
         except ServerError as error:
+            journal.failed(error.code)
             last = _event(error.body())
         except Exception:
             logger.exception("a stream failed")
+            journal.failed(ServerError.code)
             last = _event(ServerError().body())
         await pulse.end(last)
 

@@ -17,7 +17,8 @@ from adapters_store.registry import Resolved
 from adapters_store.types import Composition, Mix
 from routing.router import Route, RoutedAdapter
 from server.engine.config import EngineStats
-from server.metrics import Ending, Metrics
+from server.journal import Ending
+from server.metrics import Metrics
 
 DASHBOARDS = Path(__file__).parents[2] / "deploy" / "dashboards"
 SERIES = re.compile(r"\b(loramux_\w+)(?:\{([^}]*)\})?")
@@ -33,12 +34,13 @@ def exported() -> dict[str, set[str]]:
     adapter = RoutedAdapter(Resolved("acme", "sql", "digest", True, "config", "weights"), 1.0, score=0.9)
     route = Route("retriever", (adapter,), Composition.MIXTURE, Mix(), 0.01, cached=True, best=0.9)
     metrics.begin(route)
-    metrics.routed(route)
+    metrics.routed(route, "acme")
     metrics.route_failed("retriever")
     metrics.gap("acme", route, 0.1)
     metrics.quota_rejected("acme", "requests")
     metrics.embedded("acme", 3)
     metrics.registered(1)
+    metrics.answered("GET", "/v1/models", 200)
     stats = EngineStats(running=1, adapter_loads=1, adapter_reads=(0.1,), steps=((0.1, 2),), pages={"free": 1})
     metrics.engine(stats, 0.0)
     metrics.end(Ending("acme", route, "stop", 1, 1, 1.0, 0.1, 0.1, 0.1, 0.1))

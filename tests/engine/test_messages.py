@@ -64,6 +64,8 @@ CONFIG = EngineConfig(
     max_layered_tokens=99,
     grammar_memory=7,
     mask_threads=3,
+    log_format="json",
+    log_level="debug",
 )
 PARAMS = SamplingParams(
     temperature=0.3,
@@ -97,6 +99,7 @@ REQUEST = Request(
     timeout=1.5,
     priority=-3,
     prompt_router=PromptUse("e" * 64, "/routers/e", ("a" * 64, None), layered=True, top_k=3),
+    log={"request_id": "ü", "trace_id": "7" * 32},
 )
 OUTPUT = Output(
     request_id="r-1",
@@ -106,7 +109,7 @@ OUTPUT = Output(
     error="one sentence",
     error_param="lora.adapters",
     error_code="mix_too_large",
-    timings=Timings(queue=0.25, prefill=0.5),
+    timings=Timings(queue=0.25, prefill=0.5, loading=0.125, preempted=(0.5, 0.25)),
     cached_tokens=16,
     shares=(0.25, 0.75),
     prompt_logprobs=(TokenLogprobs(-2.5, (), 17),),
@@ -126,9 +129,6 @@ STATS = EngineStats(
     adapter_evictions=9,
     adapter_reads=(0.1, 0.2),
     host_evictions=12,
-    host_bytes=13,
-    host_budget=14,
-    host_shrinks=15,
     adapters_host=10,
     adapters_device=11,
     running_adapters=("a", "b"),

@@ -1,7 +1,9 @@
 """The application around a fake engine, over httpx and over a real socket."""
 
 import asyncio
+import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from adapters_store.store import AdapterStore
 from server.config import ServeSettings, Settings
-from server.serve import uvicorn_config
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,16 @@ def _no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("LORAMUX_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """`loramux serve` says where lines go, also where it is called in this process."""
+    root, hook = logging.getLogger(), sys.excepthook
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], sys.excepthook = handlers, hook
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +75,8 @@ async def client(harness: Harness) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 async def live(harness: Harness) -> AsyncIterator[str]:
     """The URL of the application behind uvicorn on a real socket, in this event loop."""
-    # Its protocol is named, or asyncio leaves Nagle's algorithm on, and an answer in two pieces waits 40 ms.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn_config(harness.app, harness.settings.http))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(harness.app, log_config=None, log_level="warning", lifespan="on"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.01)

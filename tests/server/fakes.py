@@ -288,13 +288,18 @@ class Harness:
     """The application around a fake engine."""
 
     def __init__(
-        self, store: AdapterStore, tokenizer: PreTrainedTokenizerFast, settings: Settings, process: Any = None
+        self,
+        store: AdapterStore,
+        tokenizer: PreTrainedTokenizerFast,
+        settings: Settings,
+        process: Any = None,
+        tracer: Any = None,
     ) -> None:
         self.engine = FakeEngine(tokenizer)
         self.store = store
         self.settings = settings
         self.services: Services = assemble(
-            settings, MODEL, self.engine, store, ChatTokenizer(tokenizer), "f" * 64, process
+            settings, MODEL, self.engine, store, ChatTokenizer(tokenizer), "f" * 64, process, tracer=tracer
         )
         self.app = create_app(settings, self.services)
 

@@ -9,7 +9,8 @@ from fakes import Harness
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.trace_context import LOG_FORMAT, RequestFilter, TraceContext, parse_traceparent
+from server.logs import formatter
+from server.trace_context import TraceContext, parse_traceparent
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GOOD = f"00-{TRACE}-{PARENT}-01"
@@ -39,6 +40,12 @@ def test_valid_ones() -> None:
 @pytest.mark.parametrize("value", BAD)
 def test_invalid_ones(value: str) -> None:
     assert parse_traceparent([value.encode()]) is None
+
+
+def test_states_come_along() -> None:
+    found = parse_traceparent([GOOD.encode()], [b"vendor=1", b"other=2"])
+    assert found is not None
+    assert found.state == "vendor=1,other=2"
 
 
 def test_two_are_none() -> None:
@@ -78,8 +85,7 @@ async def test_lines_of_the_log_name_the_request(
     def fail(*_: object) -> None:
         raise TypeError("bug")
 
-    caplog.handler.addFilter(RequestFilter())
-    caplog.handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    caplog.handler.setFormatter(formatter("text", "front"))
     with monkeypatch.context() as patch:
         patch.setattr(harness.services.store, "models", fail)
         async with harness.client() as client:

@@ -1,0 +1,253 @@
+"""What watching costs: `python -m server.bench_observe --model FOLDER`. The last line printed is JSON.
+
+The application without sockets and without a model: an engine that has every token at once, and requests that are given
+to the application itself. So what is left is the front end's own work, and small differences show. Processor time of
+the process with all its threads, spans being sent to a receiver in another one. All forms take turns, and of each the
+best round counts. FOLDER has the tokenizer.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Scope
+
+from adapters_store.store import StoreConfig
+from routing.router import Route
+from server.app import assemble, create_app, open_store
+from server.bench_front import MODEL, SAID, SHAPE
+from server.chat import ChatTokenizer
+from server.config import ServeSettings, Settings
+from server.engine.bench_paced import INFO
+from server.engine.client import EngineClient
+from server.engine.config import EngineConfig
+from server.engine.sequence import FinishReason, Output, Request, Timings
+from server.journal import Ending
+from server.logs import formatter
+from server.metrics import Metrics
+from server.observer import Observer, Tracer
+from server.serve import run
+from server.tracing import open_tracer
+
+Json = dict[str, Any]
+LONG = 256
+"""Tokens of the longer of the two streams whose difference is what tokens cost."""
+BODY: Json = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "stream": True,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is switched on. `traced` is the share of requests, None without a tracer."""
+
+    name: str
+    counts: bool = False
+    logs: bool = False
+    traced: float | None = None
+
+
+FORMS = (
+    Form("nothing"),
+    Form("metrics", counts=True),
+    Form("metrics, log", counts=True, logs=True),
+    Form("metrics, log, 1 % traced", counts=True, logs=True, traced=0.01),
+    Form("metrics, log, all traced", counts=True, logs=True, traced=1.0),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> Json:
+    """Measure, print a table and the JSON document."""
+    parser = argparse.ArgumentParser(prog="python -m server.bench_observe")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=200, help="of each length and form in a round")
+    asked = parser.parse_args(arguments)
+    rows: list[Json] = []
+    run(_measure(asked.model, asked.rounds, asked.requests, rows))
+    print("watched by                | us a request | more | us a token | more")
+    for row in rows:
+        print(
+            f"{row['form']:25} | {row['request_us']:12.0f} | {row['request_us'] - rows[0]['request_us']:4.0f}"
+            f" | {row['token_us']:10.2f} | {row['token_us'] - rows[0]['token_us']:4.2f}"
+        )
+    document = {"bench": "observe", "rounds": asked.rounds, "requests": asked.requests, "rows": rows}
+    print(json.dumps(document))
+    return document
+
+
+class Unwatched(Metrics):
+    """Counts nothing."""
+
+    def begin(self, route: Route) -> None: ...
+
+    def gap(self, tenant: str, route: Route, seconds: float) -> None: ...
+
+    def end(self, ending: Ending) -> None: ...
+
+    def routed(self, route: Route, tenant: str) -> None: ...
+
+    def answered(self, method: str, endpoint: str | None, status: int) -> None: ...
+
+
+class InstantEngine(EngineClient):
+    """Has all tokens of a request at once, and needs no process."""
+
+    def __init__(self, said: Sequence[int]) -> None:
+        super().__init__(EngineConfig("none"))
+        self._said = said
+        self.info, self.alive = INFO, True
+
+    async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
+        count = request.params.max_tokens
+        for number in range(count):
+            yield Output(
+                request.id,
+                tokens=(self._said[number % len(self._said)],),
+                finish_reason=FinishReason.LENGTH if number == count - 1 else None,
+                timings=Timings(0.001, 0.002) if number == 0 else None,
+            )
+
+
+async def _measure(folder: Path, rounds: int, requests: int, rows: list[Json]) -> None:
+    tokenizer = ChatTokenizer.from_folder(folder)
+    said = await tokenizer.encode(SAID, add_special_tokens=False)
+    with tempfile.TemporaryDirectory() as data, ExitStack() as stack:
+        receiver = stack.enter_context(Receiver())
+        log = logging.StreamHandler(stack.enter_context(open(os.devnull, "w")))
+        log.setFormatter(formatter("json", "front"))
+        config = StoreConfig(f"sqlite:///{data}/registry.sqlite", f"{data}/blobs", Path(data) / "store")
+        async with open_store(SHAPE, MODEL, config, (MODEL,)) as store:
+            settings = Settings(serve=ServeSettings(host="127.0.0.1"))
+            apps: list[ASGIApp] = []
+            tracers: list[Tracer] = []
+            for form in FORMS:
+                tracer = receiver.tracer(form.traced)
+                tracers += [tracer] if tracer is not None else []
+                services = assemble(settings, MODEL, InstantEngine(said), store, tokenizer, "0" * 64, tracer=tracer)
+                if not form.counts:
+                    metrics = Unwatched()
+                    services.generator.services = replace(services.generator.services, metrics=metrics)
+                    services = replace(services, observer=Observer(metrics, time.perf_counter))
+                apps.append(_with_state(create_app(settings, services), services))
+            best = [[float("inf"), float("inf")] for _ in FORMS]
+            for _ in range(rounds):
+                for number, (form, app) in enumerate(zip(FORMS, apps, strict=True)):
+                    with _lines_to(log if form.logs else None):
+                        for place, tokens in enumerate((1, LONG)):
+                            seconds = await _cost(app, tokens, requests if tokens == 1 else max(1, requests // 10))
+                            best[number][place] = min(best[number][place], seconds)
+            for form, (short, long) in zip(FORMS, best, strict=True):
+                token = (long - short) / (LONG - 1)
+                rows.append({"form": form.name, "request_us": short * 1e6, "token_us": token * 1e6})
+            for tracer in tracers:
+                await asyncio.to_thread(tracer.close)
+
+
+async def _cost(app: ASGIApp, tokens: int, requests: int) -> float:
+    """Processor seconds of a request for so many streamed tokens."""
+    body = json.dumps(BODY | {"max_tokens": tokens}).encode()
+    started = time.process_time()
+    for _ in range(requests):
+        await _ask(app, body)
+    return (time.process_time() - started) / requests
+
+
+async def _ask(app: ASGIApp, body: bytes) -> None:
+    gone = asyncio.Event()
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] != 200:
+            raise RuntimeError(f"an answer has the status {message['status']}")
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    path = "/v1/chat/completions"
+    scope: Json = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    await app(scope | {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http"}, receive, send)
+
+
+def _with_state(app: ASGIApp, services: Any) -> ASGIApp:
+    async def with_state(scope: Scope, receive: Any, send: Any) -> None:
+        await app({**scope, "state": {"services": services}}, receive, send)
+
+    return with_state
+
+
+@contextmanager
+def _lines_to(handler: logging.Handler | None) -> Iterator[None]:
+    """While the block lasts, lines of the log go to this handler, or are not made."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    if handler is not None:
+        root.handlers[:] = [handler]
+        root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+
+
+class Receiver:
+    """A process that takes spans and forgets them."""
+
+    def __enter__(self) -> "Receiver":
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_receive, args=(theirs,), daemon=True)
+        self._process.start()
+        self._port = ours.recv()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def tracer(self, share: float | None) -> Tracer | None:
+        """One that sends so many of all traces here."""
+        if share is None:
+            return None
+        os.environ["OTEL_TRACES_SAMPLER"] = "parentbased_traceidratio"
+        os.environ["OTEL_TRACES_SAMPLER_ARG"] = str(share)
+        return open_tracer(f"http://127.0.0.1:{self._port}/v1/traces", "0")
+
+
+def _receive(pipe: Any) -> None:
+    class Taker(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Taker)
+    pipe.send(server.server_port)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
