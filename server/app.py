@@ -52,6 +52,7 @@ from server.tenants import Keys, Tenants
 from server.tools.form import FORMS
 from server.tracing import tracing
 from server.usage import FLUSH_SECONDS, UsageLedger
+from server.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +262,7 @@ def assemble(
         new_id=_new_id,
         new_seed=lambda: secrets.randbelow(SEEDS),
         most_scores=settings.limits.prompt_logprobs,
-        most_waiting=serve.max_waiting,
+        waiting=Waiting(serve.max_waiting, time.perf_counter),
         log_prompts=serve.log_prompts,
     )
     keys = Keys(

@@ -14,7 +14,8 @@
     ├── Unprocessable          422  an adapter that cannot be served
     ├── TooManyRequests        429  beyond a quota; says when to try again
     ├── Unavailable            503  engine down or draining; says when to try again
-    │   └── TooManyConnections      for this process's descriptors
+    │   ├── TooManyConnections      for this process's descriptors
+    │   └── DeadlineTooNear         for the request's own `timeout`
     └── DeadlinePassed         504  the request's own `timeout`, before the first token
 
 `ClientGone` is none of them: nobody is left to read an answer. What adapters_store raises becomes the class of its
@@ -174,6 +175,23 @@ class TooManyConnections(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("the server has no room for more connections; please retry")
+
+
+class DeadlineTooNear(Unavailable):
+    """`wait` and `timeout` are in seconds."""
+
+    code = "deadline_too_near"
+
+    def __init__(self, wait: float, timeout: float) -> None:
+        super().__init__(
+            f"timeout: the request has {timeout:g} s, and would wait about {wait:.0f} s for its first token",
+            param="timeout",
+        )
+        self._later = wait - timeout
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Retry-After": str(min(QUOTA_SECONDS, max(1, math.ceil(self._later))))}
 
 
 class RequestTooSlow(ServerError):

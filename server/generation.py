@@ -28,6 +28,7 @@ from server.prompts import PromptReader
 from server.quotas import QuotaGate
 from server.routed_tokens import with_shares
 from server.usage import UsageLedger
+from server.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class Usage:
 class Generator:
     """Starts generations. `new_id` and `new_seed` never repeat themselves; a seed is below 2**63.
 
-    A request gets at most `most_scores` log-probabilities of prompt tokens; at most `most_waiting` requests wait for
-    their first token at a time.
+    A request gets at most `most_scores` log-probabilities of prompt tokens.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Generator:
         new_id: Callable[[], str],
         new_seed: Callable[[], int],
         most_scores: int,
-        most_waiting: int,
+        waiting: Waiting,
         log_prompts: bool = False,
     ) -> None:
         self.services = services
@@ -67,22 +67,19 @@ class Generator:
         self.new_id = new_id
         self.new_seed = new_seed
         self.most_scores = most_scores
-        self.most_waiting = most_waiting
+        self.waiting = waiting
         self.log_prompts = log_prompts
         self.is_draining = False
         self.running: set[Generation] = set()
-        self.waiting: set[Generation] = set()
 
     def start(self, ask: Ask) -> "Generation":
         """A generation, of which nothing has happened yet.
 
-        Raises Unavailable when the server is shutting down, and when too many requests wait already: an answer that
-        nobody waits for any more costs the same as one that is read.
+        Raises Unavailable when the server is shutting down, and what `Waiting.check` raises.
         """
         if self.is_draining:
             raise Unavailable("the server is shutting down", code="draining")
-        if len(self.waiting) >= self.most_waiting:
-            raise Unavailable(f"the queue is full: {self.most_waiting} requests wait already", code="queue_full")
+        self.waiting.check(ask.tenant, ask.timeout, is_urgent=ask.priority < 0)
         return Generation(self, ask)
 
     def end_all(self) -> None:
@@ -105,6 +102,7 @@ class Generation:
         self._ask = ask.of_form(tokenizer.tool_form, tokenizer.special_markers)
         self._arrival = generator.services.clock()
         self._is_counted = False  # the decision of a prompt-level router
+        self._waits = True
         self._journal = current()
         if self._journal is not None:
             self._journal.asked = ask.noted(self.id, self._arrival)
@@ -176,7 +174,7 @@ class Generation:
                     self.choices = self._make_choices(info, self.route, paths)
                     async with aclosing(interleave([choice.pieces() for choice in self.choices])) as pieces:
                         async for piece in pieces:
-                            self._generator.waiting.discard(self)
+                            self._end_wait(started=True)
                             bill.charge(self.choices[piece.index])
                             self._note_decision()
                             yield piece
@@ -184,13 +182,19 @@ class Generation:
     @contextmanager
     def _running(self) -> Iterator[None]:
         self._generator.running.add(self)
-        self._generator.waiting.add(self)
+        self._generator.waiting.enter(self._ask.tenant)
         try:
             yield
         finally:
             self._generator.running.discard(self)
-            self._generator.waiting.discard(self)
+            self._end_wait(started=False)
             self._write_down()
+
+    def _end_wait(self, *, started: bool) -> None:
+        """Its first piece has come, or it has ended without one."""
+        if self._waits:
+            self._waits = False
+            self._generator.waiting.leave(self._ask.tenant, started=started)
 
     def _write_down(self) -> None:
         """What has become of it, into the journal of the HTTP request that it belongs to."""

@@ -126,6 +126,7 @@ ERROR_CODES = tuple(
             {
                 "draining": "The server is shutting down.",
                 "queue_full": "Too many requests wait already.",
+                "deadline_too_near": "So many requests wait that the first token would come after `timeout`.",
                 "too_many_connections": "More than `http.max_connections`, or than the server's descriptors allow.",
                 "engine_unavailable": "The engine is being restarted.",
                 "engine_error": "The engine died while it answered.",
