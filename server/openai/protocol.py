@@ -64,7 +64,7 @@ IGNORED: Mapping[str, str] = {
     "prompt_cache_retention": "What is remembered is decided by room alone.",
     "request_id": "The header `x-request-id` is.",
     "mm_processor_kwargs": "The models read text.",
-    "kv_transfer_params": "There is one engine.",
+    "kv_transfer_params": "Engines keep their KV to themselves.",
 }
 """Fields that clients send, that change no answer and that are not even looked at, and why."""
 

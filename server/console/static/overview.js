@@ -46,12 +46,11 @@ function show(state, now) {
     card("Between tokens, ms", percentiles(GAP), "median / 99 %, last minute"),
     card("Batch rows", rows.toFixed(1), "tokens in a step, on average"),
     card("Oldest waiting", waited === null ? "–" : `${waited.toFixed(1)} s`, state.draining ? "draining: takes no new requests" : `${count(state.requests)} requests open`),
-    card("Preemptions", count(state.engines.reduce((total, engine) => total + engine.preemptions, 0)), "since the engine started"),
+    card("Preemptions", count(state.engines.reduce((total, engine) => total + engine.preemptions, 0)), state.engines.length > 1 ? "since each engine started" : "since the engine started"),
   );
-  find("meters").replaceChildren(...state.engines.flatMap(meters));
+  find("meters").replaceChildren(...state.engines.flatMap((engine) => meters(engine, state.engines.length > 1)));
   find("by-adapter").replaceChildren(byAdapter(now.metrics));
-  const [engine] = state.engines;
-  find("server").textContent = engine?.alive ? `${engine.device}, ${engine.dtype}, up ${duration(state.uptime_seconds)}` : "the engine is down";
+  find("server").textContent = serverLine(state);
 }
 
 function remember(points, value) {
@@ -63,17 +62,30 @@ function card(title, value, small, ...more) {
   return element("div", { className: "card" }, element("h3", {}, title), element("p", {}, value), element("small", {}, small), ...more);
 }
 
-function meters(engine) {
+function serverLine(state) {
+  const living = state.engines.filter((engine) => engine.alive);
+  const all = state.engines.length;
+  if (!living.length) return all > 1 ? `all ${all} engines are down` : "the engine is down";
+  const devices = [...new Set(living.map((engine) => engine.device))].join(" ");
+  const number = living.length < all ? `${living.length} of ${all} engines live, ` : all > 1 ? `${all} engines, ` : "";
+  return `${number}${devices}, ${living[0].dtype}, up ${duration(state.uptime_seconds)}`;
+}
+
+function meters(engine, isOneOfSeveral) {
+  const prefix = isOneOfSeveral ? `Engine ${engine.id}: ` : "";
+  if (isOneOfSeveral && !engine.alive) {
+    return [element("div", { className: "meter" }, element("span", {}, `Engine ${engine.id}`), element("span", {}, "is down, and is being restarted"))];
+  }
   const pages = engine.pages;
   const all = Object.values(pages).reduce((total, value) => total + value, 0);
   const kv = engine.kv_used_blocks;
   return [
-    meter("KV cache", [[kv, ""]], engine.kv_blocks, `${count(kv)} of ${count(engine.kv_blocks)} blocks`),
-    meter("Adapter pages", [[pages.used ?? 0, ""], [pages.cached ?? 0, "cached"]], all,
+    meter(`${prefix}KV cache`, [[kv, ""]], engine.kv_blocks, `${count(kv)} of ${count(engine.kv_blocks)} blocks`),
+    meter(`${prefix}Adapter pages`, [[pages.used ?? 0, ""], [pages.cached ?? 0, "cached"]], all,
       `${count(pages.used ?? 0)} used, ${count(pages.cached ?? 0)} cached, ${count(pages.free ?? 0)} free`),
-    element("div", { className: "meter" }, element("span", {}, "Adapters"),
+    element("div", { className: "meter" }, element("span", {}, `${prefix}Adapters`),
       element("span", {}, `${count(engine.adapters.device ?? 0)} on the device, ${count(engine.adapters.host ?? 0)} in host memory`)),
-    element("div", { className: "meter" }, element("span", {}, "Planned"),
+    element("div", { className: "meter" }, element("span", {}, `${prefix}Planned`),
       element("span", {}, Object.entries(engine.memory).map(([name, size]) => `${name} ${bytes(size)}`).join(", "))),
   ];
 }

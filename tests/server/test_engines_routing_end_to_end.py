@@ -1,0 +1,89 @@
+"""`--engines 2` with all that may be asked of an engine: routers inside the model, constraints, scores, vectors."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import Served
+from test_gates_end_to_end import KEY, folder, loramux, model, tasks
+from test_prompt_routers_end_to_end import train
+
+__all__ = ["folder", "model", "tasks"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+AT_ONCE = 24
+"""More than an engine may have beyond the other one, so that both serve some."""
+CHAT = {"messages": [{"role": "user", "content": "abab" * 20}], "temperature": 0, "max_tokens": 6}
+PROMPT = {"prompt": "abab" * 20, "temperature": 0, "max_tokens": 30}
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gates": ("chat/completions", CHAT | {"model": "auto:gates", "lora": {"explain": True}}),
+    "moa": ("chat/completions", CHAT | {"model": "auto:moa"}),
+    "milora": ("chat/completions", CHAT | {"model": "auto:linears"}),
+    "mix": ("chat/completions", CHAT | {"model": "tiny", "lora": {"adapters": [{"name": "all4"}, {"name": "qv16"}]}}),
+    "fusion": (
+        "chat/completions",
+        CHAT | {"model": "tiny", "lora": {"adapters": [{"name": "all4"}, {"name": "qv16"}], "composition": "fusion"}},
+    ),
+    "regex": ("completions", PROMPT | {"model": "all4", "structured_outputs": {"regex": "[ab]{3,5}-[0-9]"}}),
+    "scores": ("completions", PROMPT | {"model": "qv16", "echo": True, "logprobs": 2, "max_tokens": 3}),
+    "vectors": ("embeddings", {"model": "all4", "input": "abab" * 20}),
+}
+
+
+@pytest.fixture
+def served(model: Path, folder: Path, tasks: Path, tmp_path: Path) -> Iterator[Served]:
+    """Two engines, and routers of each kind."""
+    served = Served(model, tmp_path / "data", "--engines", "2", "--adapters", str(folder), "--admin-key", KEY, key=KEY)
+    run = ["--tasks", str(tasks), "--adapters", str(folder), "--model", str(model), "--out", str(tmp_path / "gates")]
+    loramux("train", "meteora", *run, "--steps", "4", "--batch", "2", "--learning-rate", "0.05")
+    moa = train("moa", tmp_path / "moa", model, tasks, "--adapters", str(folder))
+    milora = train("milora", tmp_path / "milora", model, tasks)
+    loramux("adapters", "add", "milora", str(milora / "adapters" / "milora"), url=served.url)
+    for name, router in (("gates", tmp_path / "gates"), ("moa", moa), ("linears", milora)):
+        loramux("routers", "add", name, str(router), url=served.url)
+    yield served
+    assert served.stop() == 0
+
+
+def essence(answer: Any) -> str:
+    """What of an answer does not depend on when and where it was computed: numbers to three digits."""
+    if "data" in answer:
+        return json.dumps([round(number, 3) for number in answer["data"][0]["embedding"]])
+    choice = answer["choices"][0]
+    scores = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    shares = [(each["name"], round(each.get("share", 0.0), 3)) for each in answer["lora"]["adapters"]]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    return json.dumps([text, shares, [None if score is None else round(score, 3) for score in scores]])
+
+
+async def all_at_once(served: Served, path: str, body: dict[str, Any]) -> set[str]:
+    async with httpx.AsyncClient(base_url=served.base_url, headers=served.headers, timeout=300) as client:
+        answers = await asyncio.gather(*(client.post(f"/{path}", json=body) for _ in range(AT_ONCE)))
+    assert [answer.text for answer in answers if answer.status_code != 200] == []
+    return {essence(answer.json()) for answer in answers}
+
+
+def engines(served: Served) -> Any:
+    with served.client() as client:
+        return client.get("/admin/v1/state").json()["engines"]
+
+
+def test_every_kind_of_request_is_answered_alike_by_both(served: Served) -> None:
+    before = {kind: asyncio.run(all_at_once(served, *asked)) for kind, asked in ASKED.items()}
+    assert {kind: len(found) for kind, found in before.items()} == dict.fromkeys(ASKED, 1)
+    assert re.fullmatch("[ab]{3,5}-[0-9]", json.loads(next(iter(before["regex"])))[0])
+    assert all(engine["adapters"]["device"] > 0 for engine in engines(served))
+
+    # A new engine has neither adapters nor routers nor grammars, and is given some of the same requests.
+    os.kill(served.engine_pids[0], signal.SIGKILL)
+    served.until(lambda: len(served.engine_pids) == 2 and all(engine["alive"] for engine in engines(served)))
+    for kind, asked in ASKED.items():
+        assert asyncio.run(all_at_once(served, *asked)) == before[kind]
