@@ -50,7 +50,7 @@ test-slow: model tools
 # Clients whose dependencies exclude ours run in an environment of their own, and meet the server on a socket only.
 CLIENTS := $(VENV)/clients
 test-clients: model $(CLIENTS)/.ready
-	$(RUN)/python -m pytest -m slow tests/server/test_instructor.py
+	$(RUN)/python -m pytest -m slow tests/server/test_instructor.py tests/server/test_schemathesis.py
 
 $(CLIENTS)/.ready: requirements-clients.lock | setup
 	$(RUN)/python -m venv $(CLIENTS)

@@ -43,6 +43,7 @@ class TierCounters:
     hits: int = 0
     loads: int = 0
     evictions: int = 0
+    shrinks: int = 0
 
 
 class HostTier:
@@ -68,7 +69,8 @@ class HostTier:
     @property
     def has_room(self) -> bool:
         """Whether one more adapter as large as those here would fit."""
-        return self.num_bytes + self.num_bytes // max(1, len(self._entries)) <= self.budget_bytes
+        another = self.num_bytes // max(1, len(self._entries))
+        return self.num_bytes + max(1, another) <= self.budget_bytes
 
     def get(self, digest: str) -> PackedAdapter | None:
         """The adapter, from here on the most recently used one, or None if it is not here."""
@@ -109,6 +111,15 @@ class HostTier:
         if packed is not None:
             self.num_bytes -= packed.num_bytes
             self.moved.add(digest)
+
+    def resize(self, budget_bytes: int, keep: Container[str] = ()) -> None:
+        """Change the budget, dropping what is beyond it except those in `keep`, for which it stays large enough."""
+        for digest in [digest for digest in self._entries if digest not in keep]:
+            if self.num_bytes <= budget_bytes:
+                break
+            self.drop(digest)
+            self.counters.evictions += 1
+        self.budget_bytes = max(budget_bytes, self.num_bytes)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the bytes add up, within the budget."""

@@ -7,6 +7,7 @@ work with it, such as opening an adapter's file; so a process keeps some for its
 import asyncio
 import json
 import logging
+import re
 import resource
 from enum import Enum
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.config import HttpSettings
-from server.errors import RequestTooSlow, ServerError, TooManyConnections
+from server.errors import BadRequest, RequestTooSlow, ServerError, TooManyConnections
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,12 @@ def _room() -> int:
         most = 1 << 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most - min(RESERVED, most // 2)
+
+
+START = re.compile(rb"[A-Z]+ \S+ HTTP/1\.1\r\n")
+OTHER_PROTOCOL = re.compile(rb"\r\nUpgrade:[^\r\n]*", re.IGNORECASE)
+"""A wish that is passed over, as RFC 9110 (7.8) allows. Java's HttpClient wishes for HTTP/2 on each new connection, and
+the parser takes such a request to have no body."""
 
 
 class _Phase(Enum):
@@ -89,7 +96,14 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             self._received += len(data)
+            if self._phase is not _Phase.BODY and START.match(data):
+                head, *_ = data.partition(b"\r\n\r\n")
+                data = OTHER_PROTOCOL.sub(b"", head) + data[len(head) :]
             super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_answer(BadRequest(msg, code="invalid_http")))
+        self.transport.close()
 
     def eof_received(self) -> None:
         if self._refused:

@@ -122,6 +122,9 @@ class Metrics:
             self._load_time.observe(seconds)
         self._evictions.labels("host").inc(_grown(before.host_evictions, stats.host_evictions))
         self._evictions.labels("device").inc(_grown(before.adapter_evictions, stats.adapter_evictions))
+        self._host_memory.labels(engine, "used").set(stats.host_bytes)
+        self._host_memory.labels(engine, "allowed").set(stats.host_budget)
+        self._shrinks.inc(_grown(before.host_shrinks, stats.host_shrinks))
         for seconds, rows in stats.steps:
             self._step_seconds.observe(seconds)
             self._batch_rows.observe(rows)
@@ -213,6 +216,10 @@ class Metrics:
         self._loads = self._counter("loramux_adapter_loads", "Adapters moved up.", ["from", "to"])
         self._load_time = self._histogram("loramux_adapter_load_seconds", "Reading an adapter from disk.", STEP)
         self._evictions = self._counter("loramux_adapter_evictions", "Adapters dropped from a tier.", ["tier"])
+        self._host_memory = self._gauge(
+            "loramux_host_memory_bytes", "Adapters in host memory, and how much they may take.", ["engine", "of"]
+        )
+        self._shrinks = self._counter("loramux_memory_shortages", "Caches were dropped because memory was short.")
         self._step_seconds = self._histogram("loramux_step_seconds", "One forward pass with its scheduling.", STEP)
         self._batch_rows = self._histogram("loramux_batch_rows", "Token rows of a step.", ROWS)
         self._running_vllm = self._gauge("vllm:num_requests_running", "As loramux_requests_running.", ["engine"])

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
+from server.answers import HEALTH, REFUSALS, text
 from server.deps import ServicesDep, check_metrics_key
 
 
@@ -16,13 +17,13 @@ def add_probes(app: FastAPI) -> None:
     """What operators and load balancers ask."""
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", tags=["operations"])
+    @app.get("/health", tags=["operations"], responses=HEALTH)
     async def health(services: ServicesDep) -> JSONResponse:
         """200 while an engine lives."""
         return _state("ok" if services.engine.alive else "no engine", services.engine.alive)
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", tags=["operations"])
+    @app.get("/ready", tags=["operations"], responses=HEALTH)
     async def ready(services: ServicesDep) -> JSONResponse:
         """200 while new requests are taken."""
         if services.generator.is_draining:
@@ -30,7 +31,7 @@ def add_probes(app: FastAPI) -> None:
         return _state("ready" if services.engine.alive else "no engine", services.engine.alive)
 
     @app.head("/health/decode", include_in_schema=False)
-    @app.get("/health/decode", tags=["operations"])
+    @app.get("/health/decode", tags=["operations"], responses=HEALTH)
     async def decode(services: ServicesDep) -> JSONResponse:
         """503 while a step of an engine is stuck: it has requests, and is silent longer than `--stall-timeout`."""
         if not services.engine.alive:
@@ -44,13 +45,19 @@ def add_probes(app: FastAPI) -> None:
         """The server's version."""
         return {"version": version("loramux")}
 
-    @app.get("/metrics", tags=["operations"], dependencies=[Depends(check_metrics_key)])
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        dependencies=[Depends(check_metrics_key)],
+        response_class=Response,
+        responses=text("Prometheus' text format, or OpenMetrics if `Accept` asks for it.") | REFUSALS,
+    )
     async def metrics(request: Request, services: ServicesDep) -> Response:
         """For Prometheus. Takes the admin key or the metrics key, where there are keys."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         # With a hundred adapters it takes 80 ms, for which the event loop has no time.
-        text = await asyncio.to_thread(encode, services.metrics.registry)
-        return Response(text, headers={"Content-Type": content_type})
+        written = await asyncio.to_thread(encode, services.metrics.registry)
+        return Response(written, headers={"Content-Type": content_type})
 
 
 def _state(status: str, is_good: bool) -> JSONResponse:

@@ -1,10 +1,9 @@
 """Who may call what on the admin surface, and what all of its endpoints share."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Query
 
-from server.admin.answers import Error
 from server.admin.queries import NoQuery
 from server.deps import CallerDep, ServicesDep
 from server.errors import Forbidden
@@ -32,8 +31,3 @@ async def flush_usage(services: ServicesDep, _: CallerDep) -> None:
 
 COUNTED = (Depends(flush_usage),)
 """Dependencies of endpoints that show counters."""
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Error, "description": "OpenAI's error body; `param` names the field at fault."},
-    503: {"model": Error, "description": "Not now: `Retry-After` says when to try again."},
-}
-"""What every endpoint may answer, for the documentation."""

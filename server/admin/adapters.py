@@ -9,10 +9,11 @@ from fastapi.responses import JSONResponse
 from adapters_store.registry import NamedAdapter
 from adapters_store.store import NewAdapter
 from server.admin import answers
-from server.admin.access import COUNTED, REFUSALS, no_query
+from server.admin.access import COUNTED, no_query
 from server.admin.protocol import MergeRequest, NewAdapterFields, PatchRequest, RegisterRequest, UploadRequest
 from server.admin.queries import AdaptersQuery, DeleteQuery, TenantQuery
 from server.admin.upload import drain, receive, unpack, upload_schema
+from server.answers import REFUSALS
 from server.body import document, json_body, schema_of
 from server.catalog import Added, Changes, Recipe, Shown, check_new, tenant_of
 from server.deps import CallerDep, Services, ServicesDep, check_not_draining, count_request, get_caller

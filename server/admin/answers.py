@@ -2,13 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from server.answers import AnswerModel
 
 Residency = Literal["device", "host", "disk"]
-
-
-class AnswerModel(BaseModel):
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
 
 
 class Revision(AnswerModel):
@@ -60,39 +58,6 @@ class Deletion(AnswerModel):
     status: Annotated[
         Literal["gone", "draining"], Field(description="`draining`: requests that began before still use it.")
     ]
-
-
-class RoutedAdapter(AnswerModel):
-    name: str
-    digest: str
-    weight: float
-    score: Annotated[
-        float | None, Field(description="Cosine similarity of prompt and prototype, where the router compares them.")
-    ] = None
-
-
-class CandidateScore(AnswerModel):
-    name: str
-    score: float
-
-
-class RouteAnswer(AnswerModel):
-    """The `lora` object that an answer to this prompt would have, and why."""
-
-    router: str | None
-    composition: str
-    cached: bool
-    route_ms: float
-    adapters: list[RoutedAdapter]
-    outcome: Annotated[
-        Literal["below_min_score", "no_candidates", "empty_text", "undecided"] | None,
-        Field(
-            description="Why nothing was chosen: then the base model answers; or, for a router by prompt inside the"
-            " model, that it chooses among these adapters only when the prompt is computed."
-        ),
-    ] = None
-    scores: Annotated[list[CandidateScore], Field(description="Every candidate, best first.")] = []
-    warnings: Annotated[list[str], Field(description="Adapters that are not meant to be used like this.")] = []
 
 
 class RouterMember(AnswerModel):
@@ -222,16 +187,3 @@ class State(AnswerModel):
 
 class Drain(AnswerModel):
     running: Annotated[int, Field(description="Requests that are still being answered.")]
-
-
-class ErrorDetail(AnswerModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(AnswerModel):
-    """OpenAI's error body."""
-
-    error: ErrorDetail

@@ -8,9 +8,10 @@ from fastapi import APIRouter, Depends, Query
 
 from adapters_store.registry import InvalidValue, UsageRow
 from server.admin import answers
-from server.admin.access import REFUSALS, get_admin, no_query
+from server.admin.access import get_admin, no_query
 from server.admin.protocol import NoFields
 from server.admin.queries import UsageQuery
+from server.answers import REFUSALS
 from server.body import document, json_body
 from server.catalog import tenant_of
 from server.deps import CallerDep, ServicesDep, ServingMember, count_request, get_caller

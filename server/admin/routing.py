@@ -9,10 +9,11 @@ from fastapi import APIRouter, Depends, Query, Request
 from adapters_store.types import Composition
 from routing.router import AUTO, RouteError, RouteQuery
 from server.admin import answers
-from server.admin.access import REFUSALS, get_admin, no_query
+from server.admin.access import get_admin, no_query
 from server.admin.queries import TenantQuery
 from server.admin.router_body import RegisterRouterRequest, RouteRequest, router_schema, taken_router
 from server.admin.tenants import tenant_answer
+from server.answers import REFUSALS, RouteAnswer
 from server.body import document, json_body, schema_of
 from server.catalog import tenant_of
 from server.deps import CallerDep, ServicesDep, check_not_draining, count_request, get_caller
@@ -28,7 +29,7 @@ RouteBody = Annotated[RouteRequest, Depends(json_body(RouteRequest))]
 
 @router.post(
     "/route",
-    response_model=answers.RouteAnswer,
+    response_model=RouteAnswer,
     response_model_exclude_unset=True,
     summary="Choose adapters, without generating",
     dependencies=[Depends(count_request), Depends(no_query)],

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Depends, Query
 
 from adapters_store.registry import KeyRow, Quotas, RegistryError, TenantRow
 from server.admin import answers
-from server.admin.access import REFUSALS, get_admin, no_query
+from server.admin.access import get_admin, no_query
 from server.admin.protocol import KeyRequest, QuotaFields, TenantPatch, TenantRequest
 from server.admin.queries import PageQuery
+from server.answers import REFUSALS
 from server.body import document, json_body
 from server.deps import Services, ServicesDep
 from server.errors import NotFound, refusal

@@ -6,13 +6,14 @@ from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 
 from adapters_store.registry import NameTaken, RegistryError
 from adapters_store.store import NewAdapter
 from adapters_store.types import AdapterError
-from server.admin.access import REFUSALS, AdminDep, get_admin
+from server.admin.access import AdminDep, get_admin
 from server.admin.protocol import LoadLoraRequest, UnloadLoraRequest
+from server.answers import REFUSALS, text
 from server.body import document, json_body
 from server.deps import ServicesDep, check_not_draining
 from server.errors import BadRequest, refusal
@@ -29,12 +30,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @router.post(
     "/load_lora_adapter",
-    response_class=PlainTextResponse,
+    response_class=Response,
+    responses=text("What was done."),
     summary="Load an adapter (vLLM)",
     dependencies=[Depends(check_not_draining)],
     openapi_extra=document(LoadLoraRequest),
 )
-async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: AdminDep) -> str:
+async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: AdminDep) -> PlainTextResponse:
     """Registers it for every tenant, durably. `POST /admin/v1/adapters` does more."""
     _check_given(lora_name=body.lora_name, lora_path=body.lora_path)
     new = NewAdapter(body.lora_name, caller.tenant.id, public=True, replace=body.load_inplace)
@@ -47,20 +49,21 @@ async def load_lora_adapter(body: LoadBody, services: ServicesDep, caller: Admin
         told = refusal(error)
         told.param = FIELDS.get(told.param or "")
         raise told from error
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post(
     "/unload_lora_adapter",
-    response_class=PlainTextResponse,
+    response_class=Response,
+    responses=text("What was done."),
     summary="Unload an adapter (vLLM)",
     openapi_extra=document(UnloadLoraRequest),
 )
-async def unload_lora_adapter(body: UnloadBody, services: ServicesDep, caller: AdminDep) -> str:
+async def unload_lora_adapter(body: UnloadBody, services: ServicesDep, caller: AdminDep) -> PlainTextResponse:
     """No new request can use it; those that do end as they would have."""
     _check_given(lora_name=body.lora_name)
     await services.catalog.delete(caller, caller.tenant.id, body.lora_name, None)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _source(path: str) -> str:

@@ -24,6 +24,7 @@ ERROR_CODES = tuple(
                 "unknown_parameter": "There is no such field or query parameter; admin calls only.",
                 "duplicate_field": "A JSON object has a key twice.",
                 "invalid_json": "The body is no JSON object.",
+                "invalid_http": "What the connection sends is no request; it is closed.",
                 "body_too_complex": "The body has more values, strings or objects than any request needs.",
                 "context_length_exceeded": "Prompt and `max_tokens` do not fit into the context.",
                 "prompt_too_long": "Longer than routers that decide by layer read (`serve.max_layered_tokens`).",

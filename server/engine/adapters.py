@@ -7,7 +7,7 @@ as they can be had.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -53,6 +53,11 @@ class EngineAdapters:
         self._requests: dict[str, _Waiting] = {}
         self._arrived: list[Arrived] = []
         self._told: dict[str, str] = {}
+
+    @property
+    def wanted(self) -> Container[str]:
+        """Adapters that requests wait for, as they are at any time."""
+        return self._wanted
 
     @property
     def busy(self) -> bool:

@@ -100,6 +100,7 @@ class EngineStats:
 
     `steps` are (seconds, token rows) of each step since the snapshot before, `adapter_reads` the seconds that each read
     of an adapter from disk took; adapters are given by digest. Requests whose adapters are being read count as waiting.
+    `host_shrinks` counts how often host memory was taken back because the machine's was short.
     """
 
     running: int = 0
@@ -114,6 +115,9 @@ class EngineStats:
     adapter_evictions: int = 0
     adapter_reads: tuple[float, ...] = ()
     host_evictions: int = 0
+    host_bytes: int = 0
+    host_budget: int = 0
+    host_shrinks: int = 0
     adapters_host: int = 0
     adapters_device: int = 0
     running_adapters: tuple[str, ...] = ()

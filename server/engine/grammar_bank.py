@@ -99,6 +99,13 @@ class GrammarBank:
         self._compiler.close()
         self._loader.close(0.0)
 
+    def drop_idle(self) -> int:
+        """Forget all that no request uses: its estimated bytes."""
+        dropped = self._idle_bytes
+        self._found = {one: found for one, found in self._found.items() if one in self._users}
+        self._idle_bytes = 0
+        return dropped
+
     def __len__(self) -> int:
         return len(self._found)
 

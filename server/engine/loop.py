@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 import zmq
 
+from server.engine.available_memory import MemoryProbe
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.fronts import Front, Fronts
+from server.engine.memory_watch import MemoryWatch
 from server.engine.messages import (
     Abort,
     Evict,
@@ -55,11 +57,14 @@ class EngineLoop:
         self.fronts = inbox.fronts
         self._news = False
         self._next_stats = 0.0
+        host, grammars = engine.adapters.host, engine.arrivals.grammars
+        self._memory = MemoryWatch(host, engine.adapters.wanted, grammars, MemoryProbe().read, time.monotonic)
 
     def run(self) -> None:
         while self.inbox.is_needed:
             if not self._receive():
                 return
+            self._memory.look()
             if self._active or self._news:
                 self._news = False
                 self._report(self.engine.step())

@@ -20,6 +20,7 @@ from server.embedder import Embedder
 from server.engine.sequence import SamplingParams
 from server.errors import BadRequest
 from server.openai.answer import collect
+from server.openai.answers import EmbeddingList, answers
 from server.openai.inputs import INPUTS_SCHEMA, Inputs, inputs_of
 from server.openai.stream import unless_gone
 from server.route_options import Name
@@ -65,6 +66,7 @@ EmbeddingsBody = Annotated[EmbeddingsRequest, Depends(json_body(EmbeddingsReques
     "/v1/embeddings",
     dependencies=[Depends(check_not_draining), Depends(knock)],
     openapi_extra=document(EmbeddingsRequest),
+    responses=answers(EmbeddingList),
 )
 async def embeddings(body: EmbeddingsBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """One vector of length 1 for each text: the embedding model's, or of any other model the mean of its last states.

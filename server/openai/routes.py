@@ -20,6 +20,7 @@ from server.deps import CallerDep, Services, ServicesDep, count_request, get_cal
 from server.errors import BadRequest, NotFound
 from server.generation import Generation, route_error
 from server.openai.answer import Answer, Collected, Json, collect
+from server.openai.answers import ChatCompletion, Model, ModelList, Text, TextCompletion, Tokens, answers
 from server.openai.chat import ChatAnswer, ChatRequest
 from server.openai.completions import CompletionAnswer, CompletionRequest
 from server.openai.messages import plain
@@ -36,7 +37,12 @@ TokenizeBody = Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
 
 
-@router.post("/v1/chat/completions", dependencies=[Depends(knock)], openapi_extra=document(ChatRequest))
+@router.post(
+    "/v1/chat/completions",
+    dependencies=[Depends(knock)],
+    openapi_extra=document(ChatRequest),
+    responses=answers(ChatCompletion, streams=True),
+)
 async def chat_completions(body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """An answer to messages, whole or as a stream."""
     ask = body.ask(caller.tenant)
@@ -54,7 +60,12 @@ async def chat_completions(body: ChatBody, request: Request, services: ServicesD
     return await _respond(request, generation, answer, services.http if body.stream else None)
 
 
-@router.post("/v1/completions", dependencies=[Depends(knock)], openapi_extra=document(CompletionRequest))
+@router.post(
+    "/v1/completions",
+    dependencies=[Depends(knock)],
+    openapi_extra=document(CompletionRequest),
+    responses=answers(TextCompletion, streams=True),
+)
 async def completions(body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """What follows one prompt or many, whole or as a stream."""
     ask = body.ask(caller.tenant)
@@ -72,11 +83,11 @@ async def completions(body: CompletionBody, request: Request, services: Services
     return await _respond(request, generation, answer, services.http if body.stream else None)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(ModelList))
 async def list_models(
     services: ServicesDep,
     caller: CallerDep,
-    limit: Annotated[int | None, Query(ge=1)] = None,
+    limit: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
     cursor: Annotated[str | None, Query(max_length=256)] = None,
 ) -> Response:
     """The base model, the embedding model, then the adapters by name: all or, as an addition to OpenAI's list, a part.
@@ -94,7 +105,7 @@ async def list_models(
     return Response(await asyncio.to_thread(encode), media_type="application/json")
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", response_model=None, responses=answers(Model))
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Json:
     """One model; `name@digest` is a revision of an adapter."""
     if model == services.served_name:
@@ -109,7 +120,13 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
     return _adapter(ModelRow(named.tenant, named.name, found.digest, named.public, named.created), services)
 
 
-@router.post("/tokenize", dependencies=[Depends(count_request)], openapi_extra=document(TokenizeRequest))
+@router.post(
+    "/tokenize",
+    dependencies=[Depends(count_request)],
+    openapi_extra=document(TokenizeRequest),
+    response_model=None,
+    responses=answers(Tokens),
+)
 async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     """The tokens of a text, or of messages in the chat template."""
     await _check_model(body.model, services, caller.tenant)
@@ -130,7 +147,13 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
     return answer | {"token_strs": services.tokenizer.tokens(tokens)} if body.return_token_strs else answer
 
 
-@router.post("/detokenize", dependencies=[Depends(count_request)], openapi_extra=document(DetokenizeRequest))
+@router.post(
+    "/detokenize",
+    dependencies=[Depends(count_request)],
+    openapi_extra=document(DetokenizeRequest),
+    response_model=None,
+    responses=answers(Text),
+)
 async def detokenize(body: DetokenizeBody, services: ServicesDep, caller: CallerDep) -> Json:
     """The text of tokens."""
     await _check_model(body.model, services, caller.tenant)

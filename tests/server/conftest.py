@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adapters_store.store import AdapterStore
 from server.config import ServeSettings, Settings
+from server.serve import uvicorn_config
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,10 @@ async def client(harness: Harness) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 async def live(harness: Harness) -> AsyncIterator[str]:
     """The URL of the application behind uvicorn on a real socket, in this event loop."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(harness.app, log_config=None, log_level="warning", lifespan="on"))
+    # Its protocol is named, or asyncio leaves Nagle's algorithm on, and an answer in two pieces waits 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn_config(harness.app, harness.settings.http))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.01)

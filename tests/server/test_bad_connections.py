@@ -58,7 +58,12 @@ async def check_good(url: str, harness: Harness) -> None:
 @pytest.mark.parametrize("sent", SENT.values(), ids=SENT)
 async def test_no_request(live: str, harness: Harness, sent: bytes) -> None:
     answer = await said(live, sent)
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), answer[:200]
+    if answer:
+        head, body = answer.split(b"\r\n\r\n", 1)
+        assert head.startswith(b"HTTP/1.1 400"), head
+        error = json.loads(body)["error"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", None)
+        assert error["code"] == ("invalid_json" if sent is SENT["many headers"] else "invalid_http"), "has no body"
     await check_good(live, harness)
 
 
@@ -75,6 +80,38 @@ async def test_compressed_bodies_are_refused(client: httpx.AsyncClient) -> None:
         assert answer.status_code == status
         if status == 415:
             assert answer.json()["error"]["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("wish", [b"h2c", b"websocket", b"TLS/1.0, h2c"])
+async def test_wishes_for_another_protocol_are_passed_over(live: str, harness: Harness, wish: bytes) -> None:
+    """As Java's HttpClient has one, whose headers and body come apart; the connection stays."""
+    asks = b"Connection: Upgrade, HTTP2-Settings\r\nupgrade: " + wish + b"\r\nHTTP2-Settings: AAMA\r\n"
+    host, port = live.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        async with asyncio.timeout(60):
+            for parts in ([HEAD + asks + LENGTH + b"\r\n" + BODY], [HEAD + LENGTH + asks + b"\r\n", BODY]):
+                for part in parts:
+                    writer.write(part)
+                    await asyncio.sleep(0)
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200 OK"), head
+                (length,) = [line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")]
+                answer = json.loads(await reader.readexactly(int(length.split(b":")[1])))
+                assert answer["choices"][0]["text"] == REPLY
+    finally:
+        writer.close()
+    assert len(harness.engine.requests) == 2
+
+
+async def test_words_of_a_body_are_no_wish(live: str, harness: Harness) -> None:
+    said = "POST /x HTTP/1.1\r\nUpgrade: h2c\r\n"
+    body = json.dumps({"model": "sql", "prompt": said}).encode()
+    prompt = harness.services.tokenizer
+    async with httpx.AsyncClient(base_url=live) as client:
+        answer = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    assert harness.engine.requests[0].prompt == tuple(await prompt.encode(said))
 
 
 async def test_two_requests_at_once_on_a_connection(live: str) -> None:

@@ -67,3 +67,10 @@ async def test_detokenize(client: httpx.AsyncClient, harness: Harness) -> None:
     body = (await client.post("/detokenize", json={"tokens": harness.engine.encode(text)})).json()
     assert body == {"prompt": text}
     assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
+
+
+async def test_a_limit_that_is_no_number_of_models(client: httpx.AsyncClient) -> None:
+    for limit in ("0", "-1", "many", "1.5", "99999999999999999999"):
+        answer = await client.get("/v1/models", params={"limit": limit})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, "limit", "invalid_value"), error
