@@ -20,6 +20,7 @@ from adapters_store.intake import Intake, NewAdapter, find_adapters
 from adapters_store.leases import Leases, StoreLease
 from adapters_store.merge_size import unite
 from adapters_store.merging import MergeRecipe
+from adapters_store.name_queries import NameQueries
 from adapters_store.names_cache import NamesCache
 from adapters_store.opening import StoreOpenError, open_parts
 from adapters_store.registry import (
@@ -93,7 +94,7 @@ class AdapterStore:
         self._workers = Workers()
         self._leases = Leases()
         self._folders = Folders(folder.adapters, blobs, self._workers.leases, self._is_leased, folder_bytes)
-        self._names = NamesCache(self._look_up, timer)
+        self._names = NamesCache(NameQueries(self._look_up).ask, timer)
         self._deletions = Deletions(self._mark, self._remove, self._leases, self._gone)
 
     @classmethod
@@ -175,8 +176,9 @@ class AdapterStore:
                 raise UnknownAdapter(adapter.name)
         lease = self._leases.take(tenant, adapters)
         try:
-            if len(adapters) > 1:  # those that are not there are fetched at the same time
-                await asyncio.gather(*(self._path(adapter) for adapter in adapters))
+            absent = [adapter for adapter in adapters if self._folders.find(adapter.digest) is None]
+            if len(absent) > 1:  # they are fetched at the same time
+                await asyncio.gather(*map(self._path, absent))
             lease.paths = {adapter.digest: await self._path(adapter) for adapter in adapters}
         except BaseException:
             self._leases.give_back(lease)

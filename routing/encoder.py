@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -56,21 +56,30 @@ class ServedEncoder:
 
 
 @dataclass(eq=False, slots=True)
+class _Call:
+    """One caller, who waits for so many texts. `done` is its own: who gives up takes nothing from the others."""
+
+    left: int
+    done: "asyncio.Future[None]"
+
+
+@dataclass(eq=False, slots=True)
 class _Asked:
-    """A text that the process has been asked for, by so many waiters. `done`: its row, or why there is none."""
+    """A text that the process has been asked for, by these callers. `outcome`: its row, or why there is none."""
 
     number: int
     key: Key
-    done: "asyncio.Future[np.ndarray | str]"
     bulk: bool
-    waiters: int = 0
+    calls: list[_Call] = field(default_factory=list)
+    outcome: np.ndarray | str | None = None
 
 
 class EncoderProcess:
     """One process for an encoder and any number of trained changes of it.
 
     Everybody who asks for a text at the same time shares one computation of it, and different texts share forward
-    passes. A process that dies is started again by the next text that needs it.
+    passes. Texts of the same turn of the event loop are one message, so that the first of them does not have a pass to
+    itself while the others wait for its end. A process that dies is started again by the next text that needs it.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class EncoderProcess:
         self._numbers = itertools.count()
         self._asked: dict[Key, _Asked] = {}
         self._by_number: dict[int, _Asked] = {}
+        self._unsent: dict[tuple[str, bool], Embed] = {}  # by encoder and whether they are bulk
 
     @property
     def pid(self) -> int | None:
@@ -150,14 +160,16 @@ class EncoderProcess:
 
     async def _compute(self, encoder: ServedEncoder, missing: Mapping[Key, str], bulk: bool) -> dict[Key, np.ndarray]:
         self._child.revive()
-        asked = self._ask(encoder, missing, bulk)
+        call = _Call(len(missing), asyncio.get_running_loop().create_future())
+        asked = self._ask(encoder, missing, bulk, call)
         try:
-            await asyncio.wait([entry.done for entry in asked])
+            await call.done
         finally:
-            self._leave(asked)
+            self._leave(asked, call)
         rows: dict[Key, np.ndarray] = {}
         for entry in asked:
-            outcome = entry.done.result()
+            outcome = entry.outcome
+            assert outcome is not None
             if isinstance(outcome, str):
                 raise EncoderUnavailable(outcome)
             if outcome.shape != (encoder.width,):
@@ -165,42 +177,56 @@ class EncoderProcess:
             rows[entry.key] = outcome
         return rows
 
-    def _ask(self, encoder: ServedEncoder, missing: Mapping[Key, str], bulk: bool) -> list[_Asked]:
+    def _ask(self, encoder: ServedEncoder, missing: Mapping[Key, str], bulk: bool, call: _Call) -> list[_Asked]:
         """Join those that are on their way, hurrying what was bulk until now, and send for the others."""
         asked: list[_Asked] = []
-        fresh: list[int] = []
-        texts: list[str] = []
         hurried: list[int] = []
         for key, text in missing.items():
             entry = self._asked.get(key)
             if entry is None:
-                done = asyncio.get_running_loop().create_future()
-                entry = self._asked[key] = _Asked(next(self._numbers), key, done, bulk)
+                entry = self._asked[key] = _Asked(next(self._numbers), key, bulk)
                 self._by_number[entry.number] = entry
-                fresh.append(entry.number)
-                texts.append(text.encode("utf-8", "replace").decode("utf-8"))  # MessagePack has no lone surrogates
+                self._write_down(encoder, entry.number, text, bulk)
             elif entry.bulk and not bulk:
                 entry.bulk = False
                 hurried.append(entry.number)
-            entry.waiters += 1
+            entry.calls.append(call)
             asked.append(entry)
-        if fresh:
-            change = None if encoder.change is None else str(encoder.change)
-            self._child.send(Embed(encoder.id, change, fresh, texts, bulk, encoder.plain))
         if hurried:
-            self._child.send(Hurry(hurried))
+            self._send(Hurry(hurried))
         return asked
 
-    def _leave(self, asked: Iterable[_Asked]) -> None:
+    def _write_down(self, encoder: ServedEncoder, number: int, text: str, bulk: bool) -> None:
+        """The text goes with all others of this turn of the event loop."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send)
+        kind = (encoder.id, bulk)
+        if kind not in self._unsent:
+            change = None if encoder.change is None else str(encoder.change)
+            self._unsent[kind] = Embed(encoder.id, change, [], [], bulk, encoder.plain)
+        self._unsent[kind].numbers.append(number)
+        self._unsent[kind].texts.append(
+            text.encode("utf-8", "replace").decode("utf-8")
+        )  # MessagePack has no surrogates
+
+    def _send(self, *messages: Hurry | Forget) -> None:
+        """First the texts, which the messages may be about."""
+        unsent, self._unsent = self._unsent, {}
+        for message in (*unsent.values(), *messages):
+            self._child.send(message)
+
+    def _leave(self, asked: Iterable[_Asked], call: _Call) -> None:
         """A caller waits no longer; what nobody waits for need not be computed."""
         forgotten: list[int] = []
         for entry in asked:
-            entry.waiters -= 1
-            if entry.waiters == 0 and not entry.done.done():
+            if entry.outcome is not None:
+                continue
+            entry.calls.remove(call)
+            if not entry.calls:
                 self._drop(entry)
                 forgotten.append(entry.number)
         if forgotten:
-            self._child.send(Forget(forgotten))
+            self._send(Forget(forgotten))
 
     def _answered(self, message: Embedded | Failed) -> None:
         if isinstance(message, Failed):
@@ -220,13 +246,18 @@ class EncoderProcess:
         self._drop(entry)
         if not isinstance(outcome, str) and not entry.bulk:
             self.cache.put(entry.key, outcome)
-        entry.done.set_result(outcome)
+        entry.outcome = outcome
+        for call in entry.calls:
+            call.left -= 1
+            if not call.left and not call.done.done():
+                call.done.set_result(None)
 
     def _drop(self, entry: _Asked) -> None:
         del self._by_number[entry.number]
         del self._asked[entry.key]
 
     def _lost(self, reason: str) -> None:
+        self._unsent = {}
         for number in list(self._by_number):
             self._settle(number, reason)
 

@@ -133,6 +133,33 @@ async def test_callers_share_passes(make: Make, folder: Folder) -> None:
     assert len(sizes) < 25
 
 
+async def test_those_who_ask_in_the_same_turn_share_the_first_pass(make: Make, folder: Folder) -> None:
+    """The first of a burst does not have the encoder to itself while all others wait."""
+    process = make()
+    encoder = process.encoder()
+    await encoder.embed(["warm-up"])
+    texts = [f"caller {n:02}" for n in range(20)]  # as many as one pass holds
+    rows = await asyncio.gather(*(encoder.embed([text]) for text in texts))
+    assert [sorted(taken) for taken in folder.passes[1:]] == [texts]
+    for text, row in zip(texts, rows, strict=True):
+        np.testing.assert_array_equal(row[0], vector(encoder.id, text))
+
+
+async def test_who_leaves_before_a_text_is_sent_takes_nothing_from_the_others(make: Make, folder: Folder) -> None:
+    process = make()
+    encoder = process.encoder()
+    await encoder.embed(["warm-up"])
+    leaving = asyncio.create_task(encoder.embed(["shared", "left alone"]))
+    staying = asyncio.create_task(encoder.embed(["shared", "other"]))
+    await asyncio.sleep(0)  # both have asked; nothing is sent before the next turn
+    leaving.cancel()
+    rows = await staying
+    np.testing.assert_array_equal(rows, np.stack([vector(encoder.id, text) for text in ("shared", "other")]))
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert sorted(text for taken in folder.passes[1:] for text in taken) == ["other", "shared"]
+
+
 async def test_the_same_text_is_computed_once_and_remembered(make: Make, folder: Folder) -> None:
     process = make()
     first = await busy(folder, process)
@@ -328,5 +355,5 @@ def test_the_server_never_imports_the_library() -> None:
         "heavy = {'sentence_transformers', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

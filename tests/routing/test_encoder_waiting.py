@@ -46,6 +46,15 @@ def test_a_long_text_does_not_pad_short_ones() -> None:
     assert numbers(waiting.take()) == [3, 1]
 
 
+def test_where_padding_is_free_lengths_do_not_matter() -> None:
+    texts = [text(0, 13), text(1, 250), text(2, 14), text(3, 240), text(4, 15)]
+    waiting = filled(*texts, limits=PassLimits(8, 1 << 16, 128, padded=1000))
+    assert numbers(waiting.take()) == [0, 2, 4, 3]
+    assert numbers(waiting.take()) == [1]
+    waiting = filled(*texts, limits=PassLimits(8, 1 << 16, 128, padded=1250))
+    assert numbers(waiting.take()) == [0, 2, 4, 3, 1]
+
+
 def test_one_text_longer_than_any_pass_goes_alone() -> None:
     waiting = filled(text(0, 2000), text(1, 1900))
     assert numbers(waiting.take()) == [0]
@@ -71,6 +80,7 @@ def test_a_cpu_pass_is_smaller_than_one_of_a_gpu() -> None:
     cpu, gpu = PassLimits.of("cpu", 64), PassLimits.of("cuda", 64)
     assert cpu.texts == gpu.texts == 64
     assert cpu.bulk_tokens < cpu.tokens < gpu.bulk_tokens < gpu.tokens
+    assert cpu.padded == 0
 
 
 steps = st.lists(
