@@ -37,7 +37,13 @@ class RandomEncoder:
         self._vectors = _unit(rng, 4096, width)
         self._next = 0
 
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> NDArray[np.float32]:  # noqa: ARG002
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        tenant: str = "",  # noqa: ARG002
+        bulk: bool = False,  # noqa: ARG002
+    ) -> NDArray[np.float32]:
         self._next += 1
         return self._vectors[[self._next % len(self._vectors)] * len(texts)]
 

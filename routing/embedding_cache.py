@@ -5,12 +5,15 @@ from collections import OrderedDict
 
 import numpy as np
 
-Key = tuple[str, bytes]
+Key = tuple[str, str, bytes]
 
 
-def text_key(encoder: str, text: str) -> Key:
-    """The encoder's id and the text's sha256. Lone surrogates, which JSON can carry, count as question marks."""
-    return encoder, hashlib.sha256(text.encode("utf-8", "replace")).digest()
+def text_key(encoder: str, tenant: str, text: str) -> Key:
+    """The encoder's id, whose text it is, and its sha256.
+
+    Lone surrogates, which JSON can carry, count as question marks.
+    """
+    return encoder, tenant, hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 class EmbeddingCache:

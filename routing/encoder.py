@@ -32,8 +32,11 @@ class Encoder(Protocol):
     @property
     def width(self) -> int: ...
 
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
-        """(n, width) float32, rows of length 1. Raises EncoderUnavailable."""
+    async def embed(self, texts: Sequence[str], *, tenant: str = "", bulk: bool = False) -> np.ndarray:
+        """(n, width) float32, rows of length 1. Raises EncoderUnavailable.
+
+        What one `tenant` asks for is computed anew for another: how long it takes would tell what others ask.
+        """
         ...
 
 
@@ -50,9 +53,9 @@ class ServedEncoder:
     change: Path | None
     plain: bool = False
 
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
+    async def embed(self, texts: Sequence[str], *, tenant: str = "", bulk: bool = False) -> np.ndarray:
         """See `Encoder`. `bulk` texts are embedded when no query waits, and are not remembered."""
-        return await self.process.embed(self, texts, bulk=bulk)
+        return await self.process.embed(self, texts, tenant=tenant, bulk=bulk)
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +80,7 @@ class _Asked:
 class EncoderProcess:
     """One process for an encoder and any number of trained changes of it.
 
-    Everybody who asks for a text at the same time shares one computation of it, and different texts share forward
+    Whoever of a tenant asks for a text at the same time shares one computation of it, and different texts share forward
     passes. Texts of the same turn of the event loop are one message, so that the first of them does not have a pass to
     itself while the others wait for its end. A process that dies is started again by the next text that needs it.
     """
@@ -140,9 +143,11 @@ class EncoderProcess:
         base = self.encoder()
         return ServedEncoder(self, plain_id(base.id), base.width, None, plain=True)
 
-    async def embed(self, encoder: ServedEncoder, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
+    async def embed(
+        self, encoder: ServedEncoder, texts: Sequence[str], *, tenant: str = "", bulk: bool = False
+    ) -> np.ndarray:
         """What `encoder.embed` does."""
-        keys = [text_key(encoder.id, text) for text in texts]
+        keys = [text_key(encoder.id, tenant, text) for text in texts]
         rows: dict[Key, np.ndarray] = {}
         missing: dict[Key, str] = {}
         for key, text in zip(keys, texts, strict=True):

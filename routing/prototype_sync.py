@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ _PAGE = 500
 """Rows or names read at a time."""
 _TEXTS = 256
 """Texts embedded at a time, whole names."""
+_AT_ONCE = 4
+"""Names of one tenant whose texts are with the encoder at a time."""
 _LONGEST_WAIT = 64.0
 
 
@@ -41,6 +44,7 @@ class PrototypeSync:
         self._complete = False  # nothing is known to be missing
         self._reading = asyncio.Lock()
         self._embedding = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by tenant
 
     async def refresh(self) -> None:
         """Read what was changed or removed since the last time. Raises RegistryUnavailable."""
@@ -81,7 +85,13 @@ class PrototypeSync:
         """Make one name's prototypes if need be; whether the router can find it from now on.
 
         For after a registration, or a change of samples, description or `public`: no failure is raised, but logged.
+        A few of a tenant's names at a time: one who changes samples faster than they are read makes the others wait for
+        no more than these, and what a name has when its turn comes is what is read.
         """
+        async with self._turns.setdefault(tenant, asyncio.Semaphore(_AT_ONCE)):
+            return await self._ensure(tenant, name)
+
+    async def _ensure(self, tenant: str, name: str) -> bool:
         try:
             row = await asyncio.to_thread(self._prototypes.texts, tenant, name, self._encoder.id)
             if row is None or not row.texts:

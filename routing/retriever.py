@@ -125,7 +125,7 @@ class Retriever:
 
     async def _embed(self, text: str, query: RouteQuery) -> NDArray[np.float32]:
         try:
-            vectors = np.asarray(await self._encoder.embed([text]), np.float32)
+            vectors = np.asarray(await self._encoder.embed([text], tenant=query.tenant), np.float32)
             if vectors.shape != (1, self._index.width) or not np.isfinite(vectors).all():
                 raise EncoderUnavailable("the encoder gives vectors that do not fit the adapters' prototypes")
         except EncoderUnavailable as error:

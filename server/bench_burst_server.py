@@ -60,10 +60,12 @@ class StampedTokenizer(ChatTokenizer):
 
 
 class StampedEncoder(EncoderProcess):
-    async def embed(self, encoder: ServedEncoder, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
+    async def embed(
+        self, encoder: ServedEncoder, texts: Sequence[str], *, tenant: str = "", bulk: bool = False
+    ) -> np.ndarray:
         stamp("asked")
         try:
-            return await super().embed(encoder, texts, bulk=bulk)
+            return await super().embed(encoder, texts, tenant=tenant, bulk=bulk)
         finally:
             stamp("embedded")
 

@@ -42,15 +42,16 @@ class Embedder:
                 raise self._too_long(number, f"{count} tokens")
         return texts, sum(min(count, self.max_tokens) for count in counts)
 
-    async def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, width) float32, rows of length 1. Raises Unavailable.
+    async def embed(self, texts: Sequence[str], tenant: str) -> np.ndarray:
+        """(n, width) float32, rows of length 1, of what a tenant asks. Raises Unavailable.
 
         A single text is what somebody waits for, as routing does; many go when nobody waits.
         """
         rows: list[np.ndarray] = []
         try:
             for start in range(0, len(texts), TURN):
-                rows.append(await self._encoder.embed(texts[start : start + TURN], bulk=len(texts) > 1))
+                part = texts[start : start + TURN]
+                rows.append(await self._encoder.embed(part, tenant=tenant, bulk=len(texts) > 1))
         except EncoderUnavailable as error:
             raise Unavailable(
                 "the embedding model is not available; please retry", code="encoder_unavailable"

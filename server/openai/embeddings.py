@@ -93,7 +93,7 @@ async def _embedded(
         texts, tokens = await embedder.read(body.input, body.truncate_prompt_tokens is not None)
         meter.reserve(tokens)
         try:
-            vectors = await unless_gone(request, embedder.embed(texts))
+            vectors = await unless_gone(request, embedder.embed(texts, tenant.id))
         except BaseException:
             meter.give_back(tokens)
             raise

@@ -23,9 +23,17 @@ class ChosenEncoder:
         self.width = width
         self.failure: str | None = None
         self.asked: list[list[str]] = []
+        self.tenants: list[str] = []
 
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> NDArray[np.float32]:  # noqa: ARG002
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        tenant: str = "",
+        bulk: bool = False,  # noqa: ARG002
+    ) -> NDArray[np.float32]:
         self.asked.append(list(texts))
+        self.tenants.append(tenant)
         if self.failure is not None:
             raise EncoderUnavailable(self.failure)
         return np.stack([unit(*map(float, text.split(","))) for text in texts])

@@ -175,6 +175,23 @@ async def test_the_same_text_is_computed_once_and_remembered(make: Make, folder:
         await encoder.embed(["new"])
 
 
+async def test_what_one_tenant_asks_is_neither_shared_nor_remembered_for_another(make: Make, folder: Folder) -> None:
+    """How long a text takes must not tell whether somebody else has sent it."""
+    process = make()
+    first = await busy(folder, process)
+    encoder = process.encoder()
+    asked = [asyncio.create_task(encoder.embed(["same"], tenant=tenant)) for tenant in ("a", "b", "a")]
+    await asyncio.sleep(0)
+    folder.drop("hold")
+    rows = await asyncio.gather(*asked)
+    await first
+    assert folder.passes[1:] == [["same", "same"]]
+    await encoder.embed(["same"], tenant="b")
+    assert len(folder.passes) == 2
+    np.testing.assert_array_equal(await encoder.embed(["same"], tenant="c"), rows[0])
+    assert folder.passes[2:] == [["same"]]
+
+
 async def test_the_memory_is_bounded_by_last_use_and_keyed_by_encoder(make: Make, folder: Folder) -> None:
     process = make(cache_texts=3)
     encoder, trained = process.encoder(), process.encoder(Path("change"))

@@ -79,10 +79,16 @@ def ask(process: EncoderProcess, *texts: str, bulk: bool = False) -> asyncio.Tas
     return asyncio.create_task(process.encoder().embed(list(texts), bulk=bulk))
 
 
+async def sent() -> None:
+    """Everybody has asked, which takes a turn of the event loop, and what they asked for is sent in the next one."""
+    for _ in range(2):
+        await asyncio.sleep(0)
+
+
 async def test_all_that_waits_shares_passes(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     callers = [ask(process, f"caller {n}") for n in range(9)]
-    await asyncio.sleep(0)
+    await sent()
     child.finish()
     assert child.model.passes == [[f"caller {n}" for n in some] for some in (range(4), range(4, 8), range(8, 9))]
     for n, row in enumerate(await asyncio.gather(*callers)):
@@ -92,9 +98,9 @@ async def test_all_that_waits_shares_passes(joined: tuple[EncoderProcess, Joined
 async def test_bulk_waits_for_queries_and_is_not_remembered(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     bulk = ask(process, *(f"bulk {n}" for n in range(10)), bulk=True)
-    await asyncio.sleep(0)
+    await sent()
     callers = [ask(process, "query"), ask(process, "bulk 9"), ask(process, "bulk 0", bulk=True)]
-    await asyncio.sleep(0)
+    await sent()
     child.finish()
     assert sorted(child.model.passes[0]) == ["bulk 9", "query"]
     assert child.model.passes[1:] == [[f"bulk {n}" for n in some] for some in (range(4), range(4, 8), range(8, 9))]
@@ -108,10 +114,10 @@ async def test_bulk_waits_for_queries_and_is_not_remembered(joined: tuple[Encode
 async def test_a_query_overtakes_bulk_that_has_begun(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     bulk = ask(process, *(f"bulk {n}" for n in range(12)), bulk=True)
-    await asyncio.sleep(0)
+    await sent()
     child.loop.step()
     query = ask(process, "query")
-    await asyncio.sleep(0)
+    await sent()
     child.loop.step()
     assert (await query).shape == (1, WIDTH)
     assert not bulk.done()
@@ -123,7 +129,7 @@ async def test_a_query_overtakes_bulk_that_has_begun(joined: tuple[EncoderProces
 async def test_what_nobody_waits_for_is_not_computed(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     left, stays = ask(process, "shared", "left"), ask(process, "shared")
-    await asyncio.sleep(0)
+    await sent()
     left.cancel()
     with pytest.raises(asyncio.CancelledError):
         await left
@@ -131,7 +137,7 @@ async def test_what_nobody_waits_for_is_not_computed(joined: tuple[EncoderProces
     await stays
     assert child.model.passes == [["shared"]]
     again = ask(process, "left")
-    await asyncio.sleep(0)
+    await sent()
     child.finish()
     assert (await again).shape == (1, WIDTH)
 
@@ -139,10 +145,10 @@ async def test_what_nobody_waits_for_is_not_computed(joined: tuple[EncoderProces
 async def test_an_answer_that_crosses_a_cancellation_is_ignored(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     left = ask(process, "text")
-    await asyncio.sleep(0)
+    await sent()
     message = child.sent.popleft()
     left.cancel()
-    await asyncio.sleep(0)
+    await sent()
     child.sent.appendleft(message)
     child.sent.remove(child.sent[-1])  # the Forget comes too late
     child.finish()
@@ -153,7 +159,7 @@ async def test_an_answer_that_crosses_a_cancellation_is_ignored(joined: tuple[En
 async def test_the_same_text_in_flight_is_sent_once(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     callers = [ask(process, "same", "same", f"own {n % 3}") for n in range(30)]
-    await asyncio.sleep(0)
+    await sent()
     child.finish()
     rows = await asyncio.gather(*callers)
     assert sorted(text for texts in child.model.passes for text in texts) == ["own 0", "own 1", "own 2", "same"]
@@ -166,7 +172,7 @@ async def test_a_width_that_the_files_did_not_say_is_refused(joined: tuple[Encod
     process, child = joined
     process._identify = lambda *_: ("base", WIDTH + 1)
     caller = ask(process, "text")
-    await asyncio.sleep(0)
+    await sent()
     child.finish()
     with pytest.raises(client.EncoderUnavailable, match="gives 8 numbers a text, expected 9"):
         await caller

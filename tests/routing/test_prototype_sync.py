@@ -1,13 +1,14 @@
 """Prototypes follow the registry: made, read, changed and removed, by this process and by others."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from adapters_store.registry import (
     DEFAULT_TENANT,
@@ -71,7 +72,43 @@ def other(url: str) -> Iterator[Process]:
     registry.close()
 
 
+class Gated(ChosenEncoder):
+    """Answers when the gate is open."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.gate = asyncio.Event()
+
+    async def embed(self, texts: Sequence[str], *, tenant: str = "", bulk: bool = False) -> NDArray[np.float32]:
+        found = await super().embed(texts, tenant=tenant, bulk=bulk)
+        await self.gate.wait()
+        return found
+
+    async def until_asked(self, times: int) -> None:
+        async with asyncio.timeout(60):
+            while len(self.asked) < times:
+                await asyncio.sleep(0.005)
+
+
 class TestEnsure:
+    async def test_a_tenant_that_floods_delays_the_others_by_a_few_names_only(self, process: Process) -> None:
+        encoder = process.encoder = Gated(3)
+        store: Any = SimpleNamespace(registry=process.registry)
+        process.sync = PrototypeSync(store, encoder, process.index)
+        flood = [f"a{number:02}" for number in range(12)]
+        for name in flood:
+            process.add(name, "1,0,0", tenant="acme")
+        process.add("sql", "0,1,0")
+        asked = [asyncio.create_task(process.sync.ensure("acme", name)) for name in flood]
+        await encoder.until_asked(4)
+        asked.append(asyncio.create_task(process.sync.ensure(DEFAULT_TENANT, "sql")))
+        await encoder.until_asked(5)
+        assert encoder.asked == [["1,0,0"]] * 4 + [["0,1,0"]]
+        encoder.gate.set()
+        assert all(await asyncio.gather(*asked))
+        assert process.found("acme") == flood
+        assert len(encoder.asked) == 13
+
     async def test_a_registered_name_is_found_at_once(self, process: Process) -> None:
         process.add("sql", "1,0,0", "0,1,0")
         assert await process.sync.ensure(DEFAULT_TENANT, "sql")

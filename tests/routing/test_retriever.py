@@ -73,6 +73,11 @@ def names(route: Route) -> list[str]:
 
 
 class TestChoice:
+    async def test_the_encoder_hears_whose_text_it_is(self, world: World) -> None:
+        for tenant in ("t", "u"):
+            await world.route("10,8,1", tenant=tenant)
+        assert world.encoder.tenants == ["t", "u"]
+
     async def test_the_most_similar_share_equally(self, world: World) -> None:
         route = await world.route("10,8,1")
         third = 1 / 3
@@ -164,7 +169,7 @@ class TestNothingFits:
         assert world.encoder.asked == []
 
     async def test_texts_of_any_kind(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        async def embed(texts: Sequence[str]) -> np.ndarray:
+        async def embed(texts: Sequence[str], *, tenant: str) -> np.ndarray:  # noqa: ARG001
             for text in texts:
                 text.encode()
             return unit(1, 0, 0)[None]
@@ -287,7 +292,7 @@ class TestFailures:
     async def test_vectors_of_another_width(
         self, world: World, vector: np.ndarray, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        async def embed(_texts: Sequence[str]) -> np.ndarray:
+        async def embed(_texts: Sequence[str], *, tenant: str) -> np.ndarray:  # noqa: ARG001
             return vector
 
         monkeypatch.setattr(world.encoder, "embed", embed)

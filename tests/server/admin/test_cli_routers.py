@@ -35,8 +35,8 @@ class Trainable(WordEncoder):
 
 
 class Reversed(Trainable):
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
-        return -(await super().embed(texts, bulk=bulk))
+    async def embed(self, texts: Sequence[str], *, tenant: str = "", bulk: bool = False) -> np.ndarray:
+        return -(await super().embed(texts, tenant=tenant, bulk=bulk))
 
 
 @pytest.fixture

@@ -33,7 +33,13 @@ class WordEncoder:
     def plain_encoder(self) -> "WordEncoder":
         return self
 
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:  # noqa: ARG002
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        tenant: str = "",  # noqa: ARG002
+        bulk: bool = False,  # noqa: ARG002
+    ) -> np.ndarray:
         if self.failure is not None:
             raise EncoderUnavailable(self.failure)
         return np.stack([_vector(text) for text in texts])

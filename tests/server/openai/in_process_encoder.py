@@ -18,6 +18,7 @@ class InProcess:
         self.model = EncoderModel.load(folder).plain()
         self.id, self.width = self.model.id, self.model.width
         self.calls: list[tuple[int, bool]] = []
+        self.tenants: list[str] = []
         self.cancelled = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -26,8 +27,15 @@ class InProcess:
     def plain_encoder(self) -> "InProcess":
         return self
 
-    async def embed(self, texts: Sequence[str], *, bulk: bool = False) -> np.ndarray:
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        tenant: str = "",
+        bulk: bool = False,
+    ) -> np.ndarray:
         self.calls.append((len(texts), bulk))
+        self.tenants.append(tenant)
         try:
             await self.gate.wait()
         except asyncio.CancelledError:

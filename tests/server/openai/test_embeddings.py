@@ -220,6 +220,7 @@ async def test_tokens_count_against_the_quota_and_in_the_ledger(
     headers = await account(harness, "reader", tokens_per_minute=60)
     body = {"model": "encoder", "input": "abc def"}
     answer = await client.post("/v1/embeddings", json=body, headers=headers)
+    assert encoder.tenants == ["reader"], "what is remembered is remembered for the one who sent it"
     tokens = answer.json()["usage"]["total_tokens"]
     left = f"{60 - tokens}"
     assert answer.headers["x-ratelimit-remaining-tokens"] == left
