@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from adapters_store.store import StoreConfig
 from adapters_store.types import TARGETS, LinearShape
@@ -61,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> Json:
     document = {"bench": "front", "streams": asked.streams, "rate": asked.rate, "rows": rows}
     print(json.dumps(document))
     return document
+
+
+class Measured(Protocol):
+    """A server on loopback, and the seconds that processors gave to it so far."""
+
+    port: int
+
+    @property
+    def busy(self) -> float: ...
 
 
 class Front:
@@ -128,7 +137,7 @@ def _serve(
     run(serve())
 
 
-async def streamed(front: Front, path: str, body: Json, streams: int, seconds: float) -> Json:
+async def streamed(front: Measured, path: str, body: Json, streams: int, seconds: float) -> Json:
     """Processor time a token, while so many streams run. A token is an event of its own."""
     counts = [0] * streams
     request = _request(path, body | {"model": MODEL, "stream": True, "max_tokens": 8000})
@@ -150,7 +159,7 @@ async def streamed(front: Front, path: str, body: Json, streams: int, seconds: f
     return {"tokens_per_second": tokens / passed, "cores": busy / passed, "token_us": busy / tokens * 1e6}
 
 
-async def answered(front: Front, path: str, body: Json, requests: int) -> Json:
+async def answered(front: Measured, path: str, body: Json, requests: int) -> Json:
     """Processor time of a request for one token, over one connection, one after the other."""
     request = _request(path, body | {"model": MODEL, "max_tokens": 1})
     async with connected(front) as (reader, writer):
@@ -170,7 +179,7 @@ async def answered(front: Front, path: str, body: Json, requests: int) -> Json:
 
 
 @asynccontextmanager
-async def connected(front: Front) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connected(front: Measured) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     try:
         yield reader, writer

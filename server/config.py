@@ -177,6 +177,11 @@ class Settings(BaseSettings):
         password = urlsplit(self.serve.database_url or "").password
         return (*(key.get_secret_value() for key in keys if key is not None), *((password,) if password else ()))
 
+    @property
+    def router_folder(self) -> Path:
+        """Of trained routers' files, which can be made again."""
+        return self.data_dir / "routers"
+
 
 def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None = None) -> Settings:
     """The settings from `overrides` (a tree; the command line's), the environment, `file` (TOML) and the defaults.

@@ -16,6 +16,7 @@ from server.checkpoint import CheckpointError, locate
 from server.config import DEFAULT_ENCODER, Settings
 from server.embedder import Embedder
 from server.gated_routers import GatedRouters
+from server.router_folders import RouterFolders
 from server.routers import RouterService
 
 logger = logging.getLogger(__name__)
@@ -85,4 +86,5 @@ def router_service(
         return RetrieverDefaults(routing.top_k, lowest, routing.temperature)
 
     gated = GatedRouters(store, routers, fingerprint, time.perf_counter)
-    return RouterService(store, routers, process, gated, settings.data_dir / "routers", defaults, time.perf_counter)
+    folders = RouterFolders(store.registry, store.blobs, settings.router_folder)
+    return RouterService(store, routers, process, gated, folders, defaults, time.perf_counter)

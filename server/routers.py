@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from routing.router import AUTO, Routers
 from routing.router_folder import read_router
 from server.errors import BadRequest, Unavailable, Unprocessable
 from server.gated_routers import READERS, GatedRouters, Member
+from server.router_folders import RouterFolders
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ class RouterService:
     """Keeps `routers`, by which requests are decided, equal to what the registry and the encoder have.
 
     Without an encoder process none that compares texts is served, and `routers` says why. Methods raise ServerError,
-    BlobError and RegistryError. `folder` is for trained routers' files; `defaults` gives the options of the encoder
+    BlobError and RegistryError. `folders` has trained routers' files; `defaults` gives the options of the encoder
     with this id, whose trained router was calibrated to a `min_score` or not. For one event loop; `clock` counts
     seconds.
     """
@@ -76,7 +75,7 @@ class RouterService:
         routers: Routers,
         process: EncoderProcess | None,
         gated: GatedRouters,
-        folder: Path,
+        folders: RouterFolders,
         defaults: Callable[[str, float | None], RetrieverDefaults],
         clock: Callable[[], float],
     ) -> None:
@@ -84,7 +83,7 @@ class RouterService:
         self._routers = routers
         self._process = process
         self._gated = gated
-        self._folder = folder
+        self._folders = folders
         self._defaults = defaults
         self._clock = clock
         self._served: dict[str, ServedRouter] = {}
@@ -227,7 +226,7 @@ class RouterService:
 
     async def _try(self, row: RouterRow) -> None:
         try:
-            folder = await asyncio.to_thread(self._materialise, row)
+            folder = await asyncio.to_thread(self._folders.make, row)
             if row.kind in READERS:
                 await self._gated.serve(row, folder)
                 return
@@ -266,21 +265,6 @@ class RouterService:
         served.following.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await served.following
-
-    def _materialise(self, row: RouterRow) -> Path:
-        """The router's folder on this machine, made of its blob if it is not there. Raises BlobError, OSError."""
-        text = json.dumps(row.meta, sort_keys=True)
-        folder = self._folder / hashlib.sha256(f"{row.blob} {text}".encode()).hexdigest()
-        if (folder / CARD_FILE).is_file():
-            return folder
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self._store.blobs.fetch(row.blob, partial, CHANGE_FILE)
-        (partial / CARD_FILE).write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        return folder
 
 
 async def _complete(served: ServedRouter) -> None:

@@ -45,7 +45,7 @@ def main(options: Sequence[str]) -> int:
         return FAILED
     stop = threading.Event()
     port = settings.serve.port or _free_port(settings.serve.host)
-    _join(ray, address)
+    start_ray(ray, address)
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has just put a handler of its own there, which aborts
         signal.signal(number, lambda *_: stop.set())
     try:
@@ -83,7 +83,8 @@ def read_options(options: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _join(ray: Any, address: str | None) -> None:
+def start_ray(ray: Any, address: str | None) -> None:
+    """Join the cluster at `address`, or start one on loopback."""
     if address is not None:
         ray.init(address=address, log_to_driver=False)
         return

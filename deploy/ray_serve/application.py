@@ -1,6 +1,6 @@
 """The application: a deployment of front ends, and one of engines."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -12,12 +12,16 @@ from deploy.ray_serve.engine_replica import EngineReplica
 from deploy.ray_serve.front_end import front_end
 from deploy.ray_serve.settings import RaySettings, read_settings
 from server.config import Settings
+from server.engine.client import EngineClient
+from server.engine.config import EngineConfig
+from server.engine.placement import SLACK
 
 ENGINES = "engines"
 FRONT_ENDS = "front-ends"
 CONSTRUCTIONS = 3
 """Tries to start a replica before a deployment fails; Ray counts 20, which hides a wrong setting for minutes."""
 LEAST_LOOK_BACK = 2.0
+STATS_SECONDS = 1.0
 DRAIN_MARGIN = 10.0
 """Seconds that a replica gets beyond what its requests have, to end them and itself."""
 
@@ -27,9 +31,13 @@ def app(arguments: Mapping[str, Any]) -> Application:
     return build(*read_settings(arguments))
 
 
-def build(settings: Settings, spread: RaySettings) -> Application:
-    """The application with these settings."""
-    engines = _engines(settings, spread).bind(settings)
+def build(
+    settings: Settings,
+    spread: RaySettings,
+    make_engine: Callable[[EngineConfig, float], EngineClient] = EngineClient,
+) -> Application:
+    """The application with these settings. `make_engine` makes a replica's engine client, as `EngineClient` does."""
+    engines = _engines(settings, spread).bind(settings, make_engine)
     return _front_ends(settings, spread).bind(engines)
 
 
@@ -51,7 +59,12 @@ def _engines(settings: Settings, spread: RaySettings) -> Any:
             "upscale_delay_s": spread.upscale_delay,
             "downscale_delay_s": spread.downscale_delay,
         },
-        request_router_config=RequestRouterConfig(request_router_class=AffinityRouter),
+        request_router_config=RequestRouterConfig(
+            request_router_class=AffinityRouter,
+            # Ranks go on counting while replicas are replaced.
+            request_router_kwargs={"engines": 2 * spread.max_engines, "slack": SLACK},
+            request_routing_stats_period_s=STATS_SECONDS,
+        ),
         graceful_shutdown_timeout_s=config.shutdown_timeout + DRAIN_MARGIN,
     )
 

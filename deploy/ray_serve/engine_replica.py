@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ray import serve
 
@@ -14,14 +16,15 @@ from adapters_store.fetched import FetchedAdapters, UnknownDigest
 from adapters_store.registry import RegistryError
 from deploy.ray_serve.moves import Moves
 from deploy.ray_serve.pinned import PinFollower
-from deploy.ray_serve.wire import Hint, Part, Report, decode_request, encode
+from deploy.ray_serve.wire import Hint, Part, Report, decode_request, encode, shortened
 from server.config import Settings
 from server.engine.adapter_calls import EngineUnavailable
 from server.engine.client import EngineClient
-from server.engine.config import RequestError
+from server.engine.config import EngineConfig, RequestError
 from server.engine.messages import Refusal
 from server.engine.sequence import ENGINE_LOST, Output, Request
 from server.periodic import repeating
+from server.router_folders import RouterFolders
 from server.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -35,14 +38,17 @@ DEAD_SECONDS = 120.0
 class EngineReplica:
     """An engine process behind Ray's calls. Requests name adapters by digest; their files come from the blob store."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, make_engine: Callable[[EngineConfig, float], EngineClient]
+    ) -> None:
         model = ServedModel.of(settings)
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._adapters = await asyncio.to_thread(
             FetchedAdapters.open, model.base.linear_shape, model.store_config(settings), time.time
         )
+        self._routers = RouterFolders(self._adapters.registry, self._adapters.blobs, settings.router_folder)
         config = settings.serve.engine_config(model.folder, settings.data_dir)
-        self._engine = EngineClient(config, settings.serve.stall_timeout)
+        self._engine = make_engine(config, settings.serve.stall_timeout)
         self._last_alive = time.monotonic()
         self._moves = Moves()
         try:
@@ -72,6 +78,17 @@ class EngineReplica:
             self._last_alive = now
         elif now - self._last_alive > DEAD_SECONDS:
             raise RuntimeError("the engine cannot be started again")
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """The fields of a `Standing`, for the request routers of all front ends; Serve asks."""
+        stats, residency = self._engine.stats, self._engine.residency
+        return {
+            "rank": serve.get_replica_context().rank.rank,
+            "alive": self._engine.alive and not self._engine.stalled,
+            "requests": stats.running + stats.waiting,
+            "free_pages": stats.pages.get("free", 1),
+            "tiers": {shortened(digest): tier for digest, tier in residency.items()},
+        }
 
     async def name(self, _: Hint) -> str:
         """The replica's unique id."""
@@ -117,6 +134,25 @@ class EngineReplica:
         """The request with the folders of this machine, which stay in place meanwhile."""
         try:
             async with self._adapters.leased(tuple(request.paths)) as paths:
-                yield replace(request, paths=paths)
+                yield await self._routed(replace(request, paths=paths))
         except (BlobError, RegistryError, UnknownDigest) as error:
             raise RequestError(str(error), param="model", code="adapter_unavailable") from error
+
+    async def _routed(self, request: Request) -> Request:
+        """With the folder of its router, if it has one."""
+        if request.gates is not None:
+            request = replace(request, gates=replace(request.gates, path=await self._router(request.gates.path)))
+        if request.prompt_router is not None:
+            path = await self._router(request.prompt_router.path)
+            request = replace(request, prompt_router=replace(request.prompt_router, path=path))
+        return request
+
+    async def _router(self, path: str) -> str:
+        """This machine's folder for one of another machine."""
+        try:
+            folder = await asyncio.to_thread(self._routers.find, Path(path).name)
+        except (BlobError, OSError, RegistryError) as error:
+            raise RequestError(str(error), param="model", code="router_unavailable") from error
+        if folder is None:
+            raise RequestError("the router is not registered any more", param="model", code="router_unavailable")
+        return str(folder)

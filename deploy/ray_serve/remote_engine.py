@@ -1,11 +1,10 @@
 """The engines of a deployment as one engine client of a front end."""
 
 import asyncio
-import contextlib
+import itertools
 import logging
-import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AsyncExitStack, aclosing
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
@@ -15,9 +14,11 @@ from adapters_store.types import LinearShape
 from deploy.ray_serve.fleet import Fleet, FleetMember
 from deploy.ray_serve.pinned import PinBudget
 from deploy.ray_serve.watch import Watch
-from deploy.ray_serve.wire import Hint, Part, decode_info, decode_part, encode
+from deploy.ray_serve.wire import Hint, Part, decode_info, decode_part, encode, shortened, wanted_by
 from server.engine.adapter_calls import EngineUnavailable
 from server.engine.config import EngineInfo, EngineStats, RequestError
+from server.engine.journey import CLEARED_TOKENS, Journey
+from server.engine.placement import Wanted
 from server.engine.sequence import FinishReason, Output, Request
 from server.engine.suspects import Suspects
 from server.periodic import repeating
@@ -25,7 +26,6 @@ from server.periodic import repeating
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-LEAST_SECONDS = 0.001
 TRIES = 3
 """Replicas that may lose one request before its client is told."""
 GONE = "the engine's machine or process is gone; please retry"
@@ -50,12 +50,13 @@ class RemoteEngine:
         self._handle = handle
         self._clock = clock
         self._generate = handle.generate.options(stream=True)
+        self._numbers = itertools.count()
         self._running: dict[str, DeploymentResponseGenerator] = {}
         self._suspects = Suspects()
         self._pins = PinBudget(shape)
         self._fleet = Fleet()
         self._watch = Watch(handle, self._fleet)
-        self._watching = contextlib.AsyncExitStack()
+        self._watching = AsyncExitStack()
 
     @property
     def info(self) -> EngineInfo | None:
@@ -100,31 +101,32 @@ class RemoteEngine:
 
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
         """As `EngineClient.submit`, but while there is no engine a request waits, as long as its `timeout` lets it."""
-        deadline = math.inf if request.timeout is None else self._clock() + request.timeout
+        journey, wanted = Journey(request, self._clock), wanted_by(request)
         avoid: tuple[str, ...] = ()
-        has_begun = False
-        for _ in range(TRIES):
-            left = None if request.timeout is None else max(deadline - self._clock(), LEAST_SECONDS)
+        for attempt in range(TRIES):
+            if attempt and self.on_move is not None:
+                self.on_move()
+            hint = Hint(wanted, f"{request.id}/{attempt}", avoid=avoid)
             try:
-                async with self._suspects.admitted(request):
-                    attempt = self._attempt(replace(request, timeout=left), Hint(avoid=avoid))
-                    async with contextlib.aclosing(attempt) as outputs:
-                        async for output in outputs:
-                            has_begun = True
-                            if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                                self._suspects.cleared(request)
-                            yield output
+                async with self._suspects.admitted(request), aclosing(self._attempt(journey.request, hint)) as outputs:
+                    async for output in outputs:
+                        for each in journey.take(output):
+                            yield each
+                        is_further = bool(journey.moves) and journey.num_tokens >= CLEARED_TOKENS
+                        if is_further or output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                            self._suspects.cleared(request)
                     return
             except _Lost as lost:
                 logger.warning("request %s was lost: %s", request.id, lost)
                 if lost.crashed:
                     self._suspects.crashed([request])
-                if has_begun:
+                if journey.num_tokens:
                     yield Output(request.id, finish_reason=FinishReason.ERROR, error=GONE)
                     return
-                if self.on_move is not None:
-                    self.on_move()
                 avoid += (lost.replica,) if lost.replica is not None else ()
+            if not journey.move():
+                yield Output(request.id, finish_reason=FinishReason.TIMEOUT)
+                return
         raise EngineUnavailable(GONE)
 
     def abort(self, request_id: str) -> None:
@@ -171,8 +173,8 @@ class RemoteEngine:
 
     async def prefetch_now(self, digest: str, path: str) -> str:  # noqa: ARG002
         """Bring an adapter to the engine that requests for it would go to."""
-        answer = await self._handle.prefetch.remote(Hint(), digest)
-        tier, problem = answer
+        hint = Hint(Wanted((shortened(digest),)), f"{digest}/{next(self._numbers)}")
+        tier, problem = await self._handle.prefetch.remote(hint, digest)
         if problem is not None:
             raise RequestError(problem, param="model", code="adapter_unavailable")
         return str(tier)

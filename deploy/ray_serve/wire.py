@@ -1,12 +1,13 @@
 """What front ends and engine replicas tell each other, in MessagePack within Ray's calls."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from server.engine.config import EngineInfo, EngineStats
 from server.engine.messages import Refusal
+from server.engine.placement import Wanted
 from server.engine.sequence import Output, Request
 
 
@@ -14,11 +15,25 @@ from server.engine.sequence import Output, Request
 class Hint:
     """What the request router needs of a call, its first argument. Replicas are given by their unique ids.
 
-    `target`: the call is for this one, or for any if it is gone. `avoid`: these have lost the request before.
+    `wanted`: what a request would find well near, its digests shortened; `key` tells it from all others. Without it a
+    call is for `target`, or for any replica if that one is gone. `avoid`: these have lost the request before.
     """
 
+    wanted: Wanted | None = None
+    key: str = ""
     target: str | None = None
     avoid: tuple[str, ...] = ()
+
+
+def wanted_by(request: Request) -> Wanted:
+    """What a request would find well near."""
+    wanted = Wanted.by(request)
+    return replace(wanted, digests=tuple(map(shortened, wanted.digests)))
+
+
+def shortened(digest: str) -> str:
+    """Enough of it to place requests by: a replica reports all adapters in its memory every second."""
+    return digest[:16]
 
 
 class Part(msgspec.Struct):

@@ -5,7 +5,6 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -13,15 +12,13 @@ from typing import Protocol
 from server.engine.adapter_calls import EngineUnavailable
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig, EngineInfo, EngineStats
+from server.engine.journey import CLEARED_TOKENS, Journey
 from server.engine.placement import Placement, Wanted
 from server.engine.sequence import ENGINE_LOST, FinishReason, Output, Request
 from server.engine.suspects import Quarantined, Suspects
 
 TIERS = ("disk", "host", "device")
 MOST_MOVES = 1
-CLEARED_TOKENS = 2
-"""A moved request that has so many tokens has outlived what its first engine died of: that had given out none of them,
-though it may have computed one ahead."""
 
 
 class Member(Protocol):
@@ -108,7 +105,7 @@ class EnginePool:
         """As `EngineClient.submit`. Parts of a prompt's answer come with its first token: until then an engine that
         dies may take them with it.
         """
-        journey = _Journey(request, asyncio.get_running_loop().time)
+        journey = Journey(request, asyncio.get_running_loop().time)
         while True:
             async with aclosing(self._place(journey)) as outputs:
                 async for output in outputs:
@@ -126,7 +123,7 @@ class EnginePool:
             if self.on_move is not None:
                 self.on_move()
 
-    async def _place(self, journey: "_Journey") -> AsyncGenerator[Output, None]:
+    async def _place(self, journey: Journey) -> AsyncGenerator[Output, None]:
         """Outputs of one engine. Raises EngineUnavailable when none lives."""
         while True:
             number = self._placement.choose(journey.wanted, self._candidates())
@@ -188,7 +185,7 @@ class EnginePool:
             raise EngineUnavailable("no inference engine is running, they are being restarted")
         return [number for number in living if not self.members[number].stalled] or living
 
-    def _may_move(self, journey: "_Journey") -> bool:
+    def _may_move(self, journey: Journey) -> bool:
         """Whether a request whose engine died may be given to another one. Raises Quarantined if it had two."""
         if journey.num_tokens or self._stopping:
             return False
@@ -214,36 +211,3 @@ class EnginePool:
             del self._tiers[digest]
         if now != before and self.on_residency is not None:
             self.on_residency(digest, now)
-
-
-class _Journey:
-    """A request on its way through engines: what it may still ask for, and what its client has got of it."""
-
-    def __init__(self, request: Request, clock: Callable[[], float]) -> None:
-        self.request = request
-        self.wanted = Wanted.by(request)
-        self.moves = 0
-        self.num_tokens = 0
-        self._clock = clock
-        self._end = None if request.timeout is None else clock() + request.timeout
-        self._held: list[Output] = []
-
-    def take(self, output: Output) -> list[Output]:
-        """What the client gets now."""
-        self._held.append(output)
-        if not output.tokens and output.finish_reason is None:
-            return []
-        self.num_tokens += len(output.tokens)
-        given, self._held = self._held, []
-        return given
-
-    def move(self) -> bool:
-        """Begin anew in another engine; False if no time is left."""
-        self.moves += 1
-        self._held = []
-        if self._end is not None:
-            left = self._end - self._clock()
-            if left <= 0:
-                return False
-            self.request = replace(self.request, timeout=left)
-        return True

@@ -21,6 +21,8 @@ OPTIONS += ["--kv-memory", "16MiB", "--page-memory", "2MiB", "--host-memory", "1
 OPTIONS += ["--ray-cpus-per-engine", "0.1", "--ray-cpus-per-front-end", "0.1"]
 QUICK = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5" for who in ("HANDLE", "REPLICA")}
 """Serve's autoscaler looks at what it was told during the last ten seconds otherwise."""
+ALONE = {"RAY_memory_monitor_refresh_ms": "0"}
+"""Ray ends processes of its own when a machine's memory is used up, whoever uses it."""
 Json = dict[str, Any]
 
 
@@ -29,7 +31,7 @@ class Cluster:
 
     def __init__(self, *options: str) -> None:
         command = [sys.executable, "-m", "deploy.ray_serve", *OPTIONS, *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | QUICK)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | QUICK | ALONE)
         assert self.process.stdout is not None
         found = None
         while found is None and (line := self.process.stdout.readline()):  # Ray speaks before
@@ -97,7 +99,9 @@ class Stream(threading.Thread):
             client.stream("POST", f"{self._url}/v1/completions", json=self.body) as answer,
         ):
             if answer.status_code != 200:
-                self.error = json.loads(answer.read())["error"]
+                text = answer.read()
+                is_ours = answer.headers["content-type"] == "application/json"
+                self.error = json.loads(text)["error"] if is_ours else {"code": f"{answer.status_code}: {text!r}"}
                 return
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):

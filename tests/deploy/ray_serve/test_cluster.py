@@ -91,6 +91,28 @@ def test_what_one_front_end_registers_all_can_use_a_second_later(cluster: Cluste
     assert counted < MANY, "one front end answered all of them"
 
 
+def test_requests_go_where_their_adapter_is(cluster: Cluster, adapters: dict[str, Path]) -> None:
+    def copies(client: httpx.Client) -> int:
+        return sum(engine["adapters"]["device"] for engine in client.get("/admin/v1/state").json()["engines"])
+
+    with cluster.client() as client:
+        for name in ("rslora8", "qv16"):
+            upload(client, name, adapters[name])
+        time.sleep(1.0)
+        for wait, name in ((2, "rslora8"), (20, "qv16")):  # what engines report takes seconds to reach all routers
+            before = copies(client)
+            assert complete(client, name).status_code == 200
+            until(lambda before=before: copies(client) > before)
+            time.sleep(wait)
+            for _ in range(12):
+                assert complete(client, name).status_code == 200
+            until(lambda: all(engine["running"] == 0 for engine in client.get("/admin/v1/state").json()["engines"]))
+            time.sleep(2)
+            if copies(client) == before + 1:
+                return
+    pytest.fail("both engines have both adapters")
+
+
 def test_a_stream_says_what_a_whole_answer_does(cluster: Cluster, adapter: str) -> None:
     stream = Stream(cluster.url, model=adapter, prompt=[5, 6, 7], max_tokens=60)
     with cluster.client() as client:

@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RequestCancelledError
 
-from adapters_store.types import TARGETS, LinearShape
+from adapters_store.types import TARGETS, LinearShape, Mix
 from deploy.ray_serve.fleet import Fleet
 from deploy.ray_serve.pinned import PinBudget
 from deploy.ray_serve.remote_engine import RemoteEngine
@@ -20,7 +20,7 @@ from deploy.ray_serve.wire import Hint, Part, Report, decode_request, encode
 from server.engine.adapter_calls import EngineUnavailable
 from server.engine.config import EngineInfo, EngineStats, RequestError
 from server.engine.messages import Refusal
-from server.engine.sequence import FinishReason, Output, Request, SamplingParams
+from server.engine.sequence import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from server.engine.suspects import Quarantined
 
 SHAPE = LinearShape(1, dict.fromkeys(TARGETS, 8), dict.fromkeys(TARGETS, 8))
@@ -167,10 +167,28 @@ async def test_an_abort_ends_the_stream() -> None:
 
 
 async def test_time_that_was_lost_with_an_engine_is_not_given_again() -> None:
-    times = itertools.chain([100.0, 101.0], itertools.repeat(104.0))
+    times = itertools.chain([100.0], itertools.repeat(104.0))
     calls = Calls([DIED], END)
     assert await outputs(engine_over(calls, lambda: next(times)), request(timeout=10.0)) == WHOLE
-    assert [sent.timeout for _, sent in calls.sent] == [9.0, 6.0]
+    assert [sent.timeout for _, sent in calls.sent] == [10.0, 6.0]
+
+
+async def test_what_came_before_the_first_token_comes_once() -> None:
+    scored = Part("a", [Output("r", prompt_logprobs=(TokenLogprobs(-1.0),))])
+    calls, moves = Calls([scored, DIED], [scored, *END]), []
+    engine = engine_over(calls)
+    engine.on_move = lambda: moves.append(1)
+    got = [output async for output in engine.submit(request())]
+    assert [len(output.prompt_logprobs) for output in got] == [1, 0, 0]
+    assert len(moves) == 1
+
+
+async def test_calls_tell_the_router_what_they_want_and_who_they_are() -> None:
+    calls = Calls([DIED], END)
+    mix = Mix((("d" * 64, 1.0),))
+    await outputs(engine_over(calls), request(mix=mix, paths={"d" * 64: "/somewhere"}))
+    assert [hint.wanted.digests for hint, _ in calls.sent if hint.wanted is not None] == [("d" * 16,)] * 2
+    assert len({hint.key for hint, _ in calls.sent}) == 2
 
 
 async def test_without_an_engine_a_request_waits_for_its_time_only() -> None:

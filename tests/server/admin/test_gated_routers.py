@@ -17,6 +17,7 @@ from adapters_store.registry import RegistryUnavailable
 from adapters_store.types import TARGETS
 from routing.card_adapters import CardAdapter
 from routing.gate_folder import GateCard, write_gates
+from server.router_folders import RouterFolders
 
 V1 = "/admin/v1"
 CARD = GateCard("f" * 64, "tiny", (), ("q_proj",), 2, 1.0, False, "")
@@ -184,7 +185,7 @@ async def test_what_failed_once_is_tried_again(gated: World, monkeypatch: pytest
     service = gated.harness.services.routers
     await service.close()
     with monkeypatch.context() as broken:
-        broken.setattr(service, "_materialise", lambda _: (_ for _ in ()).throw(OSError("the disk is away")))
+        broken.setattr(RouterFolders, "make", lambda *_: (_ for _ in ()).throw(OSError("the disk is away")))
         await service.refresh()
         assert (await gated.admin.get(f"{V1}/routers/gate")).json()["problem"] == "the disk is away"
     await service.refresh()
