@@ -8,8 +8,8 @@ import typer
 from server.cli_train import DEFAULT_MODEL, DataDir, Device, Tasks, data_folder, failing
 
 if TYPE_CHECKING:
-    from routing.train.prompt_training import PromptResult
     from routing.train.router_recipe import RouterRun
+    from routing.train.router_training import PromptResult
 
 app = typer.Typer()
 

@@ -6,12 +6,10 @@ sample (MeteoRA, section 3.3), on batches of all tasks, in a plain loop.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ import torch
 
 from routing.gate_folder import GateCard, check_card, write_gates
 from routing.train.adapter import check_out
-from routing.train.batches import Example, encode
-from routing.train.data import Task, TaskDataError, TaskRow
-from routing.train.fitting import Fit, fit
+from routing.train.batches import Example
+from routing.train.data import Task
+from routing.train.fitting import fit
 from routing.train.meteora_loss import both_losses, judge
 from routing.train.meteora_model import GatedModel, load_gated_model
 from routing.train.meteora_recipe import MeteoraRecipe
@@ -29,19 +27,8 @@ from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
 from routing.train.recipe_command import run_command
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import CHECKPOINT, GateResult, encoded, fit_settings, training_record
 from routing.train.trained_adapters import factor_weights, round_experts, write_experts
-
-CHECKPOINT = "checkpoint.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class MeteoraResult:
-    """What training made: the folder, its card, L_LM and L_gate of each step of this run, seconds."""
-
-    folder: Path
-    card: GateCard
-    losses: tuple[tuple[float, ...], ...] = field(repr=False)
-    seconds: float
 
 
 def train_meteora(
@@ -51,7 +38,7 @@ def train_meteora(
     out: Path,
     recipe: MeteoraRecipe | None = None,
     run: RouterRun | None = None,
-) -> MeteoraResult:
+) -> GateResult:
     """Trains gates over the adapters of `tasks` and writes the router into the folder `out`.
 
     Only training rows are learned from; validation rows give the metrics; test rows are not read. Gates are fp32, the
@@ -74,12 +61,13 @@ def train_meteora(
     check_out(out)
     model = load_gated_model(model_folder, tasks, adapters, recipe, run.device)
     check_card(_card(model, recipe, run, {}))  # rather than after hours
-    train = [_encode(model, "train", task.train, recipe) for task in tasks]
-    held_out = [_encode(model, "valid", task.valid[: run.evaluation_rows], recipe) for task in tasks]
+    train = encoded(model, "train", [task.train for task in tasks], recipe.max_length)
+    held_out = encoded(model, "valid", [task.valid[: run.evaluation_rows] for task in tasks], recipe.max_length)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(run.progress) as report:
-        losses = _fit(model, tasks, train, recipe, run, out / CHECKPOINT, report)
-        training = _record(tasks, adapters, recipe, losses)
+        losses = _fit(model, tasks, train, recipe, run, out, report)
+        last = {"final_loss": round(losses[-1][0], 4), "final_gate_loss": round(losses[-1][1], 4)}
+        training = training_record(tasks, adapters, recipe, last)
         if recipe.joint:
             round_experts(model.experts)
         if run.evaluation_rows:
@@ -92,14 +80,7 @@ def train_meteora(
     gates = {module: linear.gate for module, linear in model.linears.items()}
     card = write_gates(out, _card(model, recipe, run, training), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
-    return MeteoraResult(out, card, tuple(losses), time.perf_counter() - started)
-
-
-def _encode(model: GatedModel, split: str, rows: Sequence[TaskRow], recipe: MeteoraRecipe) -> list[Example]:
-    try:
-        return encode(model.tokenizer, rows, recipe.max_length)
-    except TaskDataError as error:
-        raise TaskDataError(f"split {split}, {error}") from error
+    return GateResult(out, card, tuple(losses), time.perf_counter() - started)
 
 
 def _fit(
@@ -108,7 +89,7 @@ def _fit(
     examples: Sequence[Sequence[Example]],
     recipe: MeteoraRecipe,
     run: RouterRun,
-    checkpoint: Path,
+    out: Path,
     report: Report,
 ) -> list[tuple[float, float]]:
     weights, device = model.weights, torch.device(run.device)
@@ -127,37 +108,9 @@ def _fit(
             language, gate = both_losses(model, batch, recipe.gate_positions, smoothing=recipe.smoothing)
         return torch.stack((language + recipe.beta * gate, language, gate))
 
-    settings = Fit(
-        recipe.steps,
-        recipe.share,
-        recipe.gradient_clip,
-        checkpoint,
-        run.checkpoint_every,
-        _identity(model, recipe, tasks),
-        ("loss", "of the answers", "of the gates"),
-    )
+    names = ("loss", "of the answers", "of the gates")
+    settings = fit_settings("meteora", model, tasks, recipe, run, out, names)
     return [(language, gate) for _, language, gate in fit(weights, optimizer, losses, settings, report)]
-
-
-def _identity(model: GatedModel, recipe: MeteoraRecipe, tasks: Sequence[Task]) -> str:
-    """A checkpoint is continued only under the same one."""
-    adapters = [asdict(adapter) for adapter in model.adapters]
-    rows = {task.name: [asdict(row) for row in task.train] for task in tasks}
-    content = json.dumps([model.fingerprint, adapters, asdict(recipe), list(rows), rows], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _record(
-    tasks: Sequence[Task], adapters: Mapping[str, Path], recipe: MeteoraRecipe, losses: Sequence[tuple[float, float]]
-) -> dict[str, Any]:
-    return {
-        "recipe": asdict(recipe),
-        "tasks": [task.name for task in tasks],
-        "null_tasks": [task.name for task in tasks if task.name not in adapters],
-        "rows": sum(len(task.train) for task in tasks),
-        "final_loss": round(losses[-1][0], 4),  # a mean over steps would differ in a run that was resumed
-        "final_gate_loss": round(losses[-1][1], 4),
-    }
 
 
 def _card(model: GatedModel, recipe: MeteoraRecipe, run: RouterRun, training: Mapping[str, Any]) -> GateCard:

@@ -32,7 +32,7 @@ class MeteoraRecipe(RouterRecipe):
 
     The loss is L_LM + `beta` L_gate. L_LM counts answers, with `prompts_count` prompts too. L_gate counts the positions
     `gate_positions`: "all", or those that predict a token of an "answer"; its labels are smoothed by `smoothing`.
-    `null`: one more row of the gates stands for no adapter; it learns from tasks that have none. `joint`: the adapters
+    `joint`: the adapters
     learn, too, as in the published code (the paper says that only gates do). `packed` is the share of samples that are
     rows of two or three tasks in one sequence. `learning_rate` is the gates' peak, `adapter_rate` that of the adapters:
     linear warm-up over `warmup_steps`, then a cosine to zero at `steps`. A row has at most `max_length` tokens, and so
@@ -41,7 +41,6 @@ class MeteoraRecipe(RouterRecipe):
 
     top_k: int = 2
     temperature: float = 1.0
-    null: bool = False
     joint: bool = False
     adapter_rate: float = 2e-4
     beta: float = BETA
@@ -55,7 +54,7 @@ class MeteoraRecipe(RouterRecipe):
     warmup_steps: int = 20
 
     def share(self, step: int) -> float:
-        """The part of the peak learning rate at `step`, from 0."""
+        """The part of the peak learning rates at `step`, from 0: linear up, then a cosine down to zero."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)

@@ -34,18 +34,10 @@ from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import balance_loss, class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters, load_over_modules
 from routing.train.prompt_recipe import FIXED, MiloraRecipe
-from routing.train.prompt_training import (
-    CHECKPOINT,
-    PromptResult,
-    coefficients,
-    encoded,
-    fit_settings,
-    make_card,
-    make_optimizer,
-    training_record,
-)
+from routing.train.prompt_training import coefficients, make_card, make_optimizer
 from routing.train.recipe_command import run_command
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import CHECKPOINT, PromptResult, encoded, final_losses, fit_settings, training_record
 from routing.train.trained_adapters import ADAPTER_NAME, round_experts, write_experts
 
 SPREAD = 0.02
@@ -109,7 +101,7 @@ def train_milora(
         found = fit(weights, optimizer, losses, settings, report, after)
         if recipe.experts == MODULES:
             round_experts(model.experts)
-        training = training_record(tasks, adapters, recipe, names, found)
+        training = training_record(tasks, adapters, recipe, final_losses(names, found))
         if run.evaluation_rows:
             report("held-out rows", None)
             training["metrics"] = judge_prompts(model, [task.name for task in tasks], held_out, run)

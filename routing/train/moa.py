@@ -29,17 +29,10 @@ from routing.train.prompt_judge import judge_prompts
 from routing.train.prompt_loss import class_loss, task_labels
 from routing.train.prompt_model import PromptModel, load_over_adapters
 from routing.train.prompt_recipe import MoaRecipe
-from routing.train.prompt_training import (
-    CHECKPOINT,
-    PromptResult,
-    encoded,
-    fit_settings,
-    make_card,
-    make_optimizer,
-    training_record,
-)
+from routing.train.prompt_training import make_card, make_optimizer
 from routing.train.recipe_command import run_command
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import CHECKPOINT, PromptResult, encoded, final_losses, fit_settings, training_record
 from routing.train.trained_adapters import round_experts, write_experts
 
 
@@ -91,7 +84,7 @@ def train_moa(
     with progress_bar(run.progress) as report:
         settings = fit_settings(MOA, model, tasks, recipe, run, out, names)
         found = fit(model.weights, make_optimizer(model, recipe), losses, settings, report)
-        training = training_record(tasks, adapters, recipe, names, found)
+        training = training_record(tasks, adapters, recipe, final_losses(names, found))
         if run.evaluation_rows:
             report("held-out rows", None)
             training["metrics"] = judge_prompts(model, [task.name for task in tasks], held_out, run)

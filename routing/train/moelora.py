@@ -7,13 +7,11 @@ here there is no further loss. What comes out is a MeteoRA router over its exper
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,20 @@ from torch import Tensor
 from adapters_store.types import TARGETS, AdapterWeights, LoraPair
 from routing.card_adapters import MAX_ADAPTERS, CardAdapter
 from routing.gate_folder import GateCard, check_card, write_gates
-from routing.train.adapter import TrainError, check_device, check_out, load_causal
-from routing.train.batches import Example, encode
+from routing.train.adapter import TrainError, check_device, check_out
+from routing.train.batches import Example
 from routing.train.data import Task
-from routing.train.fitting import Fit, fit, warm_linear
-from routing.train.fused_norm import fuse_norms
+from routing.train.fitting import fit
 from routing.train.gate_tally import GateTally
 from routing.train.gated_linear import GateChoice, embed_adapters
 from routing.train.language_loss import language_loss
-from routing.train.meteora import CHECKPOINT, MeteoraResult
 from routing.train.meteora_model import GatedModel
 from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
 from routing.train.recipe_command import run_command
+from routing.train.router_model import load_frozen
 from routing.train.router_recipe import RouterRecipe, RouterRun, Rule, at_least_zero, whole
+from routing.train.router_training import CHECKPOINT, GateResult, encoded, fit_settings, training_record
 from routing.train.task_adapters import check_names, model_config
 from routing.train.trained_adapters import (
     ADAPTER_NAME,
@@ -54,7 +52,7 @@ class MoeLoraRecipe(RouterRecipe):
     """Everything that decides the experts and their gates, bar the model and the rows.
 
     The defaults are a rank of 32 in 8 parts, 4 of which act on a token. `learning_rate` is the peak of experts and
-    gates: linear warm-up over `warmup_steps`, then linear decay to zero at `steps`.
+    gates.
     """
 
     experts: int = 8
@@ -66,14 +64,11 @@ class MoeLoraRecipe(RouterRecipe):
     warmup_steps: int = 20
     weight_decay: float = 0.0
 
-    def share(self, step: int) -> float:
-        """The part of the peak learning rate at `step`, from 0."""
-        return warm_linear(step, self.steps, self.warmup_steps)
-
     def rules(self, experts: int) -> Mapping[str, Rule]:
         return {
             "experts": (2 <= self.experts <= MAX_ADAPTERS, f"2 to {MAX_ADAPTERS}"),
             **RouterRecipe.rules(self, experts),
+            "null": (not self.null, "none: every token takes experts"),
             "learning_rate": at_least_zero(self.learning_rate),
             **{name: whole(getattr(self, name), 1) for name in ("rank", "alpha")},
         }
@@ -85,7 +80,7 @@ def train_moelora(
     out: Path,
     recipe: MoeLoraRecipe | None = None,
     run: RouterRun | None = None,
-) -> MeteoraResult:
+) -> GateResult:
     """Trains experts and gates on all tasks; writes a MeteoRA router into `out`, its experts below `out`/adapters.
 
     Seeds, precision and continuing after an interruption are as in `train_meteora`.
@@ -108,13 +103,14 @@ def train_moelora(
         raise TrainError(f"{out}: its name begins the experts', expected {ADAPTER_NAME}")
     model = _load(model_folder, recipe, run, names)
     check_card(_card(model, recipe, run, {}))  # rather than after hours
-    train = [encode(model.tokenizer, task.train, recipe.max_length) for task in tasks]
-    held_out = [encode(model.tokenizer, task.valid[: run.evaluation_rows], recipe.max_length) for task in tasks]
+    train = encoded(model, "train", [task.train for task in tasks], recipe.max_length)
+    held_out = encoded(model, "valid", [task.valid[: run.evaluation_rows] for task in tasks], recipe.max_length)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(run.progress) as report:
-        losses = _fit(model, tasks, train, recipe, run, out / CHECKPOINT, report)
+        losses = _fit(model, tasks, train, recipe, run, out, report)
         round_experts(model.experts)
-        training = _record(tasks, recipe, losses)
+        last = {"method": "moelora", "final_loss": round(losses[-1][0], 4)}
+        training = training_record(tasks, {}, recipe, last)
         if run.evaluation_rows:
             report("held-out rows", None)
             training["metrics"] = _judge(model, tasks, held_out, run)
@@ -122,7 +118,7 @@ def train_moelora(
     gates = {module: linear.gate for module, linear in model.linears.items()}
     card = write_gates(out, _card(replace(model, adapters=written), recipe, run, training), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
-    return MeteoraResult(out, card, tuple(losses), time.perf_counter() - started)
+    return GateResult(out, card, tuple(losses), time.perf_counter() - started)
 
 
 def _load(model_folder: Path, recipe: MoeLoraRecipe, run: RouterRun, names: Sequence[str]) -> GatedModel:
@@ -135,9 +131,7 @@ def _load(model_folder: Path, recipe: MoeLoraRecipe, run: RouterRun, names: Sequ
 
     modules = [(layer, target) for layer in range(shape.num_layers) for target in TARGETS]
     experts = [AdapterWeights("", {module: drawn(module[1]) for module in modules}) for _ in names]
-    causal, tokenizer = load_causal(model_folder)
-    causal.to(run.device).eval()
-    fuse_norms(causal)
+    causal, tokenizer = load_frozen(model_folder, run.device)
     tally = GateTally()
     linears = embed_adapters(causal, experts, False, GateChoice(recipe.top_k, 1.0), tally, trainable=True)
     for linear in linears.values():
@@ -152,7 +146,7 @@ def _fit(
     rows: Sequence[Sequence[Example]],
     recipe: MoeLoraRecipe,
     run: RouterRun,
-    checkpoint: Path,
+    out: Path,
     report: Report,
 ) -> list[tuple[float, ...]]:
     mixture = Mixture(rows, recipe.batch_size, recipe.seed)
@@ -163,15 +157,7 @@ def _fit(
     def losses(step: int) -> Tensor:
         return _loss(model, mixture.samples(step), run)[None]
 
-    settings = Fit(
-        recipe.steps,
-        recipe.share,
-        recipe.gradient_clip,
-        checkpoint,
-        run.checkpoint_every,
-        _identity(model, recipe, tasks),
-        ("loss",),
-    )
+    settings = fit_settings("moelora", model, tasks, recipe, run, out, ("loss",))
     return fit(weights, optimizer, losses, settings, report)
 
 
@@ -197,22 +183,6 @@ def _judge(
     mean = sum(found.values()) / len(found)
     losses = {name: {"loss": round(loss, 4)} for name, loss in found.items()}
     return {"split": "valid", "loss": round(mean, 4), "tasks": losses}
-
-
-def _record(tasks: Sequence[Task], recipe: MoeLoraRecipe, losses: Sequence[tuple[float, ...]]) -> dict[str, Any]:
-    return {
-        "method": "moelora",
-        "recipe": asdict(recipe),
-        "tasks": [task.name for task in tasks],
-        "rows": sum(len(task.train) for task in tasks),
-        "final_loss": round(losses[-1][0], 4),
-    }
-
-
-def _identity(model: GatedModel, recipe: MoeLoraRecipe, tasks: Sequence[Task]) -> str:
-    rows = [[task.name, [asdict(row) for row in task.train]] for task in tasks]
-    content = json.dumps(["moelora", model.fingerprint, asdict(recipe), rows], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _card(model: GatedModel, recipe: MoeLoraRecipe, run: RouterRun, training: Mapping[str, Any]) -> GateCard:

@@ -11,13 +11,12 @@ import torch
 
 from adapters_store.linear_names import Module
 from adapters_store.types import TARGETS, LinearShape, LoraPair
-from routing.card_adapters import CardAdapter
-from routing.train.adapter import TrainError, check_device, load_causal
+from routing.train.adapter import TrainError, check_device
 from routing.train.data import Task
-from routing.train.fused_norm import fuse_norms
 from routing.train.layer_routers import LayerRouters, RoutedLinear, embed_experts, fresh_routers, router_weights
 from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
-from routing.train.task_adapters import check_names, model_config, named_adapters, read_adapters, row_labels
+from routing.train.router_model import RouterModel, given_adapters, load_frozen
+from routing.train.task_adapters import check_names, model_config
 from routing.train.trained_adapters import Experts, factor_weights, fresh_pair
 
 Pairs = dict[Module, dict[int, LoraPair]]
@@ -25,20 +24,12 @@ Pairs = dict[Module, dict[int, LoraPair]]
 
 
 @dataclass(frozen=True, slots=True)
-class PromptModel:
-    """The model in fp32, all of it frozen but the routers and, where they are trained too, the experts.
+class PromptModel(RouterModel):
+    """A model of which only the routers are trained and, where they are trained too, the experts.
 
-    `adapters` are in the order of the routers' experts; over modules there is none yet. `labels` is the expert of every
-    task's own adapter, that of "no adapter" for tasks without one; empty over modules. `linears` are those on which
-    experts act; empty if none needs to act in training.
+    `linears` are those on which experts act; empty if none needs to act in training.
     """
 
-    causal: Any
-    tokenizer: Any
-    shape: LinearShape
-    fingerprint: str
-    adapters: tuple[CardAdapter, ...]
-    labels: tuple[int, ...]
     routers: LayerRouters
     linears: Mapping[Module, RoutedLinear]
 
@@ -72,27 +63,17 @@ def load_over_adapters(
     Raises:
         TrainError: model, device, chat template or an adapter is missing or does not fit, or the recipe cannot be.
     """
-    named = named_adapters(tasks, adapters, recipe.null)
-    experts = len(named) + recipe.null
-    recipe.check(experts)
-    check_device(device)
-    config = model_config(model_folder)
-    files = read_adapters(named, adapters, config)
+    given = given_adapters(model_folder, tasks, adapters, recipe, device)
     pairs: Pairs = {}
-    for expert, file in enumerate(files.values()):
+    for expert, file in enumerate(given.files.values()):
         for module, pair in file.weights.pairs.items() if acting else ():
             pairs.setdefault(module, {})[expert] = pair
-    causal, tokenizer = _load(model_folder, device)
-    routers = _routers(causal, recipe, config.linear_shape, experts, spread, device)
+    causal, tokenizer = load_frozen(model_folder, device)
+    shape, experts = given.config.linear_shape, len(given.files) + recipe.null
+    routers = _routers(causal, recipe, shape, experts, spread, device)
+    linears = embed_experts(causal, pairs, experts, routers, trainable=trainable)
     return PromptModel(
-        causal=causal,
-        tokenizer=tokenizer,
-        shape=config.linear_shape,
-        fingerprint=config.fingerprint(),
-        adapters=tuple(CardAdapter(name, file.digest) for name, file in files.items()),
-        labels=row_labels(tasks, named),
-        routers=routers,
-        linears=embed_experts(causal, pairs, experts, routers, trainable=trainable),
+        causal, tokenizer, shape, given.config.fingerprint(), given.cards, given.labels, routers, linears
     )
 
 
@@ -115,17 +96,10 @@ def load_over_modules(
         for expert, target in enumerate(TARGETS):
             sizes = shape.inputs[target], shape.outputs[target]
             pairs[layer, target] = {expert: fresh_pair(*sizes, recipe.rank, recipe.alpha, generator)}
-    causal, tokenizer = _load(model_folder, device)
+    causal, tokenizer = load_frozen(model_folder, device)
     routers = _routers(causal, recipe, shape, len(TARGETS), spread, device)
     linears = embed_experts(causal, pairs, len(TARGETS), routers, trainable=True)
     return PromptModel(causal, tokenizer, shape, config.fingerprint(), (), (), routers, linears)
-
-
-def _load(model_folder: Path, device: str) -> tuple[Any, Any]:
-    causal, tokenizer = load_causal(model_folder)
-    causal.to(device).eval().requires_grad_(False)
-    fuse_norms(causal)
-    return causal, tokenizer
 
 
 def _routers(

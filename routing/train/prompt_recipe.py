@@ -20,7 +20,6 @@ from routing.prompt_router import (
     VOTE,
     RouterForm,
 )
-from routing.train.fitting import warm_linear
 from routing.train.router_recipe import RouterRecipe, Rule, at_least_zero, whole
 
 DEV, TRAIN, FIXED = "dev", "train", "fixed"
@@ -33,21 +32,15 @@ class PromptRecipe(RouterRecipe):
 
     `norm` "rms": hidden states are divided by their root mean square before they are pooled. The papers do not say so,
     but in SmolLM2-135M the first token's are 150 times as long as all others' from layer 12 on, and would be all that
-    a mean shows. `null`: a last expert stands for no adapter; it learns from tasks that have none. `smoothing`: share
-    of a task label that is spread over all experts. `router_rate` is the peak of the routers' learning rate:
-    linear warm-up over `warmup_steps`, then linear decay to zero at `steps`. A row has at most `max_length` tokens.
+    a mean shows. `smoothing`: share of a task label that is spread over all experts. `router_rate` is the peak of the
+    routers' learning rate.
     """
 
     pooling: str = "mean"
     activation: str = "none"
     norm: str = RMS
-    null: bool = False
     smoothing: float = 0.0
     router_rate: float = 2e-3
-
-    def share(self, step: int) -> float:
-        """The part of the peak learning rates at `step`, from 0."""
-        return warm_linear(step, self.steps, self.warmup_steps)
 
     def rules(self, experts: int) -> Mapping[str, Rule]:
         return {

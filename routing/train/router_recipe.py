@@ -10,6 +10,7 @@ import torch
 
 from routing.gate_folder import MAX_TOP_K
 from routing.train.adapter import TrainError
+from routing.train.fitting import warm_linear
 
 AUTO, BFLOAT16, FLOAT32 = "auto", "bfloat16", "float32"
 PRECISIONS = (AUTO, BFLOAT16, FLOAT32)
@@ -20,9 +21,13 @@ Rule = tuple[bool, str]
 
 @dataclass(frozen=True, slots=True)
 class RouterRecipe:
-    """`top_k` experts act; `steps` of `batch_size` rows, of at most `max_length` tokens each, and AdamW's settings."""
+    """`top_k` experts act; `steps` of `batch_size` rows, of at most `max_length` tokens each, and AdamW's settings.
+
+    `null`: a last row or expert stands for no adapter; it learns from tasks that have none.
+    """
 
     top_k: int = 1
+    null: bool = False
     steps: int = 300
     batch_size: int = 32
     max_length: int = 512
@@ -30,6 +35,10 @@ class RouterRecipe:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     seed: int = 0
+
+    def share(self, step: int) -> float:
+        """The part of the peak learning rates at `step`, from 0: linear up over the warm-up, linear down to zero."""
+        return warm_linear(step, self.steps, self.warmup_steps)
 
     def check(self, experts: int) -> None:
         """Raise TrainError for the first rule that is broken, with so many experts to choose from."""

@@ -18,7 +18,7 @@ from routing.prompt_router import LayerRouter
 from routing.train.adapter import AdapterResult
 from routing.train.card import AdapterCard, write_card
 from routing.train.data import read_task
-from routing.train.prompt_training import PromptResult
+from routing.train.router_training import PromptResult
 
 
 def test_trains_the_chosen_tasks_and_sums_up(

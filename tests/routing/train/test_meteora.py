@@ -15,12 +15,13 @@ from routing.gate_folder import load_gates, read_gates
 from routing.train.adapter import TrainError
 from routing.train.batches import encode
 from routing.train.data import Task, TaskDataError
-from routing.train.meteora import MeteoraResult, train_meteora
+from routing.train.meteora import train_meteora
 from routing.train.meteora_loss import both_losses
 from routing.train.meteora_model import load_gated_model
 from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.mixed_batches import collate_mixed
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import GateResult
 from server.model.config import ModelConfig
 
 RECIPE = MeteoraRecipe(steps=25, batch_size=4, learning_rate=2e-2, warmup_steps=3, max_length=80)
@@ -45,11 +46,11 @@ def adapters(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="module")
 def trained(
     chat_model: Path, tasks: list[Task], adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> MeteoraResult:
+) -> GateResult:
     return train_meteora(chat_model, tasks, adapters, tmp_path_factory.mktemp("routers") / "toy", RECIPE, RUN)
 
 
-def test_gates_learn_whose_tokens_they_see(trained: MeteoraResult, chat_model: Path, adapters: dict[str, Path]) -> None:
+def test_gates_learn_whose_tokens_they_see(trained: GateResult, chat_model: Path, adapters: dict[str, Path]) -> None:
     card, config = read_gates(trained.folder), ModelConfig.from_folder(chat_model)
     assert card == trained.card == read_gates(trained.folder, config.linear_shape, config.fingerprint())
     assert trained.losses[0][1] == pytest.approx(0.6931, abs=1e-3)  # log 2: from zero, all rows are alike

@@ -15,9 +15,10 @@ from routing.gate_folder import read_gates
 from routing.train import meteora as training
 from routing.train.adapter import TrainError
 from routing.train.data import Task
-from routing.train.meteora import CHECKPOINT, MeteoraResult, train_meteora
+from routing.train.meteora import train_meteora
 from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import CHECKPOINT, GateResult
 
 RECIPE = MeteoraRecipe(steps=10, batch_size=4, learning_rate=2e-2, warmup_steps=3, max_length=80, packed=0.5, null=True)
 JOINT = replace(RECIPE, joint=True)
@@ -35,10 +36,10 @@ def adapters(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture
-def train(chat_model: Path, adapters: dict[str, Path], tmp_path: Path) -> Callable[..., MeteoraResult]:
+def train(chat_model: Path, adapters: dict[str, Path], tmp_path: Path) -> Callable[..., GateResult]:
     def run(
         name: str, tasks: list[Task] = TASKS, recipe: MeteoraRecipe = RECIPE, run: RouterRun = RUN, xyz: str = "xyz"
-    ) -> MeteoraResult:
+    ) -> GateResult:
         own = {"ab": adapters["ab"], "xyz": adapters[xyz]}
         return train_meteora(chat_model, tasks, own, tmp_path / name, recipe, run)
 
@@ -63,7 +64,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, steps: int, run: Callable[[], o
 
 @pytest.mark.parametrize("recipe", [RECIPE, JOINT])
 def test_a_killed_run_ends_in_the_same_bits(
-    train: Callable[..., MeteoraResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: MeteoraRecipe
+    train: Callable[..., GateResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: MeteoraRecipe
 ) -> None:
     whole = train("whole", recipe=recipe)
     interrupted(monkeypatch, 6, lambda: train("cut", recipe=recipe))
@@ -90,7 +91,10 @@ OTHER_ROW = replace(TASKS[0].train[0], target="c")
     ],
 )
 def test_a_checkpoint_of_another_run_is_not_continued(
-    train: Callable[..., MeteoraResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    train: Callable[..., GateResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
 ) -> None:
     quick = replace(RUN, evaluation_rows=0)
     interrupted(monkeypatch, 5, lambda: train("cut", run=quick))
@@ -100,7 +104,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(
     assert "metrics" not in result.card.training
 
 
-def test_a_diverging_loss_stops_the_run(train: Callable[..., MeteoraResult], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverging_loss_stops_the_run(train: Callable[..., GateResult], monkeypatch: pytest.MonkeyPatch) -> None:
     real = training.both_losses
     monkeypatch.setattr(
         training, "both_losses", lambda *given, **named: [loss * torch.nan for loss in real(*given, **named)]
@@ -111,7 +115,7 @@ def test_a_diverging_loss_stops_the_run(train: Callable[..., MeteoraResult], mon
 
 @pytest.mark.parametrize(("step", "every"), [(10, 50), (4, 4)])
 def test_gates_that_are_not_finite_replace_no_router(
-    train: Callable[..., MeteoraResult], monkeypatch: pytest.MonkeyPatch, step: int, every: int
+    train: Callable[..., GateResult], monkeypatch: pytest.MonkeyPatch, step: int, every: int
 ) -> None:
     good = train("router")
     files = {path.name: path.read_bytes() for path in good.folder.iterdir()}

@@ -21,8 +21,8 @@ from routing.train.adapter import TrainError
 from routing.train.batches import encode
 from routing.train.milora import train_milora
 from routing.train.prompt_recipe import MiloraRecipe
-from routing.train.prompt_training import PromptResult
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import PromptResult
 from server.model.config import ModelConfig
 
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz")]

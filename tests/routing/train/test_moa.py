@@ -24,8 +24,8 @@ from routing.train.data import Task, TaskDataError
 from routing.train.mixed_batches import Mixture
 from routing.train.moa import train_moa
 from routing.train.prompt_recipe import MoaRecipe
-from routing.train.prompt_training import PromptResult
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import PromptResult
 from server.model.config import ModelConfig
 
 RECIPE = MoaRecipe(steps=25, batch_size=4, router_rate=2e-2, warmup_steps=3, max_length=80)

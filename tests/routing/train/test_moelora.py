@@ -19,9 +19,9 @@ from routing.train.batches import encode
 from routing.train.data import TaskDataError
 from routing.train.gate_tally import GateTally
 from routing.train.gated_linear import GateChoice, embed_adapters
-from routing.train.meteora import CHECKPOINT, MeteoraResult
 from routing.train.moelora import MoeLoraRecipe, train_moelora
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import CHECKPOINT, GateResult
 from server.model.config import ModelConfig
 
 TASKS = [toy_task("ab", "ab"), toy_task("xyz", "xyz")]
@@ -30,7 +30,7 @@ RUN = RouterRun(progress=False, evaluation_rows=2, checkpoint_every=4, base_name
 
 
 @pytest.fixture(scope="module")
-def trained(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MeteoraResult:
+def trained(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> GateResult:
     return train_moelora(chat_model, TASKS, tmp_path_factory.mktemp("whole") / "toy", RECIPE, RUN)
 
 
@@ -45,7 +45,7 @@ def answer_losses(causal: Any, folder: Path, task: Any) -> torch.Tensor:
     return torch.stack(found)
 
 
-def test_the_loss_falls_and_the_artefact_is_a_router_over_its_experts(trained: MeteoraResult, chat_model: Path) -> None:
+def test_the_loss_falls_and_the_artefact_is_a_router_over_its_experts(trained: GateResult, chat_model: Path) -> None:
     losses = [loss for (loss,) in trained.losses]
     assert losses[-1] < 0.7 * losses[0]
     config = ModelConfig.from_folder(chat_model)
@@ -83,7 +83,7 @@ def test_it_begins_as_the_base_model_with_gates_that_differ(chat_model: Path, tm
 
 
 def test_a_killed_run_ends_in_the_same_bits(
-    trained: MeteoraResult, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: GateResult, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = moelora.language_loss, 0
 

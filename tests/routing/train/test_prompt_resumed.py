@@ -15,8 +15,8 @@ from routing.prompt_folder import read_prompt_router
 from routing.train import milora, moa
 from routing.train.adapter import TrainError
 from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
-from routing.train.prompt_training import CHECKPOINT, PromptResult
 from routing.train.router_recipe import RouterRun
+from routing.train.router_training import CHECKPOINT, PromptResult
 
 SHARED: dict[str, Any] = {"steps": 10, "batch_size": 3, "router_rate": 2e-2, "warmup_steps": 3, "max_length": 80}
 MOA = MoaRecipe(**SHARED, joint=True)
