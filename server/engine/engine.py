@@ -8,9 +8,8 @@ while engine.has_work:
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 
 from adapters_store.tiers import HostTier, folder_reader
 from server.engine.adapters import EngineAdapters
@@ -35,6 +34,7 @@ from server.engine.runner import Launched, Runner
 from server.engine.sampler import stop_ids
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
+from server.engine.snapshot import engine_info, engine_stats
 
 Clock = Callable[[], float]
 
@@ -156,52 +156,12 @@ class Engine:
         return outputs
 
     def info(self) -> EngineInfo:
-        runner = self.runner
-        return EngineInfo(
-            model_fingerprint=runner.model.fingerprint(),
-            max_model_len=runner.max_model_len,
-            num_kv_blocks=runner.num_blocks,
-            block_size=self.config.block_size,
-            num_pages=runner.pool.num_pages,
-            vocab_size=runner.model.vocab_size,
-            eos_token_ids=tuple(sorted(self.eos_token_ids)),
-            device=str(runner.device),
-            dtype=str(runner.dtype).removeprefix("torch."),
-            memory={
-                "weights": runner.weight_bytes,
-                "kv": runner.kv_bytes,
-                "pages": runner.pool.num_bytes,
-                "gates": 0 if runner.slots is None else runner.slots.num_bytes,
-                "workspace": runner.workspace_bytes,
-            },
-        )
+        return engine_info(self.runner, self.config.block_size)
 
     def stats(self) -> EngineStats:
         """A snapshot; the steps and reads it reports are forgotten."""
-        scheduler, pool = self.scheduler, self.runner.pool
         steps, self._steps = tuple(self._steps), []
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self.intake.waiting),
-            kv_used_blocks=scheduler.blocks.num_used,
-            kv_blocks=scheduler.blocks.num_blocks,
-            pages=pool.pages_by_state(),
-            prefix_queries=scheduler.blocks.queries,
-            prefix_hits=scheduler.blocks.hits,
-            preemptions=scheduler.preemptions,
-            adapter_loads=pool.counters.loads,
-            adapter_evictions=pool.counters.evictions,
-            adapter_reads=self.adapters.take_read_seconds(),
-            host_evictions=self.adapters.host.counters.evictions,
-            host_bytes=self.adapters.host.num_bytes,
-            host_budget=self.adapters.host.budget_bytes,
-            host_shrinks=self.adapters.host.counters.shrinks,
-            adapters_host=len(self.adapters.host),
-            adapters_device=len(pool.residents),
-            running_adapters=_digests(scheduler.running),
-            waiting_adapters=_digests(chain(scheduler.waiting, self.intake.waiting)),
-            steps=steps,
-        )
+        return engine_stats(self.scheduler, self.intake, self.adapters, steps)
 
     def close(self) -> None:
         """Stop all threads. An engine that is dropped without it leaves none behind for long either."""
@@ -340,7 +300,3 @@ class Engine:
         del self._sequences[sequence.request.id]
         self._deadlines.remove(sequence)
         self.intake.remove(sequence, forget=forget)
-
-
-def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({digest for sequence in sequences for digest in sequence.request.mix.digests}))
