@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from server import cli_admin, cli_chat, cli_gates, cli_train, cli_train_prompt
+from server import cli_admin, cli_chat, cli_gates, cli_train, cli_train_routers
 from server.logs import configure, level_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # rich's own markup would swallow defaults in brackets
     help="One base model, thousands of LoRA adapters, every request its own weighted set of them.",
 )
-cli_train.train.add_typer(cli_train_prompt.app)
+cli_train.train.add_typer(cli_train_routers.app)
 cli_train.train.add_typer(cli_gates.train)
 cli_train.evaluate.add_typer(cli_gates.evaluate)
 app.add_typer(cli_train.train, name="train")

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -120,71 +119,6 @@ def train_retriever(
             shown = ", ".join(f"{part} {shares['top1']:.1%} / {shares['top3']:.1%}" for part, shares in parts.items())
             typer.echo(f"validation rows, {form}, top 1 / 3: {shown}")
     typer.echo(f"{len(result.card.training['tasks'])} tasks, min_score {result.card.min_score}, {result.seconds:.0f} s")
-    typer.echo(result.folder)
-
-
-@train.command("meteora")
-def train_meteora(
-    tasks: Tasks,
-    adapters: Annotated[Path, typer.Option(help="Folder of PEFT folders named like the tasks.")],
-    out: Annotated[Path, typer.Option(help="Folder that the router is written to.")],
-    model: Annotated[str, typer.Option(help="Model folder, pulled model or hub id.")] = DEFAULT_MODEL,
-    name: Annotated[str | None, typer.Option(help="What the router calls itself [the folder's name].")] = None,
-    group: Annotated[str | None, typer.Option(help="Only tasks of this group, as eval routing --group.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Adapters of a token, in every linear.")] = 2,
-    temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen adapters.")] = 1.0,
-    samples: Annotated[int | None, typer.Option(min=1, help="Training rows of a task at most [all].")] = None,
-    null: Annotated[bool, typer.Option("--null", help="Tasks without an adapter teach the gates to use none.")] = False,
-    joint: Annotated[bool, typer.Option("--joint", help="Train the adapters on, and write them as new ones.")] = False,
-    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the gates' loss.")] = 5.0,
-    packed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of samples of several tasks.")] = 0.0,
-    steps: Annotated[int, typer.Option(min=1)] = 600,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-3,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row, and of a sample of several.")] = 512,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Device = "cpu",
-    data_dir: DataDir = None,
-) -> None:
-    """Train a router that chooses adapters for every token. The last line printed is its folder."""
-    from routing.card_file import RouterFolderError
-    from routing.evaluate.groups import chosen_tasks
-    from routing.train.adapter import TrainError
-    from routing.train.adapter_folders import adapter_folders
-    from routing.train.data import TaskDataError
-    from routing.train.meteora import train_meteora as run
-    from routing.train.meteora_recipe import MeteoraRecipe
-    from routing.train.router_recipe import RouterRun
-    from server.checkpoint import CheckpointError, locate
-
-    recipe = MeteoraRecipe(
-        top_k=top_k,
-        temperature=temperature,
-        null=null,
-        joint=joint,
-        beta=beta,
-        packed=packed,
-        steps=steps,
-        batch_size=batch,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        seed=seed,
-    )
-    with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
-        found = [replace(task, train=task.train[:samples]) for task in chosen_tasks(tasks, group)]
-        folder = locate(model, data_folder(data_dir))
-        own = adapter_folders(adapters, [task.name for task in found], narrowed=group is not None, null=null)
-        without = [task.name for task in found if task.name not in own]
-        typer.echo(f"{len(own)} adapters" + (f"; without one: {', '.join(without)}" if without else ""))
-        settings = RouterRun(device=device, base_name=folder.resolve().name, name=name or out.resolve().name)
-        result = run(folder, found, own, out, recipe, settings)
-    metrics = result.card.training["metrics"]
-    typer.echo(
-        "validation rows, the gates' highest logit is the task's: "
-        f"{metrics['gate_accuracy_apart']:.1%} from the first token on that differs between tasks, "
-        f"where the answer is predicted {metrics['gate_accuracy_answer']:.1%}"
-    )
-    typer.echo(f"{len(result.card.adapters)} adapters, top {top_k}, loss {metrics['loss']:.3f}, {result.seconds:.0f} s")
     typer.echo(result.folder)
 
 

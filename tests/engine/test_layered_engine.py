@@ -1,6 +1,5 @@
 """MiLoRA through the whole engine, against its formulas over the `transformers` model."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,22 @@ import pytest
 from server.engine.config import RequestError
 from server.engine.engine import Engine
 from server.engine.plan import Plan
-from server.engine.prompt_routers import PromptUse
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request
 from tests.conftest import MakeAdapter
 from tests.engine.plain_routing import Made, Plain, make_prompt_router, routed
+from tests.engine.routed_world import (
+    SCORED,
+    Asked,
+    assert_equals_plain,
+    assert_mixed_traffic_equals_plain,
+    engine,
+    outputs_with_aborts,
+    registered,
+    routed_engine,
+)
 from tests.engine.test_engine import GREEDY, PROMPTS, Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY as GATES
-from tests.engine.test_gated_engine import make_router
-from tests.engine.test_gated_engine import request as gated
-from tests.engine.test_moa_engine import SCORED, assert_equals_plain, registered, routed_engine
 
-__all__ = ["registered"]
+__all__ = ["engine", "registered"]
 
 MILORA: dict[str, Any] = {
     "kind": "milora",
@@ -32,11 +36,6 @@ MILORA: dict[str, Any] = {
     "top_k": 3,
 }
 ADAPTERS = MILORA | {"experts": "adapters", "top_k": 2}
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Engine:
-    return routed_engine(tiny_model)
 
 
 @pytest.fixture
@@ -111,34 +110,13 @@ def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
     names = tuple(sorted(registered.weights))
     other = make_prompt_router(tmp_path / "other", tiny_model, registered, names, 8, **ADAPTERS)
     moa = make_prompt_router(tmp_path / "moa", tiny_model, registered, names, 9)
-    gates = make_router(tmp_path / "gates", tiny_model, registered, names[:3], 5, False)
     made = {"milora": (plain, milora)}
     made |= {each.folder.name: (Plain(tiny_model, registered, each), each) for each in (other, moa)}
-    asked: dict[str, tuple[str, tuple[int, ...], PromptUse]] = {}
+    asked: dict[str, Asked] = {}
     for number, prompt in enumerate(PROMPTS[2:5]):
         for which, (_, own) in made.items():
             asked[f"{which}-{number}"] = (which, prompt, own.use(only=own.names[number % 2 :] or own.names))
-    requests = [routed(name, prompt, registered, use, SCORED) for name, (_, prompt, use) in asked.items()]
-    plainly = [Request(f"base-{number}", prompt, SCORED) for number, prompt in enumerate(PROMPTS[:3])]
-    plainly += [
-        Request(f"mix-{number}", prompt, SCORED, registered.mix({"all4": 0.5, "qv16": 0.3}), registered.paths)
-        for number, prompt in enumerate(PROMPTS[:3])
-    ]
-    plainly += [gated(f"gated-{number}", PROMPTS[number], registered, gates.use(2), SCORED) for number in range(2)]
-    requests += plainly
-    random.Random(2).shuffle(requests)
-    engine = routed_engine(tiny_model, gates=GATES, **settings)
-    registered.load(engine)
-    for request in requests:
-        engine.add_request(request)
-    outputs = drain(engine)
-    assert engine.scheduler.preemptions > 0 or "kv_memory" not in settings
-    for name, (which, prompt, use) in asked.items():
-        assert_equals_plain(outputs[name], made[which][0], prompt, use)
-    alone = routed_engine(tiny_model, gates=GATES)
-    for request in plainly:
-        alone.add_request(request)
-        assert tokens_of(drain(alone)[request.id]) == tokens_of(outputs[request.id])
+    assert_mixed_traffic_equals_plain(tiny_model, registered, made, asked, tmp_path / "gates", settings, seed=2)
 
 
 @pytest.mark.parametrize("steps", range(5))
@@ -234,20 +212,8 @@ def test_states_that_overflow_decide_nothing(
 def test_abort_in_the_middle(tiny_model: Path, plain: Plain, milora: Made, registered: Registered, steps: int) -> None:
     engine = routed_engine(tiny_model, max_batch_tokens=16, max_num_seqs=8)
     registered.load(engine)
-    for name in ("first", "second"):
-        engine.add_request(routed(name, PROMPTS[5], registered, milora.use(), SCORED))
-    outputs: dict[str, list[Output]] = {"first": [], "second": []}
-
-    def step() -> None:
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-        engine.check_integrity()
-
-    for _ in range(steps):
-        step()
-    engine.abort("first")
-    while engine.has_work:
-        step()
+    requests = [routed(each, PROMPTS[5], registered, milora.use(), SCORED) for each in ("first", "second")]
+    outputs = outputs_with_aborts(engine, requests, steps, ["first"])
     assert outputs["first"][-1].finish_reason is FinishReason.ABORT
     assert_equals_plain(outputs["second"], plain, PROMPTS[5], milora.use())
 

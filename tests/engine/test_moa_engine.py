@@ -1,6 +1,5 @@
 """Mixture-of-LoRAs through the whole engine, against its formulas over the `transformers` model."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,32 +9,22 @@ import pytest
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.plan import Chunk, LayerRun, Plan
-from server.engine.prompt_routers import PromptUse
 from server.engine.runner import Launched
-from server.engine.sequence import FinishReason, Output, Request
+from server.engine.sequence import FinishReason, Request
 from tests.engine.plain_routing import Made, Plain, make_prompt_router, routed
+from tests.engine.routed_world import (
+    SCORED,
+    Asked,
+    assert_equals_plain,
+    assert_mixed_traffic_equals_plain,
+    engine,
+    outputs_with_aborts,
+    registered,
+    routed_engine,
+)
 from tests.engine.test_engine import GREEDY, PROMPTS, SMALL, Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY as GATES
-from tests.engine.test_gated_engine import make_router
-from tests.engine.test_gated_engine import request as gated
 
-FACTORY = "routing.prompt_serving:PromptRouterFactory"
-SCORED = replace(GREEDY, logprobs=0, max_tokens=6)
-TOLERANCE = 1e-3
-
-
-@pytest.fixture
-def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
-    return Registered(tiny_model, adapters)
-
-
-def routed_engine(model: Path, **settings: Any) -> Engine:
-    return Engine.from_config(EngineConfig(str(model), prompt_routers=FACTORY, **{**SMALL, **settings}))
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Engine:
-    return routed_engine(tiny_model)
+__all__ = ["engine", "registered"]
 
 
 @pytest.fixture
@@ -46,18 +35,6 @@ def moa(tiny_model: Path, registered: Registered, tmp_path: Path) -> Made:
 @pytest.fixture
 def plain(tiny_model: Path, registered: Registered, moa: Made) -> Plain:
     return Plain(tiny_model, registered, moa)
-
-
-def assert_equals_plain(outputs: list[Output], plain: Plain, prompt: tuple[int, ...], use: PromptUse) -> None:
-    weights, probabilities = plain.decide(prompt, use)
-    tokens, scores = plain.greedy(prompt, weights, SCORED.max_tokens)
-    assert tokens_of(outputs) == tokens
-    assert [output.logprobs[0].logprob for output in outputs] == pytest.approx(scores, abs=TOLERANCE)
-    told = outputs[0].decided
-    assert told is not None
-    assert all(output.decided is None for output in outputs[1:])
-    assert [list(own) for own in told.probabilities] == [pytest.approx(own, abs=TOLERANCE) for own in probabilities]
-    assert len(told.chosen) == plain.made.form.num_layers
 
 
 FORMS: list[dict[str, Any]] = [
@@ -112,33 +89,12 @@ def test_all_kinds_of_rows_share_batches_and_survive_chunks_and_preemption(
     tiny_model: Path, registered: Registered, moa: Made, plain: Plain, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     other = make_prompt_router(tmp_path / "other", tiny_model, registered, moa.names[1:], 8, pooling="attention")
-    gates = make_router(tmp_path / "gates", tiny_model, registered, moa.names[:3], 5, False)
     both = {"moa": (plain, moa), "other": (Plain(tiny_model, registered, other), other)}
-    asked: dict[str, tuple[str, tuple[int, ...], PromptUse]] = {}
+    asked: dict[str, Asked] = {}
     for number, prompt in enumerate(PROMPTS[1:5]):
         for which, (_, own) in both.items():
             asked[f"{which}-{number}"] = (which, prompt, own.use(only=own.names[number % 2 :]))
-    requests = [routed(name, prompt, registered, use, SCORED) for name, (_, prompt, use) in asked.items()]
-    plainly = [Request(f"base-{number}", prompt, SCORED) for number, prompt in enumerate(PROMPTS[:4])]
-    plainly += [
-        Request(f"mix-{number}", prompt, SCORED, registered.mix({"all4": 0.5, "qv16": 0.3}), registered.paths)
-        for number, prompt in enumerate(PROMPTS[:4])
-    ]
-    plainly += [gated(f"gated-{number}", PROMPTS[number], registered, gates.use(2), SCORED) for number in range(3)]
-    requests += plainly
-    random.Random(1).shuffle(requests)
-    engine = routed_engine(tiny_model, gates=GATES, **settings)
-    registered.load(engine)
-    for request in requests:
-        engine.add_request(request)
-    outputs = drain(engine)
-    assert engine.scheduler.preemptions > 0 or "kv_memory" not in settings
-    for name, (which, prompt, use) in asked.items():
-        assert_equals_plain(outputs[name], both[which][0], prompt, use)
-    alone = routed_engine(tiny_model, gates=GATES)
-    for request in plainly:
-        alone.add_request(request)
-        assert tokens_of(drain(alone)[request.id]) == tokens_of(outputs[request.id])
+    assert_mixed_traffic_equals_plain(tiny_model, registered, both, asked, tmp_path / "gates", settings, seed=1)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
@@ -240,22 +196,8 @@ def test_whoever_waits_takes_over_when_the_first_one_is_aborted(
 ) -> None:
     engine = routed_engine(tiny_model, max_batch_tokens=16, max_num_seqs=8)
     registered.load(engine)
-    for name in ("first", "second", "third"):
-        engine.add_request(routed(name, PROMPTS[5], registered, moa.use(), SCORED))
-    outputs: dict[str, list[Output]] = {name: [] for name in ("first", "second", "third")}
-
-    def step() -> None:
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-        engine.check_integrity()
-
-    for _ in range(steps):
-        step()
-    engine.abort("second")
-    engine.abort("first")
-    engine.check_integrity()
-    while engine.has_work:
-        step()
+    requests = [routed(each, PROMPTS[5], registered, moa.use(), SCORED) for each in ("first", "second", "third")]
+    outputs = outputs_with_aborts(engine, requests, steps, ["second", "first"])
     assert outputs["first"][-1].finish_reason is outputs["second"][-1].finish_reason is FinishReason.ABORT
     assert_equals_plain(outputs["third"], plain, PROMPTS[5], moa.use())
     assert not engine.deciding.followers

@@ -10,12 +10,12 @@ from server.engine.decided_memory import MOST_PAGES, DecidedMemory
 from server.engine.decided_rows import PLACES, DecidedRows
 from server.engine.sequence import Request
 from tests.engine.plain_routing import make_prompt_router, routed
+from tests.engine.routed_world import FACTORY, SCORED
 from tests.engine.test_engine import Registered, drain, tokens_of
 from tests.engine.test_gated_engine import FACTORY as GATES
 from tests.engine.test_gated_engine import make_router
 from tests.engine.test_gated_engine import request as gated
 from tests.engine.test_layered_engine import ADAPTERS, MILORA
-from tests.engine.test_moa_engine import FACTORY, SCORED
 from tests.engine.test_triton_engine import interpreted, micro, micro_engine, micro_model
 
 __all__ = ["micro", "micro_model"]

@@ -1,19 +1,23 @@
-"""The commands `train moa` and `train milora`."""
+"""The commands `train meteora`, `train moa` and `train milora`, of routers inside the model."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from server.cli_train import DEFAULT_MODEL, DataDir, Device, Tasks, data_folder, failing
 
 if TYPE_CHECKING:
-    from routing.train.router_recipe import RouterRun
+    from routing.train.router_recipe import RouterRecipe
     from routing.train.router_training import PromptResult
 
 app = typer.Typer()
 
 Out = Annotated[Path, typer.Option(help="Folder that the router is written to.")]
+Adapters = Annotated[Path, typer.Option(help="Folder of PEFT folders named like the tasks.")]
+Joint = Annotated[bool, typer.Option("--joint", help="Train the adapters on, and write them as new ones.")]
 Model = Annotated[str, typer.Option(help="Model folder, pulled model or hub id.")]
 Name = Annotated[str | None, typer.Option(help="What the router calls itself [the folder's name].")]
 Group = Annotated[str | None, typer.Option(help="Only tasks of this group, as eval routing --group.")]
@@ -24,14 +28,65 @@ Null = Annotated[bool, typer.Option("--null", help="Tasks without an adapter tea
 Steps = Annotated[int, typer.Option(min=1)]
 Batch = Annotated[int, typer.Option(min=1, help="Rows of a step.")]
 Rate = Annotated[float, typer.Option(min=0.0)]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a row, and of a sample of several.")]
 Seed = Annotated[int, typer.Option()]
+
+
+@app.command("meteora")
+def train_meteora(
+    tasks: Tasks,
+    adapters: Adapters,
+    out: Out,
+    model: Model = DEFAULT_MODEL,
+    name: Name = None,
+    group: Group = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Adapters of a token, in every linear.")] = 2,
+    temperature: Annotated[float, typer.Option(help="Of the softmax over the chosen adapters.")] = 1.0,
+    samples: Annotated[int | None, typer.Option(min=1, help="Training rows of a task at most [all].")] = None,
+    null: Null = False,
+    joint: Joint = False,
+    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the gates' loss.")] = 5.0,
+    packed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of samples of several tasks.")] = 0.0,
+    steps: Steps = 600,
+    batch: Batch = 16,
+    learning_rate: Rate = 5e-3,
+    max_length: MaxLength = 512,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+) -> None:
+    """Train a router that chooses adapters for every token. The last line printed is its folder."""
+    from routing.train.meteora import train_meteora as run
+    from routing.train.meteora_recipe import MeteoraRecipe
+
+    recipe = MeteoraRecipe(
+        top_k=top_k,
+        temperature=temperature,
+        null=null,
+        joint=joint,
+        beta=beta,
+        packed=packed,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        seed=seed,
+    )
+    result = _Order(tasks, adapters, out, model, name, group, device, data_dir, samples).carry_out(run, recipe)
+    metrics = result.card.training["metrics"]
+    typer.echo(
+        "validation rows, the gates' highest logit is the task's: "
+        f"{metrics['gate_accuracy_apart']:.1%} from the first token on that differs between tasks, "
+        f"where the answer is predicted {metrics['gate_accuracy_answer']:.1%}"
+    )
+    typer.echo(f"{len(result.card.adapters)} adapters, top {top_k}, loss {metrics['loss']:.3f}, {result.seconds:.0f} s")
+    typer.echo(result.folder)
 
 
 @app.command("moa")
 def train_moa(
     tasks: Tasks,
-    adapters: Annotated[Path, typer.Option(help="Folder of PEFT folders named like the tasks.")],
+    adapters: Adapters,
     out: Out,
     model: Model = DEFAULT_MODEL,
     name: Name = None,
@@ -43,7 +98,7 @@ def train_moa(
     activation: Activation = "none",
     norm: Norm = "rms",
     null: Null = False,
-    joint: Annotated[bool, typer.Option("--joint", help="Train the adapters on, and write them as new ones.")] = False,
+    joint: Joint = False,
     eta: Annotated[float, typer.Option(min=0.0, help="Weight of the routers' loss.")] = 1.0,
     steps: Steps = 300,
     batch: Batch = 32,
@@ -54,14 +109,8 @@ def train_moa(
     data_dir: DataDir = None,
 ) -> None:
     """Train a router that chooses an adapter for each prompt. The last line printed is its folder."""
-    from routing.card_file import RouterFolderError
-    from routing.evaluate.groups import chosen_tasks
-    from routing.train.adapter import TrainError
-    from routing.train.adapter_folders import adapter_folders
-    from routing.train.data import TaskDataError
     from routing.train.moa import train_moa as run
     from routing.train.prompt_recipe import MoaRecipe
-    from server.checkpoint import CheckpointError, locate
 
     recipe = MoaRecipe(
         decision=decision,
@@ -79,11 +128,7 @@ def train_moa(
         max_length=max_length,
         seed=seed,
     )
-    with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
-        found = chosen_tasks(tasks, group)
-        folder = locate(model, data_folder(data_dir))
-        own = adapter_folders(adapters, [task.name for task in found], narrowed=group is not None, null=null)
-        result = run(folder, found, own, out, recipe, _settings(device, folder, name, out))
+    result = _Order(tasks, adapters, out, model, name, group, device, data_dir).carry_out(run, recipe)
     metrics = result.card.training["metrics"]
     by_layer = metrics["accuracy_by_layer"]
     typer.echo(
@@ -125,15 +170,9 @@ def train_milora(
 
     The last line printed is the router's folder; a new adapter lies below it.
     """
-    from routing.card_file import RouterFolderError
-    from routing.evaluate.groups import chosen_tasks
     from routing.prompt_router import ADAPTERS, MODULES
-    from routing.train.adapter import TrainError
-    from routing.train.adapter_folders import adapter_folders
-    from routing.train.data import TaskDataError
     from routing.train.milora import train_milora as run
     from routing.train.prompt_recipe import MiloraRecipe
-    from server.checkpoint import CheckpointError, locate
 
     recipe = MiloraRecipe(
         experts=MODULES if adapters is None else ADAPTERS,
@@ -154,12 +193,7 @@ def train_milora(
         max_length=max_length,
         seed=seed,
     )
-    with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
-        found = chosen_tasks(tasks, group)
-        folder = locate(model, data_folder(data_dir))
-        names = [task.name for task in found]
-        own = {} if adapters is None else adapter_folders(adapters, names, narrowed=group is not None, null=null)
-        result = run(folder, found, own, out, recipe, _settings(device, folder, name, out))
+    result = _Order(tasks, adapters, out, model, name, group, device, data_dir).carry_out(run, recipe)
     metrics = result.card.training["metrics"]
     share = f"; layers choose the task's adapter: {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
     typer.echo(f"validation rows, loss {metrics['loss']:.3f}, entropy {metrics['entropy']:.3f} of 1{share}")
@@ -168,10 +202,42 @@ def train_milora(
     _say(result)
 
 
-def _settings(device: str, model: Path, name: str | None, out: Path) -> "RouterRun":
-    from routing.train.router_recipe import RouterRun
+@dataclass(frozen=True)
+class _Order:
+    """What is trained on what. Without `adapters` none are given, and a new one is trained along."""
 
-    return RouterRun(device=device, base_name=model.resolve().name, name=name or out.resolve().name)
+    tasks: Path
+    adapters: Path | None
+    out: Path
+    model: str
+    name: str | None
+    group: str | None
+    device: str
+    data_dir: Path | None
+    samples: int | None = None
+
+    def carry_out(self, run: Callable[..., Any], recipe: "RouterRecipe") -> Any:
+        """The result; whatever cannot be is one line."""
+        from routing.card_file import RouterFolderError
+        from routing.evaluate.groups import chosen_tasks
+        from routing.train.adapter import TrainError
+        from routing.train.adapter_folders import adapter_folders
+        from routing.train.data import TaskDataError
+        from routing.train.router_recipe import RouterRun
+        from server.checkpoint import CheckpointError, locate
+
+        with failing(CheckpointError, RouterFolderError, TaskDataError, TrainError):
+            found = [replace(task, train=task.train[: self.samples]) for task in chosen_tasks(self.tasks, self.group)]
+            folder = locate(self.model, data_folder(self.data_dir))
+            own: dict[str, Path] = {}
+            if self.adapters is not None:
+                names = [task.name for task in found]
+                own = adapter_folders(self.adapters, names, narrowed=self.group is not None, null=recipe.null)
+                without = [name for name in names if name not in own]
+                typer.echo(f"{len(own)} adapters" + (f"; without one: {', '.join(without)}" if without else ""))
+            name = self.name or self.out.resolve().name
+            settings = RouterRun(device=self.device, base_name=folder.resolve().name, name=name)
+            return run(folder, found, own, self.out, recipe, settings)
 
 
 def _say(result: "PromptResult") -> None:

@@ -53,7 +53,8 @@ def test_a_moa_router_is_trained(given: list[str], tmp_path: Path) -> None:
     assert said[-1] == str(tmp_path / "out")
     card = read_prompt_router(tmp_path / "out")
     metrics = card.training["metrics"]
-    assert said[0].startswith(f"validation rows, the task's adapter is chosen: {metrics['accuracy']:.1%}; by the first")
+    assert said[0] == "2 adapters; without one: other"
+    assert said[1].startswith(f"validation rows, the task's adapter is chosen: {metrics['accuracy']:.1%}; by the first")
     assert (card.kind, card.name, card.base_name, card.has_null) == ("moa", "mine", "tiny-chat", True)
     expected = asdict(MoaRecipe()) | FIELDS
     expected |= {option[2:].replace("-", "_"): value for option, value in own.items()}
