@@ -192,6 +192,23 @@ async def test_a_replaced_adapter_makes_the_router_stale(routed: World) -> None:
     await ask(routed.a)
     rows = routed.harness.engine.requests[-1].prompt_router.rows
     assert rows[0] == router["members"][0]["digest"], "its own earlier revision still counts"
+    await routed.admin.delete(f"{V1}/adapters/shared?wait=true")
+    shown = (await routed.admin.get(f"{V1}/routers/gate")).json()
+    assert [each["state"] for each in shown["members"]] == ["replaced", "current", "missing"]
+    assert (await ask(routed.member)).json()["lora"]["outcome"] == "no_candidates"
+    assert routed.harness.engine.requests[-1].prompt_router is None
+
+
+async def test_linears_of_an_adapter_that_the_tenant_may_not_use_are_nobodys_choice(routed: World) -> None:
+    digests = await added(routed)
+    folder = make_folder(routed.folder / "router", {"sql": digests["sql"]}, MODULES)
+    assert (await register(routed, folder)).status_code == 201
+    answer = await ask(routed.b)
+    assert answer.status_code == 200
+    lora = answer.json()["lora"]
+    assert (lora["adapters"], lora["outcome"]) == ([], "no_candidates")
+    assert "sql" not in answer.text + answer.headers["x-loramux-route"]
+    assert routed.harness.engine.requests[-1].prompt_router is None
 
 
 def _damaged(folder: Path, change: str) -> None:
