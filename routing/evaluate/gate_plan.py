@@ -45,9 +45,9 @@ class GateEvaluation:
     also answers with each number of `modules` of a layer in place of its own. `joint` is an adapter that was trained on
     all tasks. `swapped`: folders of other adapters by task, each put in place of the task's own under the first router,
     which was not trained for it. `new` are tasks each of which is reported apart from the others. `rows` of each task
-    and `composite_rows` of each size are asked, None for all. Composite prompts are asked of `composite_routers`
-    (labels, by default the first), top 2, at every one of `temperatures`. `perplexity`: of the rows' targets, too, but
-    not where every layer decides by itself, which is no mix.
+    and `composite_rows` of each size, or of `composite_sizes` alone, are asked, None for all. Composite prompts are
+    asked of `composite_routers` (labels, by default the first), top 2, at every one of `temperatures`. `perplexity`: of
+    the rows' targets, too, but not where every layer decides by itself, which is no mix.
     """
 
     model: str
@@ -64,6 +64,7 @@ class GateEvaluation:
     merges: tuple[str, ...] = MERGES
     rows: int | None = None
     composite_rows: int | None = None
+    composite_sizes: tuple[int, ...] = ()
     composite_routers: tuple[str, ...] = ()
     perplexity: bool = False
     temperatures: tuple[float, ...] = (1.0, 5.0, 15.0, 20.0, 30.0)
@@ -133,7 +134,9 @@ def make_plan(
         targets = [answer_tokens(tokenizer, row.example) for row in rows]
         jobs += [loss_job(method, rows, prompts, targets) for method in methods if not method.layered]
     heated = _Heated({})
-    for composites in read_composites(root, names, asked.composite_rows).values():
+    for size, composites in read_composites(root, names, asked.composite_rows).items():
+        if asked.composite_sizes and size not in asked.composite_sizes:
+            continue
         together = [*fixed, *heated.methods(asked, given.routers, given.folders, composites)]
         jobs += _composite_jobs(together, composites, tokenizer, limits, metrics)
     if not jobs:

@@ -223,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--merges", type=_words, help=f"of all adapters [{','.join(MERGES)}]; '' for none")
     parser.add_argument("--rows", type=int, help="test rows of a task [all]")
     parser.add_argument("--composite-rows", type=int, help="composite prompts of a size [all]")
+    parser.add_argument("--composite-sizes", type=_counts, metavar="SIZES", help="of composite prompts: 3,5 [all]")
     parser.add_argument("--composite-routers", type=_words, metavar="LABELS", help="asked composites [the first]")
     parser.add_argument("--temperatures", type=_numbers, help="of composite prompts [1,5,15,20,30]")
     parser.add_argument("--perplexity", action="store_true", help="of the targets, too")

@@ -46,10 +46,11 @@ class Scale:
     """How much is done.
 
     `gates`, `moa` and `milora` are the trainings of each kind, judged by `judged` validation rows a task. Of each small
-    task `rows` test rows are asked (None: all), `moa_rows` and `milora_rows` under routers by prompt, and of each size
-    `composite_rows` composite prompts. `curve`: training rows a task of further MeteoRA routers. `new`: tasks that join
-    a router which was trained without them. `whole`: also what takes a training of its own beyond the main ones: other
-    seeds and packs, a swapped adapter, one LoRA for all tasks, MoE-LoRA, poolings, activations, the medium tasks.
+    task `rows` test rows are asked (None: all), `moa_rows` and `milora_rows` under routers by prompt; of composite
+    prompts `composite_rows` of each of the `composite_sizes`. `curve`: training rows a task of further MeteoRA routers.
+    `new`: tasks that join a router which was trained without them. `whole`: also what takes a training of its own
+    beyond the main ones: other seeds and packs, a swapped adapter, one LoRA for all tasks, MoE-LoRA, poolings,
+    activations, the medium tasks.
     """
 
     device: str
@@ -61,6 +62,7 @@ class Scale:
     moa_rows: int
     milora_rows: int
     composite_rows: int
+    composite_sizes: str
     judged: int
     merges: str
     few_merges: str
@@ -86,6 +88,7 @@ SCALES = {
         moa_rows=60,
         milora_rows=60,
         composite_rows=60,
+        composite_sizes="3,5,10",
         judged=50,
         merges="cat,linear,linear:sum,svd,ties:0.5,ties:sum:0.5,dare_ties:0.5,dare_ties:sum:0.5",
         few_merges="cat,ties:sum:0.5",
@@ -104,11 +107,12 @@ SCALES = {
         precision="bfloat16",
         gates=Loop(160, 11),
         moa=Loop(40, 22),
-        milora=Loop(40, 22),
+        milora=Loop(24, 22),
         rows=30,
         moa_rows=30,
         milora_rows=20,
         composite_rows=12,
+        composite_sizes="3",
         judged=20,
         merges="cat,linear:sum,svd,ties:sum:0.5,dare_ties:sum:0.5",
         few_merges="cat,ties:sum:0.5",
@@ -251,7 +255,8 @@ class _Maker:
         if self.scale.whole:
             routers += [f"--router=packed={self._trained('packed')}", "--composite-routers", "MeteoRA,packed"]
             routers += ["--joint", str(self._out("joint-small") / "joint")]
-        count, options = str(self.scale.composite_rows), ("--temperatures", self.scale.temperatures)
+        count = str(self.scale.composite_rows)
+        options = ("--temperatures", self.scale.temperatures, "--composite-sizes", self.scale.composite_sizes)
         merges = ("--merges", self.scale.few_merges)
         return self._ask("composites", SMALL, "--rows", "0", *routers, *merges, "--composite-rows", count, *options)
 

@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_one_line(
     refused("elsewhere: expected one of the evaluated tasks, ab, xyz", "--new", "elsewhere")
     refused("composite routers: none: there is no router of this label", "--composite-routers", "none")
     refused("there is no group 'none'", "--group", "none")
+    refused("rows 0: there are no composite prompts of these", "--rows", "0", "--composite-sizes", "3")
     refused("rows -1: expected a whole number of at least 0", "--rows", "-1")
     refused("batch -1: expected a whole number of at least 1", "--batch", "-1")
     refused("temperatures 0.0: expected numbers above 0", "--temperatures", "1,0")
