@@ -73,7 +73,9 @@ class Placement:
     find the same one the least loaded.
     """
 
-    def __init__(self, engines: int, draw: random.Random, slack: int = SLACK) -> None:
+    def __init__(self, engines: int, draw: random.Random, slack: int = SLACK, prefix_cache: bool = True) -> None:
+        """`prefix_cache`: whether engines keep the KV of beginnings of prompts."""
+        self._keeps_prefixes = prefix_cache
         self._seen = [_Seen() for _ in range(engines)]
         self._draw = draw
         self._slack = slack
@@ -106,7 +108,8 @@ class Placement:
         seen = self._seen[engine]
         seen.in_flight += 1
         seen.using.update(wanted.digests)
-        self._prefixes.add(wanted.prefixes, engine)
+        if self._keeps_prefixes:
+            self._prefixes.add(wanted.prefixes, engine)
 
     def end(self, wanted: Wanted, engine: int) -> None:
         """The engine has the request no longer."""

@@ -75,7 +75,7 @@ class EnginePool:
         """A pool of engine processes."""
         suspects = Suspects()
         members = [EngineClient(config, stall_seconds, suspects) for config in configs]
-        return cls(members, Placement(len(members), draw), suspects)
+        return cls(members, Placement(len(members), draw, prefix_cache=configs[0].prefix_cache), suspects)
 
     @property
     def info(self) -> EngineInfo | None:

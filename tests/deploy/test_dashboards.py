@@ -41,6 +41,7 @@ def exported() -> dict[str, set[str]]:
     metrics.embedded("acme", 3)
     metrics.registered(1)
     metrics.answered("GET", "/v1/models", 200)
+    metrics.watch("0", lambda: True)
     stats = EngineStats(running=1, adapter_loads=1, adapter_reads=(0.1,), steps=((0.1, 2),), pages={"free": 1})
     metrics.engine(stats, 0.0)
     metrics.end(Ending("acme", route, "stop", 1, 1, 1.0, 0.1, 0.1, 0.1, 0.1))

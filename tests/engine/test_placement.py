@@ -77,6 +77,14 @@ def test_a_prompt_goes_where_its_beginning_was_computed() -> None:
     assert placement.cost(longer, 1) == placement.cost(longer, 0)
 
 
+def test_without_a_prefix_cache_beginnings_do_not_matter() -> None:
+    placement = Placement(2, random.Random(0), prefix_cache=False)
+    wanted = Wanted((), prompt_prefixes(b"key", PROMPT))
+    give(placement, 1, wanted)
+    placement.end(wanted, 1)
+    assert placement.cost(wanted, 0) == placement.cost(wanted, 1)
+
+
 def test_two_are_drawn_and_the_less_loaded_takes_it() -> None:
     placement = make()
     give(placement, 0, times=3)

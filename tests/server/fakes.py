@@ -96,6 +96,7 @@ class FakeEngine:
             dtype="float32",
             memory={},
         )
+        self.others: list[FakeEngine] = []
         self.alive = True
         self.stalled = False
         self.stats = EngineStats()
@@ -118,8 +119,8 @@ class FakeEngine:
         self._aborted: set[str] = set()
 
     @property
-    def members(self) -> "tuple[FakeEngine]":
-        return (self,)
+    def members(self) -> "tuple[FakeEngine, ...]":
+        return (self, *self.others)
 
     def say(self, text: str) -> None:
         """Answer with these words from now on, one token a step."""

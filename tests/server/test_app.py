@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from fakes import Harness
+from fakes import FakeEngine, Harness
+from transformers import PreTrainedTokenizerFast
 
 from server.engine.config import EngineStats, RequestError
 
@@ -59,6 +60,19 @@ async def test_a_stuck_step_shows_in_its_own_probe(client: httpx.AsyncClient, ha
     assert (await client.get("/health")).status_code == 200
     harness.engine.stalled, harness.engine.alive = False, False
     assert (await client.get("/health/decode")).status_code == 503
+
+
+async def test_a_step_that_is_stuck_in_any_engine_shows(
+    client: httpx.AsyncClient, harness: Harness, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    second = FakeEngine(tokenizer)
+    harness.engine.others.append(second)
+    second.alive = False  # it is being restarted, and the other one serves
+    for url in ("/health", "/ready", "/health/decode"):
+        assert (await client.get(url)).status_code == 200
+    second.alive = second.stalled = True
+    assert (await client.get("/health/decode")).status_code == 503
+    assert (await client.get("/ready")).status_code == 200
 
 
 async def test_a_full_queue_sheds_what_comes_on_top(make_harness: Callable[..., Harness]) -> None:

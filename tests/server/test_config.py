@@ -1,5 +1,6 @@
 """Where settings come from, and what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,19 @@ def test_the_engines_share() -> None:
     assert (config.gate_slots, config.gates_per_slot) == (2, 128)
     assert config.max_layered_tokens == 77
     assert config.page_memory is None
+
+
+def test_several_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    serve = load_settings({"serve": {"engines": 3, "host_memory": "3GiB", "kv_memory": "1GiB"}}).serve
+    configs = serve.engine_configs(Path("/models/m"), Path("/data"))
+    assert [config.device for config in configs] == ["auto:0", "auto:1", "auto:2"]
+    assert {(config.num_threads, config.host_memory, config.kv_memory) for config in configs} == {(4, 2**30, 2**30)}
+    (alone,) = load_settings().serve.engine_configs(Path("/models/m"), Path("/data"))
+    assert (alone.device, alone.num_threads) == ("auto", None)
+    for wrong in (0, 65, "two"):
+        with pytest.raises(SettingsError, match=r"^serve\.engines: "):
+            load_settings({"serve": {"engines": wrong}})
 
 
 def test_the_stores_share(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What is counted, and under which labels."""
 
+from dataclasses import replace
+
 from adapters_store.registry import Resolved
 from adapters_store.types import Composition, Mix
 from routing.router import Route, RoutedAdapter
@@ -87,6 +89,40 @@ def test_engine_gauges() -> None:
         assert value(metrics, name, engine="0") == 0.25
     assert value(metrics, "loramux_rank_pages", state="free") == 5
     assert [value(metrics, "loramux_adapters", tier=tier) for tier in ("disk", "host", "device")] == [9, 7, 6]
+
+
+def test_several_engines_are_one_to_gateways_and_counted_together() -> None:
+    metrics = Metrics(max_num_seqs=16)
+    metrics.begin(route_of("a", "b"))
+    first = EngineStats(running=3, kv_used_blocks=6, kv_blocks=8, pages={"free": 5}, adapters_device=1, preemptions=2)
+    second = EngineStats(waiting=4, kv_used_blocks=2, kv_blocks=8, pages={"free": 2}, adapters_device=2, preemptions=1)
+    metrics.engine(replace(first, running_adapters=("digest-a",)), 1.0, "0")
+    metrics.engine(replace(second, running_adapters=("digest-b",), waiting_adapters=("digest-a",)), 2.0, "1")
+    assert [value(metrics, "loramux_requests_running", engine=name) for name in "01"] == [3, 0]
+    assert [value(metrics, "loramux_kv_cache_usage_ratio", engine=name) for name in "01"] == [0.75, 0.25]
+    for name, number in (("num_requests_running", 3), ("num_requests_waiting", 4), ("kv_cache_usage_perc", 0.5)):
+        assert value(metrics, f"vllm:{name}", engine="0") == number
+        assert value(metrics, f"vllm:{name}", engine="1") is None
+    info = "vllm:lora_requests_info"
+    assert value(metrics, info, max_lora="16", running_lora_adapters="a,b", waiting_lora_adapters="a") == 2.0
+    assert value(metrics, "loramux_rank_pages", state="free") == 7
+    assert value(metrics, "loramux_adapters", tier="device") == 3
+    metrics.engine(EngineStats(), 3.0, "0")  # it died, and starts to count anew
+    metrics.engine(EngineStats(preemptions=1), 4.0, "0")
+    assert value(metrics, "loramux_preemptions_total") == 4
+    assert value(metrics, "loramux_adapters", tier="device") == 2
+    assert value(metrics, "vllm:kv_cache_usage_perc", engine="0") == 0.25
+
+
+def test_whether_engines_live_is_asked_when_metrics_are_read() -> None:
+    metrics, living = Metrics(), {"0", "1"}
+    for name in "01":
+        metrics.watch(name, lambda name=name: name in living)
+    assert [value(metrics, "loramux_engine_up", engine=name) for name in "01"] == [1, 1]
+    living.remove("0")
+    assert [value(metrics, "loramux_engine_up", engine=name) for name in "01"] == [0, 1]
+    metrics.moved()
+    assert value(metrics, "loramux_requests_moved_total") == 1
 
 
 def test_gateways_see_the_names_of_adapters_in_use() -> None:

@@ -4,6 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from fakes import FakeEngine
+from transformers import PreTrainedTokenizerFast
 from world import World, error_of
 
 from adapters_store.registry import RegistryUnavailable
@@ -51,6 +53,17 @@ async def test_state(world: World) -> None:
     await running
     engine.alive, engine.info = False, None
     assert (await world.admin.get(f"{V1}/state")).json()["engines"][0]["alive"] is False
+
+
+async def test_state_of_several_engines(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
+    first, second = world.harness.engine, FakeEngine(tokenizer)
+    first.others.append(second)
+    first.stats = EngineStats(running=3, waiting=1, kv_blocks=64)
+    second.stats, second.info, second.alive = EngineStats(waiting=2), None, False
+    state = (await world.admin.get(f"{V1}/state")).json()
+    assert (state["running"], state["waiting"]) == (3, 3)
+    shown = [(each["id"], each["alive"], each["device"], each["kv_blocks"]) for each in state["engines"]]
+    assert shown == [("0", True, "cpu", 64), ("1", False, None, 0)]
 
 
 @pytest.mark.parametrize("body", [{"json": {"resume": True}}, {"content": b"x", "headers": {"Content-Type": "a/b"}}])
