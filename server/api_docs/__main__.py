@@ -1,6 +1,7 @@
 """Writes the file that the command line names."""
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from server.api_docs.document import api_document
@@ -8,10 +9,9 @@ from server.api_docs.document import api_document
 
 def main() -> int:
     """Exit code 2 without a file to write."""
-    if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m server.api_docs FILE\n")
-        return 2
-    Path(sys.argv[1]).write_text(api_document(), encoding="utf-8")
+    parser = ArgumentParser(prog="python -m server.api_docs", description=__doc__)
+    parser.add_argument("file", type=Path, help="docs/api.md of a checkout")
+    parser.parse_args().file.write_text(api_document(), encoding="utf-8")
     return 0
 
 
