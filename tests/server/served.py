@@ -1,5 +1,7 @@
 """A running `loramux serve`, and what transformers + peft would answer in its place."""
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -46,7 +48,20 @@ class Served:
     @property
     def engine_pids(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = []
+        for pid in children:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end while one looks
+                if b"engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+        return found
+
+    def kill_engine(self) -> None:
+        """Returns when another one serves."""
+        killed = self.engine_pid
+        os.kill(killed, signal.SIGKILL)
+        # The new one is started after the death was noticed, so that `/ready` speaks of it.
+        self.until(lambda: any(pid != killed for pid in self.engine_pids))
+        self.until(lambda: httpx.get(f"{self.url}/ready").status_code == 200)
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=120)

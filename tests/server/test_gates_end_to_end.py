@@ -91,10 +91,7 @@ def test_from_training_to_answers(served: Served, model: Path, folder: Path, tas
     assert shown["tokens"] == lora["tokens"]
 
     # The engine starts anew without them, and reads them for the next request.
-    os.kill(served.engine_pid, signal.SIGKILL)
-    with served.client() as client:
-        served.until(lambda: client.get("/ready").status_code == 503)
-        served.until(lambda: client.get("/ready").status_code == 200)
+    served.kill_engine()
     assert ask(served)["lora"]["tokens"] == lora["tokens"]
 
     # They are still there after a crash of everything.

@@ -1,7 +1,6 @@
 """MoA and MiLoRA as their users meet them: trained, added and asked by commands, over restarts, in a real process."""
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,10 +78,7 @@ def test_from_training_to_answers(served: Served, model: Path, folder: Path, tas
     assert text(everything) == text(ask(served, "milora"))
 
     # The engine starts anew without them, and reads them for the next request.
-    os.kill(served.engine_pid, signal.SIGKILL)
-    with served.client() as client:
-        served.until(lambda: client.get("/ready").status_code == 503)
-        served.until(lambda: client.get("/ready").status_code == 200)
+    served.kill_engine()
     for router, before in (("auto:moa", first), ("auto:linears", told)):
         after = ask(served, router, **explained)
         assert text(after) == text(before)
