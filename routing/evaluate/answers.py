@@ -15,6 +15,7 @@ from routing.train.data import TaskRow, read_rows
 from server.engine.gates import GateUse
 from server.engine.prompt_routers import Decided, PromptUse
 from server.engine.sequence import Output, Request, SamplingParams
+from server.model.config import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +99,18 @@ class AdapterFolders:
             content = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
             digests[name] = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
         return cls(digests, {digests[name]: str(folder) for name, folder in folders.items()})
+
+
+def open_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{folder}: expected a tokenizer that can be read ({reason})") from error
+    return tokenizer
 
 
 def answer_limits(tokenizer: PreTrainedTokenizerBase, tasks: Path, names: Iterable[str]) -> dict[str, int]:

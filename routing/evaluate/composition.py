@@ -18,19 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from routing.evaluate.answers import WAITING, AdapterFolders, AnswerError, Question, answer_limits, answers, tokenise
+from routing.evaluate.answers import (
+    WAITING,
+    AdapterFolders,
+    AnswerError,
+    Question,
+    answer_limits,
+    answers,
+    open_tokenizer,
+    tokenise,
+)
 from routing.evaluate.composition_report import Table, markdown
 from routing.evaluate.methods import METHODS, Chosen, choose, settings
 from routing.evaluate.quality import scores
 from routing.evaluate.ranked import RankedQuery, Rankings, read_rankings
 from routing.route_weights import UNITS
 from routing.train.data import TaskDataError
+from routing.train.progress import say
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.model.config import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 FOLDERS = ("model", "tasks", "adapters", "rankings")
 """Of these a result keeps the names alone: where they lay says nothing to its readers."""
@@ -73,7 +83,7 @@ def evaluate(asked: Evaluation, out: Path, say: Say = lambda _: None) -> Json:
     names = {name for query in queries for name, _ in query.ranked} | {query.task for query in queries}
     folders = AdapterFolders.find(Path(asked.adapters), names)
     plan = [(setting.name, choose(setting, queries, asked.top_k, asked.temperature)) for setting in _settings(asked)]
-    tokenizer = _tokenizer(asked.model)
+    tokenizer = open_tokenizer(asked.model)
     limits = answer_limits(tokenizer, tasks, rankings.metrics)
     prompts = [tokenise(tokenizer, query.example) for query in queries]
     longest = max(len(prompt) + limits[query.task] for prompt, query in zip(prompts, queries, strict=True))
@@ -114,13 +124,6 @@ def _engine(asked: Evaluation, longest: int) -> Engine:
         cuda_graphs="lazy",
     )
     return Engine.from_config(config)
-
-
-def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tokenizer
 
 
 def _write(
@@ -211,10 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0 done, 2 the input does not fit."""
     asked = vars(_parser().parse_args(arguments))
     out = asked.pop("out")
-
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
 
     try:
         evaluate(Evaluation(**{name: value for name, value in asked.items() if value is not None}), out, say)

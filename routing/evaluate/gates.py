@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from routing.card_file import RouterFolderError
-from routing.evaluate.answers import WAITING, AnswerError
+from routing.evaluate.answers import WAITING, AnswerError, open_tokenizer
 from routing.evaluate.gate_jobs import carry_out, finished
 from routing.evaluate.gate_methods import MERGES
 from routing.evaluate.gate_plan import GateEvaluation, GatePlan, make_plan
@@ -26,6 +26,7 @@ from routing.evaluate.gates_report import document, write_report
 from routing.evaluate.prompt_report import described
 from routing.train.data import TaskDataError
 from routing.train.many import task_names
+from routing.train.progress import say
 from server.engine.config import EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.memory import CPU_KV_MEMORY
@@ -33,7 +34,7 @@ from server.engine.runner import choose_device, choose_dtype
 from server.model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
@@ -57,7 +58,7 @@ def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Jso
     asked.check()
     names = task_names(Path(asked.tasks), asked.group)
     config = ModelConfig.from_folder(asked.model)
-    tokenizer = _tokenizer(asked.model)
+    tokenizer = open_tokenizer(asked.model)
     plan = make_plan(asked, names, tokenizer, config, out / "merges")
     say(f"{len(plan.jobs)} methods and parts, {sum(len(job.questions) for job in plan.jobs)} questions")
     setting = _setting(asked, config)
@@ -122,17 +123,6 @@ def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -
     )
 
 
-def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{folder}: expected a tokenizer that can be read ({reason})") from error
-    return tokenizer
-
-
 def _circumstances(asked: GateEvaluation, plan: GatePlan, setting: Json, seconds: float) -> Json:
     return {
         "evaluation": "gates",
@@ -153,10 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0 done, 2 the input does not fit."""
     given = vars(_parser().parse_args(arguments))
     out = given.pop("out")
-
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
 
     try:
         routers = labelled(given.pop("router") or (), "router")

@@ -24,6 +24,7 @@ import torch
 
 from routing.evaluate.study_plan import SCALES, Places, Stage, Step, plan
 from routing.train.data import TaskDataError
+from routing.train.progress import say
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
@@ -191,10 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit codes as above."""
     asked = _parser().parse_args(arguments)
 
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
+    if asked.jobs < 1:
+        say(f"jobs {asked.jobs}: expected a whole number of at least 1")
+        return WRONG
     study = Study(Places(asked.model, asked.tasks, asked.out, asked.adapters), asked.scale, asked.jobs, asked.seconds)
     try:
         code = carry_out(study, say)

@@ -21,6 +21,7 @@ from routing.train.adapter import AdapterRecipe, AdapterResult, AdapterRun, Trai
 from routing.train.batches import encode
 from routing.train.data import TaskDataError, read_task
 from routing.train.grouped import GroupedBase, Member, TimeUp, load_base, train_group
+from routing.train.progress import say
 from routing.train.task_groups import row_token_budget, task_groups
 
 LONGEST = 512
@@ -248,10 +249,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0 all trained, 1 some failed, 2 the arguments or the model are wrong."""
     asked = _parser().parse_args(arguments)
-
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
 
     recipe = {key: getattr(asked, key) for key in ("rank", "alpha", "learning_rate", "steps", "max_length", "seed")}
     run = {key: getattr(asked, key) for key in ("device", "evaluation_rows", "base_name")}

@@ -11,11 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from routing.gate_folder import GateCard, check_card, write_gates
+from routing.gate_folder import check_card, write_gates
 from routing.train.adapter import check_out
 from routing.train.batches import Example
 from routing.train.data import Task
@@ -60,7 +59,7 @@ def train_meteora(
     run.check()
     check_out(out)
     model = load_gated_model(model_folder, tasks, adapters, recipe, run.device)
-    check_card(_card(model, recipe, run, {}))  # rather than after hours
+    check_card(model.card(recipe, run, {}, recipe.temperature))  # rather than after hours
     train = encoded(model, "train", [task.train for task in tasks], recipe.max_length)
     held_out = encoded(model, "valid", [task.valid[: run.evaluation_rows] for task in tasks], recipe.max_length)
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +77,7 @@ def train_meteora(
         own = {task.name: [task] for task in tasks if task.name in adapters}
         model = replace(model, adapters=write_experts(model.experts, model.shape, out, own, run.base_name))
     gates = {module: linear.gate for module, linear in model.linears.items()}
-    card = write_gates(out, _card(model, recipe, run, training), gates)
+    card = write_gates(out, model.card(recipe, run, training, recipe.temperature), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return GateResult(out, card, tuple(losses), time.perf_counter() - started)
 
@@ -111,21 +110,6 @@ def _fit(
     names = ("loss", "of the answers", "of the gates")
     settings = fit_settings("meteora", model, tasks, recipe, run, out, names)
     return [(language, gate) for _, language, gate in fit(weights, optimizer, losses, settings, report)]
-
-
-def _card(model: GatedModel, recipe: MeteoraRecipe, run: RouterRun, training: Mapping[str, Any]) -> GateCard:
-    return GateCard(
-        base_fingerprint=model.fingerprint,
-        base_name=run.base_name,
-        adapters=model.adapters,
-        targets=model.targets,
-        top_k=recipe.top_k,
-        temperature=recipe.temperature,
-        has_null=recipe.null,
-        sha256="",
-        name=run.name,
-        training=training,
-    )
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adapters_store.linear_names import Module, module_path
+from routing.gate_folder import GateCard
 from routing.train.data import Task
 from routing.train.gate_tally import GateTally
 from routing.train.gated_linear import GateChoice, GatedLinear, embed_adapters
 from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.router_model import RouterModel, given_adapters, load_frozen
+from routing.train.router_recipe import RouterRecipe, RouterRun
 from routing.train.trained_adapters import Experts, factor_weights
 
 
@@ -39,6 +42,23 @@ class GatedModel(RouterModel):
         """What is trained, by name."""
         every = {**self.gates, **factor_weights(self.experts)}
         return {name: weight for name, weight in every.items() if weight.requires_grad}
+
+    def card(
+        self, recipe: RouterRecipe, run: RouterRun, training: Mapping[str, Any], temperature: float = 1.0
+    ) -> GateCard:
+        """Of the router that is trained; its digest is still to come."""
+        return GateCard(
+            base_fingerprint=self.fingerprint,
+            base_name=run.base_name,
+            adapters=self.adapters,
+            targets=self.targets,
+            top_k=recipe.top_k,
+            temperature=temperature,
+            has_null=recipe.null,
+            sha256="",
+            name=run.name,
+            training=training,
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:

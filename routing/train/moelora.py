@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapters_store.types import TARGETS, AdapterWeights, LoraPair
 from routing.card_adapters import MAX_ADAPTERS, CardAdapter
-from routing.gate_folder import GateCard, check_card, write_gates
+from routing.gate_folder import check_card, write_gates
 from routing.train.adapter import TrainError, check_device, check_out
 from routing.train.batches import Example
 from routing.train.data import Task
@@ -102,7 +102,7 @@ def train_moelora(
     if not re.fullmatch(ADAPTER_NAME, names[-1]):
         raise TrainError(f"{out}: its name begins the experts', expected {ADAPTER_NAME}")
     model = _load(model_folder, recipe, run, names)
-    check_card(_card(model, recipe, run, {}))  # rather than after hours
+    check_card(model.card(recipe, run, {}))  # rather than after hours
     train = encoded(model, "train", [task.train for task in tasks], recipe.max_length)
     held_out = encoded(model, "valid", [task.valid[: run.evaluation_rows] for task in tasks], recipe.max_length)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def train_moelora(
             training["metrics"] = _judge(model, tasks, held_out, run)
     written = write_experts(model.experts, model.shape, out, dict.fromkeys(names, tasks), run.base_name)
     gates = {module: linear.gate for module, linear in model.linears.items()}
-    card = write_gates(out, _card(replace(model, adapters=written), recipe, run, training), gates)
+    card = write_gates(out, replace(model, adapters=written).card(recipe, run, training), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return GateResult(out, card, tuple(losses), time.perf_counter() - started)
 
@@ -183,21 +183,6 @@ def _judge(
     mean = sum(found.values()) / len(found)
     losses = {name: {"loss": round(loss, 4)} for name, loss in found.items()}
     return {"split": "valid", "loss": round(mean, 4), "tasks": losses}
-
-
-def _card(model: GatedModel, recipe: MoeLoraRecipe, run: RouterRun, training: Mapping[str, Any]) -> GateCard:
-    return GateCard(
-        base_fingerprint=model.fingerprint,
-        base_name=run.base_name,
-        adapters=model.adapters,
-        targets=model.targets,
-        top_k=recipe.top_k,
-        temperature=1.0,
-        has_null=False,
-        sha256="",
-        name=run.name,
-        training=training,
-    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A progress bar on stderr."""
+"""Progress on stderr: a bar, or lines."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 Report = Callable[[str, tuple[int, int] | None], None]
@@ -26,3 +27,9 @@ def progress_bar(enabled: bool) -> Iterator[Report]:
             progress.update(bar, description=description, completed=completed, total=total)
 
         yield report
+
+
+def say(text: str) -> None:
+    """A line to standard error, at once."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -126,6 +126,8 @@ def test_tasks_without_the_groups_are_one_line(tmp_path: Path, capsys: pytest.Ca
     places = ["--model", str(tmp_path), "--tasks", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main([*places, "--scale", "cuda"]) == WRONG
     assert "there is no group 'small'" in capsys.readouterr().err
+    assert main([*places, "--jobs", "0"]) == WRONG
+    assert "jobs 0: expected a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_terminated_study_takes_its_step_with_it(tmp_path: Path) -> None:
