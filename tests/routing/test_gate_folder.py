@@ -1,15 +1,13 @@
 """Token-level routers' folders: what is written is read back, and what is damaged is refused with the field's name."""
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from folder_edits import edit, resave
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,18 +35,6 @@ def gates(rows: int = 3, layers: int = 2) -> dict[tuple[int, str], Tensor]:
 def folder(tmp_path: Path) -> Path:
     write_gates(tmp_path / "router", CARD, gates())
     return tmp_path / "router"
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    fields = json.loads((folder / CARD_FILE).read_text())
-    change(fields)
-    (folder / CARD_FILE).write_text(json.dumps(fields))
-
-
-def resave(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Other tensors, and a card that names them."""
-    save_file(tensors, folder / CHANGE_FILE)
-    edit(folder, lambda fields: fields.update(sha256=file_sha256(folder / CHANGE_FILE)))
 
 
 def test_card_and_gates_are_read_back(folder: Path) -> None:

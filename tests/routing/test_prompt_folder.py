@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from folder_edits import edit, resave
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -71,18 +70,6 @@ def moa(tmp_path: Path) -> Path:
 def milora(tmp_path: Path) -> Path:
     write_prompt_router(tmp_path / "milora", MILORA, routers(MILORA))
     return tmp_path / "milora"
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    fields = json.loads((folder / CARD_FILE).read_text())
-    change(fields)
-    (folder / CARD_FILE).write_text(json.dumps(fields))
-
-
-def resave(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Other tensors, and a card that names them."""
-    save_file(tensors, folder / CHANGE_FILE)
-    edit(folder, lambda fields: fields.update(sha256=file_sha256(folder / CHANGE_FILE)))
 
 
 @pytest.mark.parametrize("card", [MOA, MILORA])

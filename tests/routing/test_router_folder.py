@@ -1,12 +1,10 @@
 """Trained routers' folders: what is written is read back, and what is damaged is refused with the field's name."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from folder_edits import edit
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -22,12 +20,6 @@ def folder(tmp_path: Path) -> Path:
     card = RouterCard(BASE, "tiny", "head", "about: ", 4, "", "mine", 0.25, {"recipe": {"steps": 3}})
     write_router(tmp_path / "router", card, {"head": torch.eye(4)})
     return tmp_path / "router"
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    fields = json.loads((folder / CARD_FILE).read_text())
-    change(fields)
-    (folder / CARD_FILE).write_text(json.dumps(fields))
 
 
 def test_a_card_is_read_back(folder: Path) -> None:
