@@ -39,6 +39,7 @@ class EngineConversation(AdapterCalls):
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._streams: dict[str, asyncio.Queue[Output | RequestError]] = {}
         self._requests: dict[str, Request] = {}
+        self._taken: set[str] = set()
         self._name = name
         self._suspects = suspects
         self._heard = 0.0
@@ -65,8 +66,8 @@ class EngineConversation(AdapterCalls):
         self._listening = asyncio.create_task(self._listen(self._socket))
 
     def in_flight(self) -> tuple[Request, ...]:
-        """What the engine is asked at this moment."""
-        return tuple(self._requests.values())
+        """What the engine has in hand. What it has only been sent is not why it died: it may have been dead by then."""
+        return tuple(request for request in self._requests.values() if request.id in self._taken)
 
     def lost(self, reason: str) -> None:
         """The engine is gone: every request in flight gets its ending."""
@@ -120,6 +121,7 @@ class EngineConversation(AdapterCalls):
         finally:
             self._streams.pop(request.id, None)
             self._requests.pop(request.id, None)
+            self._taken.discard(request.id)
             if not ended:
                 self.abort(request.id)
 
@@ -159,6 +161,7 @@ class EngineConversation(AdapterCalls):
             message = decode_from_engine(await socket.recv())
             self._heard = asyncio.get_running_loop().time()
             assert isinstance(message, Update)
+            self._taken.update(self._requests.keys() & message.taken)
             for output in message.outputs:
                 self._deliver(output.request_id, _as_refusal(output) or output)
             for refusal in message.refusals:

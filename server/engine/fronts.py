@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from server.engine.config import EngineStats
-from server.engine.messages import Refusal, Reply, ToEngine, Update, decode_to_engine, encode
+from server.engine.messages import Refusal, Reply, Submit, ToEngine, Update, decode_to_engine, encode
 from server.engine.sequence import Output
 
 
@@ -46,6 +46,15 @@ class Fronts:
                 if front is None:
                     front = self._fronts[name] = Front(name)
                 return front, decode_to_engine(data)
+
+    def acknowledge(self, received: "Iterable[tuple[Front, ToEngine]]") -> None:
+        """Each front end hears which of its requests are about to be looked at."""
+        taken: defaultdict[Front, list[str]] = defaultdict(list)
+        for front, message in received:
+            if isinstance(message, Submit):
+                taken[front].append(message.request.id)
+        for front, request_ids in taken.items():
+            self.tell(front, Update(taken=request_ids))
 
     def begin(self, front: Front, request_id: str) -> bool:
         """A request is this front end's from now on, unless somebody has one of that id."""

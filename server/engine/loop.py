@@ -93,8 +93,10 @@ class EngineLoop:
             if isinstance(message, Left):
                 self._part(message.front)
             self._news = True
-        while (received := self.fronts.receive()) is not None:
-            self._take(*received)
+        received = list(iter(self.fronts.receive, None))
+        self.fronts.acknowledge(received)
+        for front, message in received:
+            self._take(front, message)
             self._news = True
         return True
 

@@ -103,13 +103,17 @@ class Reply(msgspec.Struct):
 
 
 class Update(msgspec.Struct, tag=True):
-    """From the engine: all that one step brought, in one message. `residency`: tier by digest, where it changed."""
+    """From the engine: all that one step brought, in one message. `residency`: tier by digest, where it changed.
+
+    `taken`: requests that it begins to look at; told before it does, since it may die of them.
+    """
 
     outputs: list[Output] = []
     refusals: list[Refusal] = []
     replies: list[Reply] = []
     residency: dict[str, str] = {}
     stats: EngineStats | None = None
+    taken: list[str] = []
 
 
 ToEngine = Start | Hello | Left | Submit | Abort | ReadAhead | Pin | Unpin | Prefetch | Evict | Shutdown

@@ -147,11 +147,11 @@ class EnginePool:
             self.members[number].abort(request_id)
 
     async def pin(self, digest: str, path: str) -> bool:
-        """As `EngineClient.pin`, in the engine with the fewest pins that has room."""
+        """As `EngineClient.pin`, in the engine with the fewest pins that has room, first where the adapter is."""
         if digest in self._pins:
             return await self.members[self._pins[digest]].pin(digest, path)
-        pins = Counter(self._pins.values())
-        for number in sorted(self._candidates(), key=lambda each: (pins[each], self._placement.load(each))):
+        pins, wanted = Counter(self._pins.values()), Wanted((digest,))
+        for number in sorted(self._candidates(), key=lambda each: (pins[each], self._placement.cost(wanted, each))):
             if await self.members[number].pin(digest, path):
                 self._pins[digest] = number
                 return True

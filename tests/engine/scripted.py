@@ -31,6 +31,7 @@ class ScriptedMember:
         self.prefetched: list[str] = []
         self.evicted: list[str] = []
         self.start_error: str | None = None
+        self.is_deaf = False  # it is sent requests and never looks at them
         self._streams: dict[str, asyncio.Queue[Output]] = {}
         self._suspects = suspects
 
@@ -77,7 +78,7 @@ class ScriptedMember:
     def die(self) -> None:
         """As a killed process: its requests are suspects, and end."""
         self.alive = False
-        self._suspects.crashed(self.requests.values())
+        self._suspects.crashed(() if self.is_deaf else self.requests.values())
         for request_id, stream in self._streams.items():
             stream.put_nowait(
                 Output(request_id, finish_reason=FinishReason.ERROR, error="died", error_code=ENGINE_LOST)

@@ -85,6 +85,21 @@ async def test_successors_that_do_not_start_are_held_back(
 
 
 @pytest.mark.slow
+async def test_a_request_that_engines_never_looked_at_is_not_why_they_died(client: EngineClient) -> None:
+    request = Request("r", (2, 3, 4), SHORT)
+    for _ in range(2):
+        pid = client.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        running = asyncio.create_task(collect(client, request))
+        await until(lambda: "r" in client._streams)
+        os.kill(pid, signal.SIGKILL)
+        assert (await running)[-1].finish_reason is FinishReason.ERROR
+        await until(lambda pid=pid: client.alive and client.pid != pid)
+    assert (await collect(client, request))[-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.slow
 async def test_a_request_that_engines_die_of_is_not_tried_a_third_time(client: EngineClient) -> None:
     poison, innocent = Request("p", (2, 3, 4), LONG), Request("i", (5, 6), LONG)
     first = [asyncio.create_task(collect(client, request)) for request in (poison, innocent)]

@@ -65,6 +65,9 @@ class Desk:
         self.loop._receive()
         self.loop._report(self.engine.step())
         self.engine.check_integrity()
+        self.hear()
+
+    def hear(self) -> None:
         for front, socket in self._fronts.items():
             while socket.poll(0):
                 message: FromEngine = decode_from_engine(socket.recv())
@@ -97,6 +100,20 @@ def test_answers_go_to_who_asked(desk: Desk) -> None:
         assert {output.request_id for output in desk.outputs(front)} == {f"r{front}"}
         assert sum(len(output.tokens) for output in desk.outputs(front)) == 3
         assert desk.heard[front][-1].stats is not None
+
+
+def test_who_asked_hears_that_before_the_engine_looks_at_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may die of it, and is then known to have had it."""
+
+    def die(request: Request) -> None:
+        raise SystemExit(request.id)
+
+    monkeypatch.setattr(desk.engine, "add_request", die)
+    desk.say("a", Submit(Request("ra", (5, 6, 7), SHORT)))
+    with pytest.raises(SystemExit, match="ra"):
+        desk.loop.run()
+    desk.hear()
+    assert [update.taken for update in desk.heard["a"]] == [["ra"]]
 
 
 def test_nobody_ends_what_another_one_asked(desk: Desk) -> None:

@@ -118,6 +118,28 @@ async def test_a_request_that_two_engines_died_of_is_not_tried_again() -> None:
         await engines.ask("poison", digest="d")
 
 
+async def test_requests_that_a_dead_engine_never_looked_at_are_not_suspect() -> None:
+    """Two engines that are ended at once take requests for a moment, until that is noticed."""
+    engines = Engines(3)
+    for member in engines.members[:2]:
+        member.is_deaf = True
+    engines.members[2].alive = False
+    tasks = [engines.ask(name, digest="d") for name in ("a", "b")]
+    first = await engines.where("a")
+    first.die()
+    second = engines.other(first) if engines.other(first) is not engines.members[2] else engines.members[1]
+    await until(lambda: {"a", "b"} <= second.requests.keys())  # both at once: none waits for its turn
+    second.die()
+    assert [(await task)[-1].finish_reason for task in tasks] == [FinishReason.ERROR] * 2
+    third = engines.members[2]
+    third.alive = True
+    again = [engines.ask(name, digest="d") for name in ("a", "b")]
+    await until(lambda: {"a", "b"} <= third.requests.keys())
+    for name, task in zip(("a", "b"), again, strict=True):
+        third.finish(name)
+        assert (await task)[-1].finish_reason is FinishReason.LENGTH
+
+
 async def test_a_moved_request_that_has_come_further_makes_room_for_the_next() -> None:
     """Turns until the end of whole answers would make a hundred moved requests wait for a hundred answers."""
     engines = Engines()
@@ -253,6 +275,13 @@ async def test_pins_spread_and_come_back_to_where_they_are() -> None:
     engines.pool.unpin("never")
     assert await engines.pool.pin("e", "p")
     assert [len(member.pinned) for member in engines.members] == [2, 2]
+
+
+async def test_a_pin_goes_where_the_adapter_is() -> None:
+    engines = Engines(3)
+    engines.members[2].move("a", "device")
+    assert await engines.pool.pin("a", "p")
+    assert "a" in engines.members[2].pinned
 
 
 async def test_prefetches_are_shared_out_and_evictions_reach_all() -> None:
