@@ -42,8 +42,8 @@ class Bill:
     def open(self, request: Billed, prompt_tokens: int) -> Iterator[None]:
         """The tokens of all prompts are reserved, and what was used is counted at the end, whichever it is.
 
-        A prompt that the engine refused, or lost before the first token of an answer, costs nothing; what it refused
-        is not a use either. Raises TooManyRequests.
+        A prompt that the engine refused, or lost before the first token of an answer, costs nothing, and neither do
+        tokens that it lost before their text was out; what it refused is not a use either. Raises TooManyRequests.
         """
         has_failed = is_refused = False
         self._meter.reserve(prompt_tokens)
@@ -56,7 +56,7 @@ class Bill:
             raise
         finally:
             choices, route = request.choices, request.known
-            for choice in choices:
+            for choice in choices if not has_failed else ():
                 self.charge(choice)
             generated = self._charged.total()
             if not choices or (has_failed and not generated):

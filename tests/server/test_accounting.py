@@ -161,6 +161,22 @@ async def test_an_engine_that_dies(harness: Harness, tenant: Tenant, made: int) 
     assert harness.services.quotas.running(tenant.id) == 0
 
 
+async def test_tokens_whose_text_an_engine_took_with_it(harness: Harness, tenant: Tenant) -> None:
+    """The client was told of one token; the second is the first byte of a character."""
+    harness.engine.say("a€")
+    assert len(harness.engine.encode("a€")) == 4
+    harness.engine.gate.clear()
+    harness.engine.hold_at = 2
+    finishing = asyncio.create_task(finish(harness.services.generator.start(ask(tenant))))
+    while not harness.engine.num_waiting:
+        await asyncio.sleep(0.001)
+    harness.engine.kill()
+    with pytest.raises(Unavailable):
+        await finishing
+    assert await lines(harness, tenant) == [("sql", 1, 10, 1)]
+    assert used(harness, tenant) == 11
+
+
 async def test_what_the_engine_refuses_costs_nothing(harness: Harness, tenant: Tenant) -> None:
     harness.engine.refusal = RequestError("too many pages", code="mix_too_large")
     with pytest.raises(BadRequest):
