@@ -17,9 +17,9 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Scope
 
@@ -29,9 +29,9 @@ from server.app import assemble, create_app, open_store
 from server.bench_front import MODEL, SAID, SHAPE
 from server.chat import ChatTokenizer
 from server.config import ServeSettings, Settings
+from server.deps import ServingEngine
 from server.engine.bench_paced import INFO
-from server.engine.client import EngineClient
-from server.engine.config import EngineConfig
+from server.engine.config import EngineStats
 from server.engine.sequence import FinishReason, Output, Request, Timings
 from server.journal import Ending
 from server.logs import formatter
@@ -103,13 +103,17 @@ class Unwatched(Metrics):
     def answered(self, method: str, endpoint: str | None, status: int) -> None: ...
 
 
-class InstantEngine(EngineClient):
-    """Has all tokens of a request at once, and needs no process."""
+class InstantEngine:
+    """Has all tokens of a request at once, and is asked for nothing else."""
+
+    info = INFO
+    alive = True
+    stats = EngineStats()
 
     def __init__(self, said: Sequence[int]) -> None:
-        super().__init__(EngineConfig("none"))
         self._said = said
-        self.info, self.alive = INFO, True
+
+    def evict(self, digest: str) -> None: ...
 
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
         count = request.params.max_tokens
@@ -137,7 +141,8 @@ async def _measure(folder: Path, rounds: int, requests: int, rows: list[Json]) -
             for form in FORMS:
                 tracer = receiver.tracer(form.traced)
                 tracers += [tracer] if tracer is not None else []
-                services = assemble(settings, MODEL, InstantEngine(said), store, tokenizer, "0" * 64, tracer=tracer)
+                engine = cast(ServingEngine, InstantEngine(said))
+                services = assemble(settings, MODEL, engine, store, tokenizer, "0" * 64, tracer=tracer)
                 if not form.counts:
                     metrics = Unwatched()
                     services.generator.services = replace(services.generator.services, metrics=metrics)
@@ -244,7 +249,7 @@ def _receive(pipe: Any) -> None:
 
         def log_message(self, *_: object) -> None: ...
 
-    server = HTTPServer(("127.0.0.1", 0), Taker)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Taker)
     pipe.send(server.server_port)
     server.serve_forever()
 

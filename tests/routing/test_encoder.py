@@ -43,7 +43,7 @@ class Folder:
     def passes(self) -> list[list[str]]:
         return self.lines("pass")
 
-    async def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
+    async def until(self, condition: Callable[[], object], seconds: float = 150.0) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.005)

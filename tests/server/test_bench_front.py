@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 from fakes import byte_level_tokenizer
 
-from server.bench_front import main
+from server.bench_front import FORMS, main
 
 
 @pytest.mark.slow
 def test_both_endpoints_are_measured(tmp_path: Path) -> None:
     byte_level_tokenizer().save_pretrained(tmp_path)
     options = ["--streams", "4", "--rate", "400", "--seconds", "1", "--requests", "10"]
-    document = main(["--model", str(tmp_path), *options])
-    assert [row["path"] for row in document["rows"]] == ["/v1/chat/completions", "/v1/completions"]
+    document = main(["--model", str(tmp_path), "--rounds", "1", *options])
+    paths = ["/v1/chat/completions", "/v1/completions"]
+    assert [row["path"] for row in document["rows"]] == [path for path in paths for _ in FORMS]
+    assert [row["form"] for row in document["rows"]] == [*FORMS] * 2
     for row in document["rows"]:
         assert row["token_us"] > 0
         assert row["request_us"] > 0
