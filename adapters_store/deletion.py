@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from adapters_store.leases import Leases, Name
+from adapters_store.neighbours import Neighbours
 from adapters_store.registry import NotFound, RegistryError, RegistryUnavailable
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Deletions:
     """
 
     def __init__(self, mark: Mark, remove: Remove, leases: Leases, on_gone: Callable[[str], Awaitable[None]]) -> None:
+        self.neighbours = Neighbours()
         self._mark = mark
         self._remove = remove
         self._leases = leases
@@ -51,12 +53,12 @@ class Deletions:
         registry fail at that very moment, the name is shown again as soon as it answers. A name that is hidden already
         is taken up from there. Raises NotFound, RegistryUnavailable.
         """
-        self._refuse_used(owner, name, may_wait)
+        await self._refuse_used(owner, name, may_wait)
         if (reopening := self._reopening.get((owner, name))) is not None:
             await asyncio.wait({reopening})
         await self._mark(owner, name, True)
         try:
-            self._refuse_used(owner, name, may_wait)
+            await self._refuse_used(owner, name, may_wait)
         except AdapterInUse:  # a request was faster
             await asyncio.shield(self._reopen(owner, name))
             raise
@@ -78,9 +80,15 @@ class Deletions:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _refuse_used(self, owner: str, name: str, may_wait: bool) -> None:
-        count = self._leases.of_name(owner, name)
-        if count and not may_wait and not self.is_closed(owner, name):
+    async def uses(self, owner: str, name: str) -> int:
+        """How many leases of a name there are, here and elsewhere."""
+        return self._leases.of_name(owner, name) + await self.neighbours.uses(owner, name)
+
+    async def _refuse_used(self, owner: str, name: str, may_wait: bool) -> None:
+        if may_wait or self.is_closed(owner, name):
+            return
+        count = await self.uses(owner, name)
+        if count:
             raise AdapterInUse(name, count)
 
     def _reopen(self, owner: str, name: str) -> "asyncio.Future[None]":
@@ -110,6 +118,7 @@ class Deletions:
     async def _drain(self, owner: str, name: str) -> None:
         try:
             await self._leases.idle(owner, name)
+            await self.neighbours.idle(owner, name)
             gone = await self._remove_at_last(owner, name)
         finally:
             self._closed.discard((owner, name))  # from now on the name may be another adapter's

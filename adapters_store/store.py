@@ -22,6 +22,7 @@ from adapters_store.merge_size import unite
 from adapters_store.merging import MergeRecipe
 from adapters_store.name_queries import NameQueries
 from adapters_store.names_cache import NamesCache
+from adapters_store.neighbours import Neighbours
 from adapters_store.opening import StoreOpenError, open_parts
 from adapters_store.registry import (
     DEFAULT_TENANT,
@@ -106,15 +107,17 @@ class AdapterStore:
         clock: Callable[[], float],
         reserved: Iterable[str] = (),
         fault: Fault = no_fault,
+        *,
+        is_first: bool = True,
     ) -> "AdapterStore":
         """Open registry and blobs, finish deletions that a killed process left. Blocks.
 
-        `clock` gives seconds since the epoch; `reserved` names are refused; `fault` is for tests of crashes. Raises
-        StoreOpenError.
+        `clock` gives seconds since the epoch; `reserved` names are refused; `fault` is for tests of crashes. One that
+        is not the first of its server leaves deletions alone: somebody else may be at them. Raises StoreOpenError.
         """
         registry, blobs, folder = open_parts(shape, config, clock, fault)
         try:
-            for tenant, name in registry.removals.marked():
+            for tenant, name in registry.removals.marked() if is_first else ():
                 with contextlib.suppress(NotFound):  # another process was faster
                     registry.removals.remove(tenant, name, only_marked=True)
         except RegistryError as error:
@@ -189,6 +192,24 @@ class AdapterStore:
         """Give a lease back. Raises RuntimeError the second time."""
         self._leases.give_back(lease)
 
+    async def take_up_deletions(self) -> None:
+        """Go on with those that somebody has begun, as soon as nobody uses the names. Raises RegistryUnavailable."""
+        for owner, name in await self._sql(self.registry.removals.marked):
+            self._deletions.finish(owner, name)
+
+    def share_with(self, neighbours: Neighbours) -> None:
+        """Deletions wait for the leases of these, too."""
+        self._deletions.neighbours = neighbours
+
+    def uses(self, owner: str, name: str) -> int:
+        """How many leases of this process use a name, whoever took them."""
+        return self._leases.of_name(owner, name)
+
+    async def idle(self, owner: str, name: str) -> None:
+        """Another process deletes a name: return when nobody uses it here. It is looked up anew by who comes now."""
+        self._names.forget(name)
+        await self._leases.idle(owner, name)
+
     def is_deleting(self, tenant: str, name: str) -> bool:
         """Whether this process is deleting a tenant's own name."""
         return self._deletions.is_closed(tenant, name)
@@ -240,7 +261,7 @@ class AdapterStore:
         on from there. Raises NotFound, RegistryUnavailable.
         """
         removal = await self._workers.finish(self._deletions.begin(tenant, name, wait is not False))
-        if wait is not True and self._leases.of_name(tenant, name):
+        if wait is not True and await self._deletions.uses(tenant, name):
             return False
         done, _ = await asyncio.wait({removal}, timeout=timeout)
         return bool(done) and not removal.cancelled()

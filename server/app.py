@@ -32,18 +32,24 @@ from server.console.routes import add_console
 from server.deps import EngineGroup, Services, ServingEngine, State
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig, EngineStats
+from server.engine.conversation import EngineConversation
 from server.engine.pool import EnginePool
 from server.errors import install_error_handlers
 from server.generation import Generator
 from server.key_ring import KeyRing
+from server.leases_elsewhere import LeasesElsewhere
+from server.lender import Lender
 from server.local_only import LocalOnly
 from server.metrics import Metrics
+from server.metrics_sum import answer_others
 from server.observer import Observer, Tracer
 from server.openai.embeddings import router as embeddings_router
 from server.openai.routes import router as openai_router
+from server.part import Part
 from server.periodic import repeating
 from server.probes import add_probes
-from server.quotas import QuotaGate
+from server.process_state import Processes
+from server.quotas import SETTLE_SECONDS, QuotaGate
 from server.rate_limit_headers import RATE_LIMIT_HEADERS, RateLimitHeaders
 from server.request_id import RequestIds
 from server.router_setup import embedder_of, encoder_name, encoder_process, router_service
@@ -68,7 +74,8 @@ SWEEP_SECONDS = 600.0
 SWEEP_GRACE = 3600.0
 """Longer than any registration takes from its first file to its name."""
 COUNT_SECONDS = 10.0
-ROUTERS_SECONDS = 2.0
+ROUTERS_SECONDS = 0.5
+PINS_SECONDS = 0.5
 READY_SECONDS = 30.0
 """So long the start waits for the encoder, which is ready before the engine unless thousands of samples are new."""
 
@@ -109,32 +116,40 @@ def create_app(settings: Settings, services: Services | None = None, engines: En
 
 
 @contextlib.asynccontextmanager
-async def open_services(settings: Settings, engines: EngineGroup | None = None) -> AsyncIterator[Services]:
-    """Everything that serves, started, and stopped at the end. `engines` None: processes of its own.
+async def open_services(
+    settings: Settings, engines: EngineConversation | EngineGroup | None = None, part: Part | None = None
+) -> AsyncIterator[Services]:
+    """Everything that serves, started, and stopped at the end. `engines` None: processes of its own. `part`: where
+    several processes answer requests.
 
     Raises CheckpointError, ModelError, TokenizerError, StoreOpenError, AdapterError, BlobError, RegistryError,
     EngineStartError or TracingError, with one sentence each.
     """
-    model = ServedModel.of(settings)
+    part, model = part or Part(), ServedModel.of(settings)
     served_name, config = model.served_name, model.store_config(settings)
     tokenizer = ChatTokenizer.from_folder(model.folder, FORMS.get(settings.serve.tool_parser))
     reserved = (served_name, *encoder_name(settings))
     async with (
         tracing(settings.serve.otlp_endpoint, version("loramux")) as tracer,
-        open_store(model.base.linear_shape, model.base_name, config, reserved) as store,
+        open_store(model.base.linear_shape, model.base_name, config, reserved, is_first=part.is_first) as store,
     ):
-        given = await store.register_folder(settings.serve.adapters) if settings.serve.adapters is not None else ()
+        given: Sequence[NamedAdapter] = ()
+        if settings.serve.adapters is not None and part.is_first:
+            given = await store.register_folder(settings.serve.adapters)
         configs = settings.serve.engine_configs(model.folder, settings.data_dir)
         engine = engines or make_engine(configs, settings.serve.stall_timeout)
         process, absent = encoder_process(settings)
         fingerprint = model.base.fingerprint()
-        services = assemble(settings, served_name, engine, store, tokenizer, fingerprint, process, absent, tracer)
+        services = assemble(settings, served_name, engine, store, tokenizer, fingerprint, process, absent, tracer, part)
         watch_engine(engine, services.metrics, time.time)
-        async with accounting(services), upkeep(services):
+        is_shared = part.shares_registry(settings.serve)
+        async with accounting(services), upkeep(services, follows_pins=is_shared):
             try:
                 await services.routers.start()  # the encoder loads while the engine does
                 await engine.start()
                 await services.catalog.start()
+                if not part.is_first:
+                    await store.take_up_deletions()
                 await services.routers.ready(READY_SECONDS)
                 engine.prefetch(await prefetched(store, given, sum(config.host_memory for config in configs)))
                 yield services
@@ -151,12 +166,12 @@ def make_engine(configs: Sequence[EngineConfig], stall_seconds: float) -> Engine
     return EnginePool.of(configs, stall_seconds, random.Random())
 
 
-def watch_engine(engine: EngineClient | EngineGroup, metrics: Metrics, now: Callable[[], float]) -> None:
+def watch_engine(engine: EngineConversation | EngineGroup, metrics: Metrics, now: Callable[[], float]) -> None:
     """What engines say of themselves is counted."""
     for number, member in enumerate(engine.members):
         metrics.watch(str(number), partial(getattr, member, "alive"))
         metrics.engine(EngineStats(), now(), str(number))  # gateways read it before the first request comes
-    if isinstance(engine, EngineClient):
+    if isinstance(engine, EngineConversation):
         engine.on_stats = lambda stats: metrics.engine(stats, now())
     else:
         engine.on_move = metrics.moved
@@ -165,10 +180,11 @@ def watch_engine(engine: EngineClient | EngineGroup, metrics: Metrics, now: Call
 
 @contextlib.asynccontextmanager
 async def open_store(
-    shape: LinearShape, base_name: str, config: StoreConfig, reserved: Sequence[str]
+    shape: LinearShape, base_name: str, config: StoreConfig, reserved: Sequence[str], *, is_first: bool = True
 ) -> AsyncIterator[AdapterStore]:
     """The adapters, until the block ends. Raises StoreOpenError."""
-    store = await asyncio.to_thread(AdapterStore.open, shape, base_name, config, time.time, reserved)
+    opened = partial(AdapterStore.open, shape, base_name, config, time.time, reserved, is_first=is_first)
+    store = await asyncio.to_thread(opened)
     try:
         yield store
     finally:
@@ -176,8 +192,12 @@ async def open_store(
 
 
 @contextlib.asynccontextmanager
-async def upkeep(services: Services) -> AsyncIterator[None]:
-    """Files that nothing needs go, and the number of adapters is shown."""
+async def upkeep(services: Services, *, follows_pins: bool = False) -> AsyncIterator[None]:
+    """Files that nothing needs go, the number of adapters is shown, and what other processes change is followed."""
+
+    async def pins() -> None:
+        if follows_pins:
+            await services.catalog.refresh()
 
     async def count() -> None:
         services.metrics.registered(await services.store.count())
@@ -187,6 +207,7 @@ async def upkeep(services: Services) -> AsyncIterator[None]:
         repeating(sweep, SWEEP_SECONDS),
         repeating(count, COUNT_SECONDS),
         repeating(services.routers.refresh, ROUTERS_SECONDS),
+        repeating(pins, PINS_SECONDS),
     ):
         yield
 
@@ -216,9 +237,11 @@ async def accounting(services: Services) -> AsyncIterator[None]:
         async with (
             repeating(services.accounts.refresh, REFRESH_SECONDS),
             repeating(services.usage.flush, FLUSH_SECONDS),
+            repeating(services.quotas.settle, SETTLE_SECONDS),
         ):
             yield
     finally:
+        await services.quotas.close()
         services.accounts.close()
         await services.usage.close()
 
@@ -233,18 +256,22 @@ def assemble(
     process: EncoderProcess | None = None,
     absent: str = "it has no encoder",
     tracer: Tracer | None = None,
+    part: Part | None = None,
 ) -> Services:
     """The services around an engine, a store and a tokenizer.
 
     `fingerprint` is the base model's; `absent` says why there is no encoder `process`. Without a `tracer` nothing is
     traced.
     """
-    serve = settings.serve
+    serve, part = settings.serve, part or Part()
     metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs * serve.engines)
     metrics.registered(store.registry.count())
     tenants, ring = Tenants(), KeyRing()
     accounts = AccountService(store.registry.accounts, tenants, ring, secrets.token_bytes)
-    quotas = QuotaGate(tenants, time.perf_counter, metrics.quota_rejected)
+    lender = None
+    if part.shares_registry(serve):
+        lender = Lender(store.registry.budgets(part.name), time.monotonic, serve.frontends)
+    quotas = QuotaGate(tenants, time.perf_counter, metrics.quota_rejected, lender)
     usage = UsageLedger(store.registry, time.time)
     catalog = Catalog(store, engine, policies(settings), time.monotonic, settings.limits.uploads)
     catalog.on_rejection = metrics.quota_rejected
@@ -262,7 +289,7 @@ def assemble(
         new_id=_new_id,
         new_seed=lambda: secrets.randbelow(SEEDS),
         most_scores=settings.limits.prompt_logprobs,
-        waiting=Waiting(serve.max_waiting, time.perf_counter),
+        waiting=Waiting(serve.max_waiting, time.perf_counter, part.slot),
         log_prompts=serve.log_prompts,
     )
     keys = Keys(
@@ -273,6 +300,8 @@ def assemble(
         tenants,
     )
     accounts.load()
+    answer_others(metrics.registry, part.siblings)
+    store.share_with(LeasesElsewhere(part.siblings, store))
     return Services(
         served_name=served_name,
         engine=engine,
@@ -287,6 +316,8 @@ def assemble(
         accounts=accounts,
         quotas=quotas,
         usage=usage,
+        siblings=part.siblings,
+        processes=Processes(part.siblings, generator, lambda: catalog.slots.taken),
         limits=settings.limits,
         http=settings.http,
         metrics_public=serve.metrics_public,

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from server import cli_admin, cli_chat, cli_gates, cli_train, cli_train_routers
-from server.logs import configure, level_of
 
 if TYPE_CHECKING:
     from server.config import Settings
@@ -73,6 +71,7 @@ def serve(
         str | None,
         typer.Option(metavar="auto|hermes|llama3_json|mistral", help="How the model writes tool calls [auto]."),
     ] = None,
+    frontends: Annotated[int | None, typer.Option(help="HTTP processes on the port, which share engines [1].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,
     data_dir: DataDir = None,
@@ -122,24 +121,16 @@ def serve(
     settings = _settings(locals())
     if settings.serve.model is None:
         _fail("no model is given: expected --model FOLDER, a pulled model or a hub id", code=2)
-    configure(settings.serve.log_format, "front", settings.secrets, level_of(settings.serve.log_level))
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it names its plugins at every start
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that clients get wrong
-    from adapters_store.blobs import BlobError
-    from adapters_store.registry import RegistryError
-    from adapters_store.store import StoreOpenError
-    from adapters_store.types import AdapterError
-    from server.chat import TokenizerError
-    from server.checkpoint import CheckpointError
-    from server.engine.engine_process import EngineStartError
-    from server.model.config import ModelError
-    from server.serve import BindError
-    from server.serve import serve as run
-    from server.tracing import TracingError
+    from server.log_setup import set_up_log
 
-    store = (AdapterError, BlobError, RegistryError, StoreOpenError)
-    start = (BindError, CheckpointError, EngineStartError, ModelError, TokenizerError, TracingError)
-    with _failing(*store, *start):
+    set_up_log(settings, "front")
+    from server.frontends.front_end import FrontEndError
+    from server.frontends.parent import serve as serve_together
+    from server.serve import START_ERRORS, BindError
+    from server.serve import serve as serve_alone
+
+    run = serve_alone if settings.serve.frontends == 1 else serve_together
+    with _failing(*START_ERRORS, BindError, FrontEndError):
         run(settings, announce=lambda line: print(line, flush=True))
 
 

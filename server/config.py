@@ -5,6 +5,7 @@ TOML file, `LORAMUX_SERVE__MAX_NUM_SEQS` in the environment. The command line wi
 """
 
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     model_validator,
 )
@@ -76,6 +78,7 @@ class ServeSettings(BaseModel):
     default_router: str = "retriever"
     tool_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = "auto"
     engines: int = Field(default=1, ge=1, le=64)
+    frontends: int = Field(default=1, ge=1, le=64)
     max_num_seqs: int = Field(default=64, ge=1, le=4096)
     max_batch_tokens: int = Field(default=512, ge=1, le=MOST_BATCH_TOKENS)
     max_model_len: int | None = Field(default=None, ge=1)
@@ -170,6 +173,15 @@ class Settings(BaseSettings):
     sources: SourceSettings = Field(default_factory=SourceSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
 
+    def revealed(self) -> bytes:
+        """All of it as JSON, secrets too: for another process of this server, and nobody else."""
+        return json.dumps(self.model_dump(), default=_plain).encode()
+
+    @classmethod
+    def restored(cls, data: bytes) -> "Settings":
+        """What was `revealed`, whatever this process's environment says."""
+        return cls(**json.loads(data))
+
     @property
     def secrets(self) -> tuple[str, ...]:
         """What nobody is to read in a log."""
@@ -215,6 +227,10 @@ def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None 
     except (ValueError, OSError) as error:  # a file that is no TOML, an environment variable that is no JSON
         raise SettingsError(f"cannot read the settings: {error}") from error
     return settings
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def is_loopback(host: str) -> bool:

@@ -21,8 +21,10 @@ from server.generation import Generator
 from server.journal import current
 from server.metrics import Metrics
 from server.observer import Observer
+from server.process_state import Processes
 from server.quotas import QuotaGate
 from server.routers import RouterService
+from server.siblings import Siblings
 from server.tenants import Caller, Keys
 from server.usage import UsageLedger
 
@@ -83,6 +85,8 @@ class Services:
     accounts: AccountService
     quotas: QuotaGate
     usage: UsageLedger
+    siblings: Siblings
+    processes: Processes
     limits: LimitSettings
     http: HttpSettings
     metrics_public: bool
@@ -124,11 +128,13 @@ CallerDep = Annotated[Caller, Depends(get_caller)]
 
 async def count_request(services: ServicesDep, caller: CallerDep) -> None:
     """For requests that cost work of this process alone. Raises TooManyRequests."""
+    await services.quotas.fund(caller.tenant.id, requests=1)
     services.quotas.count_request(caller.tenant.id)
 
 
 async def knock(services: ServicesDep, caller: CallerDep) -> None:
     """For requests for answers, before their bodies are read: parsing is work too. Raises TooManyRequests."""
+    await services.quotas.fund(caller.tenant.id, requests=1, tokens=1, sequences=1)
     services.quotas.knock(caller.tenant.id)
 
 

@@ -160,12 +160,15 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The life of the request. To be iterated once, and closed. Raises ServerError."""
         tenant = self._ask.tenant.id
-        with self._running(), self._generator.quotas.admit(tenant, self._ask.sequences) as meter:
+        quotas, sequences = self._generator.quotas, self._ask.sequences
+        await quotas.fund(tenant, tokens=1, sequences=sequences)
+        with self._running(), quotas.admit(tenant, sequences) as meter:
             info = self._engine_info()
             if self._generator.log_prompts:
                 log_prompt(self._ask)
             async with self._in_time("prompt"):
                 self.prompts = await self._reader(info).read()
+                await quotas.fund(tenant, tokens=sum(map(len, self.prompts)))
             bill = Bill(meter, self._generator.ledger, tenant)
             with bill.open(self, sum(map(len, self.prompts))):
                 async with self._in_time("route"):

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from server.answers import HEALTH, REFUSALS, text
 from server.deps import ServicesDep, check_metrics_key
+from server.metrics_sum import all_processes
 
 
 def add_probes(app: FastAPI) -> None:
@@ -56,7 +57,8 @@ def add_probes(app: FastAPI) -> None:
         """For Prometheus. Takes the admin key or the metrics key, where there are keys."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         # With a hundred adapters it takes 80 ms, for which the event loop has no time.
-        written = await asyncio.to_thread(encode, services.metrics.registry)
+        counted = await all_processes(services.metrics.registry, services.siblings)
+        written = await asyncio.to_thread(encode, counted)
         return Response(written, headers={"Content-Type": content_type})
 
 

@@ -12,12 +12,33 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from adapters_store.blobs import BlobError
+from adapters_store.registry import RegistryError
+from adapters_store.store import StoreOpenError
+from adapters_store.types import AdapterError
 from server.app import create_app, open_services
+from server.chat import TokenizerError
+from server.checkpoint import CheckpointError
 from server.config import HttpSettings, ServeSettings, Settings
 from server.connections import protocol
 from server.deps import Services
+from server.engine.engine_process import EngineStartError
 from server.in_flight import InFlight
+from server.model.config import ModelError
+from server.tracing import TracingError
 
+START_ERRORS = (
+    AdapterError,
+    BlobError,
+    CheckpointError,
+    EngineStartError,
+    ModelError,
+    RegistryError,
+    StoreOpenError,
+    TokenizerError,
+    TracingError,
+)
+"""Why a server may not come up, in one sentence each."""
 LAST_WORDS_SECONDS = 2
 """How long requests have to deliver their last event or answer once they were ended."""
 
@@ -65,18 +86,26 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
             await server.serve(sockets=[listener])
 
 
-def bind(settings: ServeSettings) -> socket.socket:
-    """A socket bound to the configured address, not listening yet. Raises BindError."""
+def bind(settings: ServeSettings, port: int | None = None, *, is_shared: bool = False) -> socket.socket:
+    """A socket bound to the configured address, not listening yet. Raises BindError.
+
+    `port` instead of the configured one. One that `is_shared` may be bound by others that are, and connections are
+    spread over those that listen. Of one listening socket in several processes, whichever woke first took all of a
+    burst: 64 of 64.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is given; with it every answer on a kept connection,
     # and small pieces of a stream, waited 43 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    port = settings.port if port is None else port
     try:
-        listener.bind((settings.host, settings.port))
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((settings.host, port))
     except OSError as error:
         listener.close()
-        raise BindError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from error
+        raise BindError(f"cannot listen on {settings.host} port {port}: {error.strerror or error}") from error
     return listener
 
 
@@ -108,9 +137,16 @@ class Server(uvicorn.Server):
         """The signal handler. That the server may be draining already is an administrator's doing, and no signal."""
         if self._loop is None or self._is_stopping:
             self.should_exit = self.force_exit = True
-            return
-        self._is_stopping = self._services.generator.is_draining = True
-        self._loop.call_soon_threadsafe(self._start_drain)
+        else:
+            self.drain()
+
+    def drain(self) -> None:
+        """Take no new requests, and end when those that run have; nothing happens the second time."""
+        if self._loop is None:
+            self.should_exit = True
+        elif not self._is_stopping:
+            self._is_stopping = self._services.generator.is_draining = True
+            self._loop.call_soon_threadsafe(self._start_drain)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Before uvicorn does it, and before the services close beneath the requests that use them.

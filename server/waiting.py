@@ -8,6 +8,7 @@ often as all weights together contain its own, and never more than all that wait
 from collections import Counter
 from collections.abc import Callable
 
+from server.board import Slot
 from server.errors import DeadlineTooNear, Unavailable
 from server.tenants import Tenant
 
@@ -20,10 +21,12 @@ FORGOTTEN = 60.0
 
 
 class Waiting:
-    """At most `most` at a time. `clock` counts seconds."""
+    """At most `most` at a time, those of other processes of this server included. `clock` counts seconds."""
 
-    def __init__(self, most: int, clock: Callable[[], float]) -> None:
+    def __init__(self, most: int, clock: Callable[[], float], slot: Slot | None = None) -> None:
+        """`slot`: where this process's number is shown to others, and theirs to it."""
         self._most = most
+        self._slot = slot or Slot()
         self._clock = clock
         self._number = 0
         self._of: Counter[Tenant] = Counter()
@@ -40,7 +43,7 @@ class Waiting:
         An answer that nobody waits for any more costs the same as one that is read. An urgent request may overtake
         others of its tenant, so nobody knows when it begins.
         """
-        if self._number >= self._most:
+        if self._number + self._slot.others >= self._most:
             raise Unavailable(f"the queue is full: {self._most} requests wait already", code="queue_full")
         if timeout is None or is_urgent:
             return
@@ -61,11 +64,13 @@ class Waiting:
         if not self._number:
             self._since = self._clock()
         self._number += 1
+        self._slot.set(self._number)
         self._of[tenant] += 1
 
     def leave(self, tenant: Tenant, *, started: bool) -> None:
         """It has its first token, or has ended without one."""
         self._number -= 1
+        self._slot.set(self._number)
         self._of[tenant] -= 1
         if not self._of[tenant]:
             del self._of[tenant]

@@ -4,6 +4,7 @@ All SQL is here. Every operation is one transaction; they may be called from any
 """
 
 from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts
+from adapters_store.registry.budgets import BudgetGrant, Budgets, BudgetWish, LocalBuckets, PlaceWish
 from adapters_store.registry.checks import NAME_PATTERN
 from adapters_store.registry.database import Database, open_engine
 from adapters_store.registry.errors import (
@@ -50,10 +51,14 @@ __all__ = [
     "Accounts",
     "AdapterRow",
     "BeingDeleted",
+    "BudgetGrant",
+    "BudgetWish",
+    "Budgets",
     "Database",
     "InvalidValue",
     "KeyRow",
     "Ledger",
+    "LocalBuckets",
     "ModelRow",
     "NameTaken",
     "NamedAdapter",
@@ -63,6 +68,7 @@ __all__ = [
     "OtherBaseModel",
     "Outcome",
     "Page",
+    "PlaceWish",
     "PrototypeRow",
     "Prototypes",
     "QuotaExceeded",

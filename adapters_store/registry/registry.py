@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Row, case, func, or_, select, union, update
 
 from adapters_store.registry.accounts import DEFAULT_TENANT, Accounts, lock_tenant, read_tenant, tenant_values
+from adapters_store.registry.budgets import Budgets
 from adapters_store.registry.checks import NAME_PATTERN, check_name, seek_name
 from adapters_store.registry.database import Database, chunks, insert, no_fault, open_engine
 from adapters_store.registry.errors import NotFound
@@ -56,6 +57,10 @@ class Registry:
         self.routers = Routers(database)
         self.uses = Uses(database)
         self.prototypes = Prototypes(database)
+
+    def budgets(self, holder: str) -> Budgets:
+        """Quotas as this process uses them up together with others; `holder` is a name that no other has."""
+        return Budgets(self._database, holder)
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float], fault: Callable[[str], None] = no_fault) -> "Registry":

@@ -182,3 +182,24 @@ prototypes = Table(
     Index("prototypes_encoder_version_index", "encoder", "version"),
     _of_name("tenant", "name"),
 )
+
+# Quotas that several processes use up together: what is left of a bucket, and of sequences at once who has how many.
+# No foreign keys: a row more or less means nothing.
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("tenant", Key, primary_key=True),
+    Column("kind", Key, primary_key=True),
+    Column("level", Double),
+    Column("capacity", Double, nullable=False),
+    Column("time", Double, nullable=False),
+)
+
+places = Table(
+    "places",
+    metadata,
+    Column("tenant", Key, primary_key=True),
+    Column("holder", Key, primary_key=True),
+    Column("places", Integer, nullable=False),
+    Column("until", Double, nullable=False),
+)

@@ -54,18 +54,16 @@ async def usage(query: Annotated[UsageQuery, Query()], services: ServicesDep, ca
 )
 async def state(services: ServicesDep) -> answers.State:
     """Running and waiting sequences, ages of the oldest requests, memory of each engine; all of this moment."""
-    generator, now = services.generator, services.generator.services.clock()
-    waiting = [now - each.arrival for each in generator.running if not each.has_started]
-    running = [now - each.arrival for each in generator.running if each.has_started]
+    now = await services.processes.state()
     engines = [_engine(str(number), member) for number, member in enumerate(services.engine.members)]
     return answers.State(
-        draining=generator.is_draining,
-        requests=len(generator.running),
+        draining=services.generator.is_draining,
+        requests=now.requests,
         running=sum(engine.running for engine in engines),
         waiting=sum(engine.waiting for engine in engines),
-        oldest_waiting_seconds=max(waiting, default=None),
-        oldest_running_seconds=max(running, default=None),
-        uploads=services.catalog.slots.taken,
+        oldest_waiting_seconds=now.oldest_waiting,
+        oldest_running_seconds=now.oldest_running,
+        uploads=now.uploads,
         engines=engines,
         uptime_seconds=services.now() - services.started,
     )
@@ -81,8 +79,7 @@ async def state(services: ServicesDep) -> answers.State:
 )
 async def drain(_: NoBody, services: ServicesDep) -> answers.Drain:
     """What runs is finished; new requests are refused with 503 and `Retry-After`, and `/ready` says so."""
-    services.generator.is_draining = True
-    return answers.Drain(running=len(services.generator.running))
+    return answers.Drain(running=await services.processes.drain())
 
 
 def _engine(name: str, engine: ServingMember) -> answers.EngineState:

@@ -1,6 +1,7 @@
 """Registering, listing, changing, loading, merging and deleting adapters."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from server.catalog.slots import Slots
 from server.catalog.touched import Touched, touched
 from server.errors import Conflict, Forbidden
 from server.tenants import Caller
+
+logger = logging.getLogger(__name__)
 
 DELETE_SECONDS = 300.0
 """How long a deletion that waits waits at most."""
@@ -64,6 +67,13 @@ class Catalog:
         """Pin what is pinned; what does not fit any more is logged."""
         for adapter in await asyncio.to_thread(self.store.registry.pinned):
             await self.pins.keep(adapter)
+
+    async def refresh(self) -> None:
+        """Follow what other processes have pinned and unpinned; without the registry all stays as it is."""
+        try:
+            await self.pins.follow(await asyncio.to_thread(self.store.registry.pinned))
+        except RegistryUnavailable as error:
+            logger.warning("pins stay as they are: %s", error)
 
     async def close(self) -> None:
         """Give the pins' leases back. What is pinned stays so in the registry."""

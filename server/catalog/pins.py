@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters_store.blobs import BlobError
@@ -38,6 +39,8 @@ class Pins:
         self._engine = engine
         self._pins: dict[tuple[str, str], _Pin] = {}
         self._changing = asyncio.Lock()
+        self._unwanted: set[tuple[str, str]] = set()
+        self._without_room: set[tuple[str, str, str]] = set()
 
     def has(self, owner: str, name: str) -> bool:
         return (owner, name) in self._pins
@@ -91,6 +94,25 @@ class Pins:
             if pin is not None:
                 self._store.release(pin.lease)
                 self._unpin_unnamed(pin.digest)
+
+    async def follow(self, pinned: Sequence[Resolved]) -> None:
+        """Pin what another process has pinned, and unpin what it has unpinned: these are all that the registry knows.
+
+        A pin that the registry does not know may be about to be told to it: it goes if it is not known the next time
+        either.
+        """
+        wanted = {(adapter.tenant, adapter.name): adapter for adapter in pinned}
+        unwanted = self._pins.keys() - wanted.keys()
+        for owner, name in unwanted & self._unwanted:
+            await self.unpin(owner, name)
+            self._without_room.clear()
+        self._unwanted = unwanted - self._unwanted
+        for key, adapter in wanted.items():
+            pin, this = self._pins.get(key), (*key, adapter.digest)
+            if this in self._without_room or (pin is not None and pin.digest == adapter.digest):
+                continue
+            if not await self.keep(adapter):  # tried, and logged, once until another pin goes
+                self._without_room.add(this)
 
     async def close(self) -> None:
         """Give the leases back; the registry knows what is pinned."""

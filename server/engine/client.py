@@ -24,11 +24,6 @@ class EngineClient(EngineConversation):
         self.on_answered = self._proven
 
     @property
-    def members(self) -> "tuple[EngineClient]":
-        """The engines behind this client: one."""
-        return (self,)
-
-    @property
     def pid(self) -> int | None:
         """Process id of the engine, or None when none lives."""
         return self.process.pid
@@ -44,7 +39,7 @@ class EngineClient(EngineConversation):
     async def stop(self) -> None:
         """End the process; requests in flight end with an error."""
         await self.process.stop()
-        self.close()
+        await super().stop()
 
     async def _started(self) -> None:
         assert self.process.info is not None

@@ -46,11 +46,31 @@ class EngineConversation(AdapterCalls):
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._first = asyncio.Event()
+
+    @property
+    def members(self) -> "tuple[EngineConversation]":
+        """The engines behind this conversation: one."""
+        return (self,)
+
+    @property
+    def unheard_for(self) -> float:
+        """Seconds since the engine was heard of."""
+        return asyncio.get_running_loop().time() - self._heard
 
     @property
     def stalled(self) -> bool:
         """Whether a step seems to be stuck: there is work, and nothing has been heard of it for too long."""
         return self._silent_for > self.stall_seconds
+
+    async def start(self) -> None:
+        """Wait for the first engine."""
+        await self._first.wait()
+
+    async def stop(self) -> None:
+        """No engine follows; requests in flight end with an error."""
+        self.lost("the server is shutting down")
+        self._context.destroy(linger=0)
 
     def connect(self, address: str, info: EngineInfo) -> None:
         """An engine is there, of which nobody has asked anything yet."""
@@ -60,9 +80,10 @@ class EngineConversation(AdapterCalls):
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IDENTITY, self._name.encode())
         self._socket.connect(address)
-        self.alive = True
+        self.alive, self._heard = True, asyncio.get_running_loop().time()
         self._send(Hello())
         self._engine_started()
+        self._first.set()
         self._listening = asyncio.create_task(self._listen(self._socket))
 
     def in_flight(self) -> tuple[Request, ...]:
@@ -83,10 +104,6 @@ class EngineConversation(AdapterCalls):
         self.stats = EngineStats()
         if self.on_stats is not None:
             self.on_stats(self.stats)
-
-    def close(self) -> None:
-        """No engine follows the one that was lost."""
-        self._context.destroy(linger=0)
 
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
         """Outputs of the request as they come; the last has a finish reason.
@@ -154,7 +171,7 @@ class EngineConversation(AdapterCalls):
     @property
     def _silent_for(self) -> float:
         """Seconds since the engine was heard of, if it has requests."""
-        return asyncio.get_running_loop().time() - self._heard if self._streams and self.alive else 0.0
+        return self.unheard_for if self._streams and self.alive else 0.0
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:

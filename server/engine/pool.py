@@ -15,7 +15,7 @@ from server.engine.config import EngineConfig, EngineInfo, EngineStats
 from server.engine.journey import CLEARED_TOKENS, Journey
 from server.engine.placement import Placement, Wanted
 from server.engine.sequence import ENGINE_LOST, FinishReason, Output, Request
-from server.engine.suspects import Quarantined, Suspects
+from server.engine.suspects import Quarantined, Suspects, Suspicion
 
 TIERS = ("disk", "host", "device")
 MOST_MOVES = 1
@@ -55,7 +55,7 @@ class EnginePool:
     tier that an adapter has in any engine, when that changes, `on_move` of each request that moves.
     """
 
-    def __init__(self, members: Sequence[Member], placement: Placement, suspects: Suspects) -> None:
+    def __init__(self, members: Sequence[Member], placement: Placement, suspects: Suspicion) -> None:
         self.members = tuple(members)
         self.on_stats: Callable[[int, EngineStats], None] | None = None
         self.on_residency: Callable[[str, str], None] | None = None

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
@@ -31,8 +32,11 @@ class Suspicion(Protocol):
     def admitted(self, request: Request) -> AbstractAsyncContextManager[None]:
         """While the request is in flight; a suspect waits for its turn first. Raises Quarantined."""
 
+    def is_convicted(self, request: Request) -> bool:
+        """Whether engines died of the request, as far as can be known."""
+
     def cleared(self, request: Request) -> None:
-        """The request has been answered."""
+        """The request has been answered, or has come further than it had when its engine died."""
 
 
 class Suspects:
@@ -48,9 +52,18 @@ class Suspects:
         self._turn = asyncio.Lock()
         self._running: str | None = None
 
+    @property
+    def crashes(self) -> dict[bytes, int]:
+        """How often engines died, by the keys of what they had."""
+        return dict(self._crashes)
+
     def crashed(self, requests: Iterable[Request]) -> None:
         """The engine died while it had these requests."""
-        for key in {_key(request) for request in requests}:
+        self.crashed_with({suspect_key(request) for request in requests})
+
+    def crashed_with(self, keys: AbstractSet[bytes]) -> None:
+        """The same, by their keys."""
+        for key in keys:
             self._crashes[key] = self._crashes.pop(key, 0) + 1
         while len(self._crashes) > self._kept:
             self._crashes.popitem(last=False)
@@ -58,34 +71,44 @@ class Suspects:
     @asynccontextmanager
     async def admitted(self, request: Request) -> AsyncIterator[None]:
         """While the request is in flight; a suspect waits for its turn first. Raises Quarantined."""
-        if _key(request) not in self._crashes:
+        async with self.turn(suspect_key(request), request.id):
+            yield
+
+    @asynccontextmanager
+    async def turn(self, key: bytes, runner: str) -> AsyncIterator[None]:
+        """While `runner` runs what has this key. Raises Quarantined."""
+        if key not in self._crashes:
             yield
             return
         await self._turn.acquire()
-        self._running = request.id
+        self._running = runner
         try:
-            if self.is_convicted(request):
+            if self._crashes.get(key, 0) >= CRASHES:
                 raise Quarantined
             yield
         finally:
-            self._give_turn(request)
+            self._give_turn(runner)
 
     def is_convicted(self, request: Request) -> bool:
         """Whether engines died of the request, as far as can be known."""
-        return self._crashes.get(_key(request), 0) >= CRASHES
+        return self._crashes.get(suspect_key(request), 0) >= CRASHES
 
     def cleared(self, request: Request) -> None:
         """The request has been answered, or has come further than it had when its engine died: the next one's turn."""
-        self._crashes.pop(_key(request), None)
-        self._give_turn(request)
+        self.clear(suspect_key(request), request.id)
 
-    def _give_turn(self, request: Request) -> None:
-        if self._running == request.id:
+    def clear(self, key: bytes, runner: str) -> None:
+        """The same, by its key."""
+        self._crashes.pop(key, None)
+        self._give_turn(runner)
+
+    def _give_turn(self, runner: str) -> None:
+        if self._running == runner:
             self._running = None
             self._turn.release()
 
 
-def _key(request: Request) -> bytes:
+def suspect_key(request: Request) -> bytes:
     """What was asked, whatever it was called: prompt, adapters, routing and tenant, not seeds and ids."""
     prompt = b"".join(token.to_bytes(4, "little") for token in request.prompt)
     return hashlib.sha256(len(request.cache_root).to_bytes(4, "little") + request.cache_root + prompt).digest()

@@ -86,11 +86,13 @@ async def _embedded(
     body: EmbeddingsRequest, request: Request, services: Services, tenant: Tenant, embedder: Embedder
 ) -> tuple[np.ndarray, int]:
     """Vectors of the embedding model, and how many tokens it read."""
+    await services.quotas.fund(tenant.id, tokens=1, sequences=1)
     with services.quotas.admit(tenant.id) as meter:
         if body.dimensions not in (None, embedder.width):
             message = f"dimensions: embeddings of {embedder.name} cannot be shortened, expected {embedder.width}"
             raise BadRequest(message, param="dimensions", code="unsupported_value")
         texts, tokens = await embedder.read(body.input, body.truncate_prompt_tokens is not None)
+        await services.quotas.fund(tenant.id, tokens=tokens)
         meter.reserve(tokens)
         try:
             vectors = await unless_gone(request, embedder.embed(texts, tenant.id))

@@ -1,0 +1,154 @@
+"""A front end's process, as its parent sees it: spawned, heard, and started again with back-off when it dies."""
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.engine.backoff import Backoff
+from server.frontends.channel import Channel
+from server.frontends.messages import Begin, Failed, Serving, ToFront, ToParent, decode_to_parent
+
+MODULE = "server.frontends.child"
+
+logger = logging.getLogger(__name__)
+
+
+class FrontEndError(RuntimeError):
+    """A front end could not be started. The message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all front ends get: the settings as JSON, the port, and the file of the board."""
+
+    settings: bytes
+    port: int
+    board: int
+
+
+class FrontEnd:
+    """One of the front ends, of which another follows when it dies. `name` is that of the process that lives.
+
+    `on_message` hears what it says but for its beginning, `on_begun` that it can be told about engines, `on_gone` that
+    it is gone, while `name` is still its name.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        shared: Shared,
+        on_begun: Callable[["FrontEnd"], None],
+        on_message: Callable[["FrontEnd", ToParent], None],
+        on_gone: Callable[["FrontEnd"], None],
+    ) -> None:
+        self.slot = slot
+        self.name = ""
+        self.line: str | None = None
+        """What it announced, once requests can come."""
+        self.restarts = 0
+        self._shared = shared
+        self._on_begun = on_begun
+        self._on_message = on_message
+        self._on_gone = on_gone
+        self._count = 0
+        self._channel: Channel[ToParent] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._living: asyncio.Task[None] | None = None
+        self._is_stopping = False
+
+    @property
+    def alive(self) -> bool:
+        return self._channel is not None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, or None when none lives."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Spawn the process and wait until requests can come. Raises FrontEndError."""
+        self._living = asyncio.create_task(self._live(await self._spawn()))
+        while self.line is None:
+            done, _ = await asyncio.wait({self._living}, timeout=0.05)
+            if done:
+                self._living.result()
+
+    async def end(self, message: ToFront) -> None:
+        """Tell it to leave, and wait until it has. No other one follows."""
+        self._is_stopping = True
+        self.send(message)
+        if self._living is not None:
+            await asyncio.wait({self._living})
+
+    def kill(self) -> None:
+        if self.pid is not None and self._process is not None:
+            self._process.kill()
+
+    def send(self, message: ToFront) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        self._count += 1
+        self.name, self.line = f"{self.slot}.{self._count}", None
+        mine, its = socket.socketpair()
+        try:
+            numbers = (its.fileno(), self._shared.board)
+            # -P: whoever starts the server in a folder with a package `server` of its own gets ours all the same.
+            command = (sys.executable, "-P", "-m", MODULE, *map(str, numbers))
+            self._process = await asyncio.create_subprocess_exec(*command, pass_fds=numbers)
+        except BaseException:
+            mine.close()
+            raise
+        finally:
+            its.close()
+        self._channel = await Channel.over(mine, decode_to_parent)
+        is_first = self.slot == 0 and self._count == 1
+        self.send(Begin(self._shared.settings, self._shared.port, self.slot, self.name, is_first))
+        self._on_begun(self)
+        return self._process
+
+    async def _live(self, process: asyncio.subprocess.Process) -> None:
+        """From the first process to the last. Raises FrontEndError if the first one cannot start."""
+        backoff, clock = Backoff(), asyncio.get_running_loop().time
+        while True:
+            started = clock()
+            failure = await self._hear(process)
+            has_served, self.line = self.line is not None, None
+            self._on_gone(self)
+            if self._is_stopping:
+                return
+            if not has_served and self._count == 1:
+                raise FrontEndError(failure)
+            logger.error("a front end is gone and is started again: %s", failure)
+            await asyncio.sleep(backoff.after(proven=has_served and clock() - started > backoff.longest))
+            if self._is_stopping:
+                return
+            self.restarts += 1
+            process = await self._spawn()
+
+    async def _hear(self, process: asyncio.subprocess.Process) -> str:
+        """Take what it says until it is gone. Returns why."""
+        assert self._channel is not None
+        why = ""
+        try:
+            while True:
+                message = await self._channel.receive()
+                if isinstance(message, Failed):
+                    why = message.message
+                elif isinstance(message, Serving):
+                    self.line = message.line
+                else:
+                    self._on_message(self, message)
+        except EOFError:
+            pass
+        except Exception:
+            logger.exception("a front end said what cannot be understood")
+            process.kill()
+        channel, self._channel = self._channel, None
+        await channel.close()
+        code = await process.wait()
+        return why or f"its process ended with code {code}"
