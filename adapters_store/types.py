@@ -139,7 +139,8 @@ class Mix:
         """Canonical form: one entry a digest (weights of repeated digests add up), sorted; zero weights stay out.
 
         `selection` keeps the entry of highest weight, the first on a tie, with weight 1. `fusion` normalises the
-        weights to sum 1, and raises ValueError if they sum to 0. A fusion of one adapter is a mixture of it.
+        weights to sum 1, and raises ValueError if they sum to 0. A fusion of one adapter is a mixture of it, one of
+        nothing the base model.
         """
         if composition is Composition.SELECTION and entries:
             chosen = max(entries, key=lambda entry: entry[1])[0]
@@ -147,7 +148,7 @@ class Mix:
         weights: dict[str, float] = {}
         for digest, weight in entries:
             weights[digest] = weights.get(digest, 0.0) + weight
-        if composition is Composition.FUSION:
+        if composition is Composition.FUSION and entries:
             total = sum(weights.values())
             if not total:
                 raise ValueError("the weights of a fusion must not sum to 0")

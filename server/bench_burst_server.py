@@ -106,9 +106,18 @@ class Setup:
     stamps: Path
 
 
-def serve(listener: socket.socket, setup: Setup, ready: Callable[[], object], stop: Callable[[], object]) -> None:
-    """The server's process. Its last act is to write the requests' stamps."""
+def serve(listener: socket.socket, setup: Setup, ready: Callable[[], object], stopped: Callable[[float], bool]) -> None:
+    """The server's process. Its last act is to write the requests' stamps.
+
+    `stopped` waits for so many seconds at most; the process does not outlive the one that started it.
+    """
     os.environ[NOTES], os.environ[PASS_MS] = str(setup.notes), str(setup.pass_ms)
+    parent = os.getppid()
+
+    def stop() -> None:
+        while not stopped(1.0) and os.getppid() == parent:
+            pass
+
     run(_serve(listener, setup, ready, stop))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from adapters_store.types import Composition, Mix
 from routing.prototype_index import PrototypeIndex
-from routing.retriever import Retriever, RetrieverDefaults
+from routing.retriever import LONGEST_TEXT, Retriever, RetrieverDefaults
 from routing.router import Outcome, Route, RouteError, RouteQuery, Scored
 from routing.router_options import RouterOptions
 from tests.routing.prototype_world import ChosenEncoder, Names, unit
@@ -177,6 +177,12 @@ class TestNothingFits:
         monkeypatch.setattr(world.encoder, "embed", embed)
         for text in ("x" * 100_000, "Übersetze", "量子力学", "مرحبا", "\ud800 half a pair", "\0", "🦜" * 50):
             assert names(await world.route(text)) == ["x", "shared"]
+
+    async def test_what_no_encoder_reads_is_not_looked_at(self, world: World) -> None:
+        text = "1,0,0".ljust(LONGEST_TEXT)
+        assert not (await world.route(text + "one end")).cached
+        assert world.encoder.asked == [[text]]
+        assert (await world.route(text + "another")).cached
 
 
 class TestCandidates:

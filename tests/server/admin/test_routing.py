@@ -70,6 +70,17 @@ async def test_options_of_a_request(routed: World) -> None:
     assert [entry["weight"] for entry in one.json()["lora"]["adapters"]] == [1.0]
 
 
+@pytest.mark.parametrize("composition", ["mixture", "fusion", "selection"])
+async def test_a_dry_run_of_every_composition(routed: World, composition: str) -> None:
+    await routed.added(routed.a, "sql", 0, samples=SQL)
+    for prompt, chosen in ((SQL[0], ["sql"]), ("zebra", []), ("  ", [])):
+        answer = await routed.a.post(f"{V1}/route", json={"prompt": prompt, "composition": composition})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["composition"] == composition
+        assert [entry["name"] for entry in answer.json()["adapters"]] == chosen
+        assert names(await ask(routed.a, prompt, lora={"composition": composition})) == chosen
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param", "code"),
     [

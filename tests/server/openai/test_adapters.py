@@ -104,6 +104,16 @@ async def test_an_explicit_list_overrides_model(
     assert [request.mix.digests for request in harness.engine.requests] == [(digest("german"),), ()]
 
 
+@pytest.mark.parametrize("composition", ["mixture", "fusion", "selection"])
+async def test_every_composition_of_nothing_is_the_base_model(
+    client: httpx.AsyncClient, harness: Harness, composition: str
+) -> None:
+    for lora in ({"composition": composition}, {"adapters": [], "composition": composition}):
+        response = await complete(client, lora=lora)
+        assert response.status_code == 200, response.text
+    assert [request.mix.digests for request in harness.engine.requests] == [(), ()]
+
+
 async def test_the_stream_says_the_same_as_the_whole(client: httpx.AsyncClient) -> None:
     response = await complete(client, model="sql", stream=True)
     last = events(response.text)[-1]["lora"]
