@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from routing.evaluate.study_plan import SCALES, Places, Stage, Step, plan
+from routing.train.adapter import TrainError, check_out
 from routing.train.data import TaskDataError
 from routing.train.progress import say
 
@@ -102,6 +103,7 @@ def _run(study: Study, steps: Sequence[Step], deadline: float | None, say: Say) 
                 say(f"{step.name}: exit code {process.returncode}, {spent['seconds']:.0f} s")
                 if process.returncode:
                     failed.append(step.name)
+                    say(_last_line(study.log(step)))
                 else:
                     _write_record(study, step, spent)
             if _late(deadline):
@@ -112,6 +114,10 @@ def _run(study: Study, steps: Sequence[Step], deadline: float | None, say: Say) 
             process.terminate()
             process.wait()
     return failed
+
+
+def _last_line(log: Path) -> str:
+    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
 
 
 def _late(deadline: float | None) -> bool:
@@ -127,7 +133,16 @@ def _start(study: Study, step: Step) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         command = [sys.executable, "-m", step.module, *step.arguments]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        environment = {**_environment(study.jobs), **os.environ}
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """Steps side by side share the processors; on one GPU they must give back what they no longer need."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return {"OMP_NUM_THREADS": str(threads), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _write_record(study: Study, step: Step, spent: Mapping[str, float]) -> None:
@@ -197,8 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     study = Study(Places(asked.model, asked.tasks, asked.out, asked.adapters), asked.scale, asked.jobs, asked.seconds)
     try:
+        check_out(asked.out)
         code = carry_out(study, say)
-    except TaskDataError as error:
+    except (TaskDataError, TrainError) as error:
         say(str(error))
         return WRONG
     say(str(asked.out / "study.md"))

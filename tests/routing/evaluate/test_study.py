@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,14 @@ def test_a_step_that_is_asked_for_otherwise_runs_again(world: World) -> None:
 
 
 def test_a_failure_stops_the_stages_after_it_but_not_those_beside_it(world: World) -> None:
-    stages = [[python("bad", "raise SystemExit(7)"), noting("beside", world.log)], [noting("after", world.log)]]
+    stages = [
+        [python("bad", "raise SystemExit(7)"), noting("beside", world.log)],
+        [noting("after", world.log)],
+    ]
     assert world.run(stages) == FAILED
     assert world.ran == ["beside"]
     assert any(line.startswith("failed: bad; see ") for line in world.said)
+    assert "SystemExit: 7" in world.said, "the last line of what it said"
     assert not (world.out / "steps" / "bad.json").exists()
     whole = [[noting("bad", world.log), stages[0][1]], stages[1]]
     assert world.run(whole) == DONE
@@ -97,6 +102,17 @@ def test_steps_of_a_stage_run_side_by_side(world: World, tmp_path: Path) -> None
         return python(name, f"import os, time; open({own!r}, 'w')\n{waiting}")
 
     assert world.run([[meets("a", "b"), meets("b", "a")]], jobs=2, seconds=120.0) == DONE
+
+
+def test_steps_side_by_side_share_the_processors(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = python("a", f"import os; open({str(world.log)!r}, 'a').write(os.environ['OMP_NUM_THREADS'])")
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert world.run([[step]], jobs=5) == DONE
+    assert world.ran == ["2"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert world.run([[replace(step, name="b")]], jobs=5) == DONE
+    assert world.log.read_text() == "27"
 
 
 def test_no_time_begins_nothing(world: World) -> None:
@@ -126,6 +142,9 @@ def test_tasks_without_the_groups_are_one_line(tmp_path: Path, capsys: pytest.Ca
     places = ["--model", str(tmp_path), "--tasks", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main([*places, "--scale", "cuda"]) == WRONG
     assert "there is no group 'small'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*places[:-1], str(tmp_path / "file")]) == WRONG
+    assert "it is a file, expected a folder" in capsys.readouterr().err
     assert main([*places, "--jobs", "0"]) == WRONG
     assert "jobs 0: expected a whole number of at least 1" in capsys.readouterr().err
 
