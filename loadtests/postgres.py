@@ -165,7 +165,7 @@ def _reachable(binaries: Path, folder: Path) -> Path:
 
 
 def _wait(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         if server.poll() is not None:
             break
         try:

@@ -19,7 +19,7 @@ from statistics import median
 import httpx
 
 from loadtests.process import KEY, ServerProcess
-from loadtests.soak.engine_faults import ENGINE, children
+from loadtests.soak.engine_faults import ENGINE, children, short_request
 
 STREAMS = 4
 STEADY_SECONDS = 2.0
@@ -32,17 +32,16 @@ async def recovery(http: httpx.AsyncClient, server: ServerProcess, model: str) -
     for engine in children(server.pid, ENGINE):
         os.kill(engine, signal.SIGKILL)
     while True:
-        answer = await http.post("/v1/completions", json={"model": model, "prompt": [1, 2, 3], "max_tokens": 1})
+        answer = await http.post("/v1/completions", json=short_request(model))
         if answer.is_success:
             return time.monotonic() - started
         await asyncio.sleep(0.01)
 
 
-async def stream(http: httpx.AsyncClient, model: str, number: int) -> None:
+async def stream(http: httpx.AsyncClient, model: str) -> None:
     """Ask again and again, until cancelled."""
     while True:
-        body = {"model": model, "prompt": [number, 5, 6, 7], "max_tokens": 64, "ignore_eos": True}
-        answer = await http.post("/v1/completions", json=body)
+        answer = await http.post("/v1/completions", json=short_request(model) | {"max_tokens": 64, "ignore_eos": True})
         await asyncio.sleep(0.0 if answer.is_success else 0.1)
 
 
@@ -52,7 +51,7 @@ async def measure(server: ServerProcess, model: str, kills: int) -> dict[str, li
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120) as http:
         for name, streams in (("idle", 0), (f"{STREAMS} streams", STREAMS)):
-            tasks = [asyncio.create_task(stream(http, model, number)) for number in range(streams)]
+            tasks = [asyncio.create_task(stream(http, model)) for _ in range(streams)]
             found[name] = []
             for _ in range(kills):
                 await asyncio.sleep(STEADY_SECONDS)

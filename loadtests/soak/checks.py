@@ -10,7 +10,7 @@ from loadtests.soak.answers import PROMPTS, Answers, greedy
 from loadtests.soak.seen import Seen
 from loadtests.soak.told import Told
 
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 180.0
 
 
 async def until_idle(admin: httpx.AsyncClient, seen: Seen) -> None:
@@ -21,7 +21,7 @@ async def until_idle(admin: httpx.AsyncClient, seen: Seen) -> None:
         await asyncio.sleep(0.5)
         held = _held((await admin.get("/admin/v1/state")).raise_for_status().json())
     for each in held:
-        seen.breaks(f"a minute after the last request there {each}")
+        seen.breaks(f"{IDLE_SECONDS:.0f} s after the last request there {each}")
 
 
 def _held(state: Mapping[str, object]) -> list[str]:

@@ -13,7 +13,7 @@ from loadtests.soak.seen import Seen
 
 AT_ONCE = 4
 UNREAD_SECONDS = 2.0
-WHOLE_SECONDS = 120.0
+WHOLE_SECONDS = 300.0
 
 Reader = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ ENGINE = "server.engine.loop"
 PAUSE_SECONDS = 1.0
 STALL_SECONDS = 10.0
 """The server's --stall-timeout: no step of a healthy engine takes so long. A stuck one is replaced after twice that."""
-RECOVERY_SECONDS = 120.0
+RECOVERY_SECONDS = 300.0
 """An engine that is not back by then is not coming back."""
 
 
@@ -29,6 +30,11 @@ def children(pid: int, name: str) -> list[int]:
             if name.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(child)
     return found
+
+
+def short_request(model: str) -> dict[str, object]:
+    """For one token. Never the same twice: what was in flight when an engine died waits for others of its kind."""
+    return {"model": model, "prompt": [secrets.randbelow(1000) + 1 for _ in range(4)], "max_tokens": 1}
 
 
 class EngineFaults:
@@ -89,9 +95,8 @@ class EngineFaults:
     async def _recovered(self, started: float | None) -> str:
         """Until a new request has its token. Seconds since `started` are noted."""
         deadline = time.monotonic() + RECOVERY_SECONDS
-        body = {"model": self._model, "prompt": [1, 2, 3], "max_tokens": 1}
         while time.monotonic() < deadline:
-            answer = await self._admin.post("/v1/completions", json=body)
+            answer = await self._admin.post("/v1/completions", json=short_request(self._model))
             if answer.is_success:
                 if started is not None:
                     self._report.recoveries.append(time.monotonic() - started)

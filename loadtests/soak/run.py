@@ -79,7 +79,13 @@ class Soak:
 
     def _server(self) -> ServerProcess:
         options = ("--max-model-len", "512", "--encoder", "none", "--kv-memory", "256MiB", "--page-memory", "64MiB")
-        return self._place.server(self._model, *options, "--stall-timeout", str(STALL_SECONDS))
+        stalls = ("--stall-timeout", str(STALL_SECONDS)) if self._has_time else ()
+        return self._place.server(self._model, *options, *stalls)
+
+    @property
+    def _has_time(self) -> bool:
+        """For an engine that gets stuck."""
+        return self._plan.minutes >= STUCK_MINUTES
 
     async def _traffic(
         self, server: ServerProcess, admin: httpx.AsyncClient, stack: AsyncExitStack
@@ -119,7 +125,7 @@ class Soak:
         seed, model = self._plan.seed, self._model.name
         self._engines = EngineFaults(server.pid, admin, model, self._report, self._seen)
         kinds: list[dict[str, tuple[float, Fault]]] = [
-            self._engines.kinds(stuck=self._plan.minutes >= STUCK_MINUTES),
+            self._engines.kinds(stuck=self._has_time),
             self._place.faults(server.pid, seed).kinds(),
             {**adapters.kinds(), "key replaced": (1.0, keys.rotate)},
             ClientFaults(server.url, KEY, model, self._seen, seed).kinds(),
@@ -158,7 +164,7 @@ class Soak:
             "minutes": self._plan.minutes,
             "seed": self._plan.seed,
             "place": self._place.name,
-            "left_out": list(self._place.left_out),
+            "left_out": [*self._place.left_out, *(() if self._has_time else ("engine stuck: too short",))],
             "requests": seen.requests,
             "compared_answers": seen.compared,
             "billed_tokens": seen.prompt_tokens + seen.tokens,
@@ -180,8 +186,9 @@ class Soak:
 @asynccontextmanager
 async def client(url: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.AsyncClient]:
     """Patient enough for everything that is done to the server."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, limits=limits) as opened:
+    # None are kept: whoever sends on one that the server is just closing sees it break.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=300, limits=limits) as opened:
         yield opened
 
 
