@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector, CollectorRegistry
 class LoopHistogram(Collector):
     """Only one thread observes, the event loop's, so it takes no lock. What is exported meanwhile may be one behind.
 
-    `prometheus_client`'s own takes two locks for each observation: 0.53 us and 1.24 with its labels, instead of 0.13.
+    `prometheus_client`'s own takes two locks for each observation: 0.53 us, 1.24 with its labels. `Metrics.gap`, which
+    finds the series and observes, takes 0.24.
     """
 
     def __init__(

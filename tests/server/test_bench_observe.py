@@ -13,7 +13,7 @@ def test_all_forms_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"):  # it sets them
         monkeypatch.setenv(name, "")
     byte_level_tokenizer().save_pretrained(tmp_path)
-    document = main(["--model", str(tmp_path), "--rounds", "1", "--requests", "3"])
+    document = main(["--model", str(tmp_path), "--rounds", "2", "--requests", "5"])
     assert [row["form"] for row in document["rows"]] == [form.name for form in FORMS]
     for row in document["rows"]:
         assert row["request_us"] > 0
