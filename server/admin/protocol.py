@@ -22,6 +22,10 @@ MOST = 2**53
 def _stored(value: str) -> str:
     if "\0" in value:
         raise ValueError("expected text without the character NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected text, found half of a surrogate pair") from None
     return value
 
 

@@ -253,6 +253,8 @@ async def test_form_fields_are_checked(world: World) -> None:
         ({"name": "sql", "tags": "a,b"}, "tags"),
         ({"name": "sql", "tags": "[1]"}, "tags.0"),
         ({"name": "sql", "samples": '"one"'}, "samples"),
+        ({"name": "sql", "samples": '["one", "\\ud800"]'}, "samples.1"),
+        ({"name": "sql", "tags": '["\\udfff"]'}, "tags.0"),
         ({"name": "sql", "public": "yes"}, "public"),
         ({"name": "sql", "replace": "1"}, "replace"),
         ({}, "name"),
