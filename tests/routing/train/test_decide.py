@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from folder_edits import edit
 from meteora_world import toy_task, write_adapter
 
 from routing.prompt_folder import load_prompt_router, read_prompt_router
-from routing.prompt_router import BY_LAYER, LAST_LAYER
+from routing.prompt_router import BY_LAYER, LAST_LAYER, VOTE
 from routing.train.decide import KEPT, main
 from routing.train.moa import train_moa
 from routing.train.prompt_recipe import MoaRecipe
@@ -65,3 +66,16 @@ def test_where_training_depends_on_the_decision_nothing_is_written(
     assert not out.exists()
     (tmp_path / "file").touch()
     refused(joint, "file", tmp_path / "file")
+
+
+def test_accuracies_are_those_of_the_layers_that_decide(
+    chat_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    vote = train(chat_model, adapters, tmp_path / "vote", replace(RECIPE, steps=1))
+    metrics = {"accuracy": 0.9, "agreement": 0.9, "accuracy_by_layer": [0.25, 0.75]}
+    edit(vote, lambda fields: fields["training"].update(metrics=metrics))
+    for decision, accuracy in ((LAST_LAYER, 0.75), (BY_LAYER, 0.5), (VOTE, None)):
+        assert main(["--router", str(vote), "--decision", decision, "--out", str(tmp_path / decision)]) == 0
+        found = read_prompt_router(tmp_path / decision).training["metrics"]
+        assert found.get("accuracy") == accuracy
+        assert "agreement" not in found
