@@ -263,7 +263,7 @@ async def test_a_wrong_method_is_told_all_that_are_right(client: httpx.AsyncClie
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version"])
 async def test_head_is_get_without_a_body(live: str, path: str) -> None:
-    async with httpx.AsyncClient(base_url=live) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=60) as client:
         whole, head = await client.get(path), await client.head(path)
     assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
     assert head.headers["content-length"] == whole.headers["content-length"]

@@ -108,7 +108,7 @@ async def test_words_of_a_body_are_no_wish(live: str, harness: Harness) -> None:
     said = "POST /x HTTP/1.1\r\nUpgrade: h2c\r\n"
     body = json.dumps({"model": "sql", "prompt": said}).encode()
     prompt = harness.services.tokenizer
-    async with httpx.AsyncClient(base_url=live) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=60) as client:
         answer = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 200
     assert harness.engine.requests[0].prompt == tuple(await prompt.encode(said))

@@ -212,7 +212,7 @@ async def test_tenants_and_their_keys(loramux: Loramux, folder: Path) -> None:
 
 async def test_usage_and_state(loramux: Loramux, live: str) -> None:
     assert (await loramux("usage")).stdout == "no use yet\n"
-    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN}"}) as client:
+    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60) as client:
         for model in (MODEL, "sql"):
             answer = await client.post("/v1/completions", json={"model": model, "prompt": "Hi", "max_tokens": 3})
             assert answer.status_code == 200

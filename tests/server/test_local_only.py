@@ -52,7 +52,7 @@ async def test_stock_clients(live: str) -> None:
     async with AsyncOpenAI(base_url=f"{live}/v1", api_key="none") as client:
         answer = await client.completions.create(model="tiny", prompt="Hi")
     assert answer.choices[0].text == REPLY
-    async with httpx.AsyncClient(base_url=live.replace("127.0.0.1", "localhost")) as plain:
+    async with httpx.AsyncClient(base_url=live.replace("127.0.0.1", "localhost"), timeout=60) as plain:
         headers = {"Content-Type": "application/json", "User-Agent": "curl/8", "Accept": "*/*"}
         answered = await plain.post("/v1/completions", content=b'{"model": "tiny", "prompt": "Hi"}', headers=headers)
     assert REPLY in answered.text

@@ -54,7 +54,7 @@ async def test_the_announcement(harness: Harness) -> None:
 async def test_running_streams_finish_and_new_work_is_refused(harness: Harness) -> None:
     harness.engine.gate.clear()
     harness.engine.hold_at = 2
-    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
         await until(lambda: harness.engine.num_waiting)
         server.server.handle_exit(signal.SIGTERM, None)
@@ -72,7 +72,7 @@ async def test_running_streams_finish_and_new_work_is_refused(harness: Harness) 
 async def test_after_the_timeout_streams_end_with_an_error(harness: Harness) -> None:
     harness.engine.gate.clear()
     harness.engine.hold_at = 2
-    async with running(harness, 0.05) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with running(harness, 0.05) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
         await until(lambda: harness.engine.num_waiting)
         server.server.handle_exit(signal.SIGTERM, None)
@@ -86,7 +86,7 @@ async def test_after_the_timeout_streams_end_with_an_error(harness: Harness) -> 
 async def test_the_second_signal_stops_at_once(harness: Harness) -> None:
     harness.engine.gate.clear()
     harness.engine.hold_at = 2
-    async with running(harness, 1000) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with running(harness, 1000) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
         await until(lambda: harness.engine.num_waiting)
         server.server.handle_exit(signal.SIGTERM, None)
@@ -100,7 +100,7 @@ async def test_the_second_signal_stops_at_once(harness: Harness) -> None:
 async def test_the_signal_after_a_drain_is_the_first_one(harness: Harness) -> None:
     harness.engine.gate.clear()
     harness.engine.hold_at = 2
-    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asking = asyncio.create_task(client.post("/v1/completions", json=GOOD))
         await until(lambda: harness.engine.num_waiting)
         assert (await client.post("/admin/v1/drain")).status_code == 202
@@ -138,7 +138,7 @@ async def test_work_on_adapters_finishes_and_new_work_is_refused(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefetch = Prefetch(harness, monkeypatch)
-    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with running(harness, 30) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asking = asyncio.create_task(client.post("/admin/v1/adapters/sql/prefetch"))
         await until(lambda: prefetch.is_waiting)
         server.server.handle_exit(signal.SIGTERM, None)
@@ -158,7 +158,7 @@ async def test_work_that_is_cut_is_answered(
 ) -> None:
     prefetch = Prefetch(harness, monkeypatch)
     timeout = 0.05 if signals == 1 else 1000
-    async with running(harness, timeout) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with running(harness, timeout) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asking = asyncio.create_task(client.post("/admin/v1/adapters/sql/prefetch"))
         await until(lambda: prefetch.is_waiting)
         for _ in range(signals):
@@ -172,7 +172,7 @@ async def test_work_that_is_cut_is_answered(
 
 async def test_an_idle_server_stops_when_asked(harness: Harness) -> None:
     async with running(harness, 1000) as server:
-        async with httpx.AsyncClient(base_url=server.url) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             assert REPLY in (await client.post("/v1/completions", json=GOOD | {"stream": False})).text
         server.server.handle_exit(signal.SIGINT, None)
         await asyncio.wait_for(server.serving, 30)

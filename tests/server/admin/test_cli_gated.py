@@ -36,7 +36,7 @@ def loramux(live: str) -> Loramux:
 async def digests(live: str, tmp_path: Path) -> dict[str, str]:
     """Of two adapters that are registered."""
     digests = {}
-    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as client:
+    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
         for seed, name in enumerate(("sql", "sea")):
             write_adapter(tmp_path / name, seed)
             answer = await client.post("/admin/v1/adapters", data=form(name=name), files=files_of(tmp_path / name))

@@ -60,7 +60,7 @@ async def adapters(live: str, tmp_path: Path) -> None:
     from fakes import write_adapter
 
     write_adapter(tmp_path / "made", 0)
-    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as client:
+    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
         for name, samples in (("sql", SQL), ("sea", PIRATE)):
             data = form(name=name, samples=samples)
             answer = await client.post("/admin/v1/adapters", data=data, files=files_of(tmp_path / "made"))

@@ -135,6 +135,6 @@ async def test_by_default_a_quick_stream_has_no_comments(make_harness) -> None:
 
 async def test_streams_of_many_at_once(harness: Harness, live: str) -> None:
     harness.engine.hold_at = 3
-    async with httpx.AsyncClient(base_url=live) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=60) as client:
         answers = await asyncio.gather(*(client.post("/v1/completions", json=BODY) for _ in range(16)))
     assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers)

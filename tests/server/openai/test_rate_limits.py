@@ -194,7 +194,7 @@ async def test_requests_at_once(live: str, harness: Harness, account: Account) -
     await account.open(concurrency=1)
     other = await Account(harness).open(concurrency=1)
     harness.engine.gate.clear()
-    async with httpx.AsyncClient(base_url=live) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=60) as client:
         body = GOOD | {"stream": True}
         harness.engine.hold_at = 1
         async with client.stream("POST", "/v1/completions", json=body, headers=account.headers) as stream:

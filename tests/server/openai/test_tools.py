@@ -139,7 +139,7 @@ async def test_a_stream(official: AsyncOpenAI, harness: Harness) -> None:
 async def test_the_first_delta_of_a_call_is_its_id_and_name(live: str, harness: Harness) -> None:
     harness.engine.say(CALL)
     body = {"model": "tiny", "messages": [USER], "tools": [TOOL], "stream": True, "logprobs": True}
-    async with httpx.AsyncClient(base_url=live) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=60) as client:
         lines = (await client.post("/v1/chat/completions", json=body)).text.split("\n\n")
     choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
     deltas = [choice["delta"]["tool_calls"][0] for choice in choices if "tool_calls" in choice["delta"]]
@@ -232,7 +232,7 @@ async def test_who_names_a_function_gets_one_call(official: AsyncOpenAI, harness
 
 
 async def test_the_older_form_is_refused_and_says_what_to_use(live: str) -> None:
-    async with httpx.AsyncClient(base_url=live) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=60) as client:
         for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
             body = {"model": "tiny", "messages": [USER], field: [{"name": "f"}]}
             error = (await client.post("/v1/chat/completions", json=body)).json()["error"]
@@ -295,7 +295,7 @@ async def test_usage_counts_the_tools(official: AsyncOpenAI, live: str) -> None:
     async def count(**tools: Any) -> int:
         answer = await official.chat.completions.create(model="tiny", messages=[USER], **tools)
         assert answer.usage is not None
-        async with httpx.AsyncClient(base_url=live) as client:
+        async with httpx.AsyncClient(base_url=live, timeout=60) as client:
             told = (await client.post("/tokenize", json={"messages": [USER], **tools})).json()
         assert told["count"] == answer.usage.prompt_tokens
         return answer.usage.prompt_tokens
