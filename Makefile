@@ -87,6 +87,7 @@ bench: model
 	$(RUN)/python -m server.bench_burst --model $$($(RUN)/loramux pull $(MODEL) | tail -1) \
 	  --encoder $$($(RUN)/loramux pull $(ENCODER) | tail -1)
 	$(RUN)/python -m server.bench_observe --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
+	$(RUN)/python -m server.bench_first_token --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
 	$(RUN)/python -m routing.bench
 	$(RUN)/python -m routing.bench_encoder --model $$($(RUN)/loramux pull $(ENCODER) | tail -1)
 	$(RUN)/python -m loadtests.routing --model $$($(RUN)/loramux pull $(MODEL) | tail -1)

@@ -98,7 +98,9 @@ class Front:
         context = multiprocessing.get_context("spawn")
         self._ready, self._stop = context.Event(), context.Event()
         self._process = context.Process(
-            target=_serve, args=(self._listener, folder, rate, plain, self._ready.set, self._stop.wait)
+            target=_serve,
+            args=(self._listener, folder, rate, plain, self._ready.set, self._stop.wait),
+            daemon=True,
         )
 
     def __enter__(self) -> "Front":
@@ -168,10 +170,10 @@ def _serve(
 async def streamed(front: Measured, path: str, body: Json, streams: int, seconds: float) -> Json:
     """Processor time a token, while so many streams run. A token is an event of its own."""
     counts = [0] * streams
-    request = _request(path, body | {"model": MODEL, "stream": True, "max_tokens": 8000})
+    request = request_bytes(path, body | {"model": MODEL, "stream": True, "max_tokens": 8000})
 
     async def read(index: int) -> None:
-        async with connected(front) as (reader, writer):
+        async with connected(front.port) as (reader, writer):
             writer.write(request)
             while data := await reader.read(1 << 16):
                 counts[index] += data.count(b"data: ")
@@ -189,8 +191,8 @@ async def streamed(front: Measured, path: str, body: Json, streams: int, seconds
 
 async def answered(front: Measured, path: str, body: Json, requests: int) -> Json:
     """Processor time of a request for one token, over one connection, one after the other."""
-    request = _request(path, body | {"model": MODEL, "max_tokens": 1})
-    async with connected(front) as (reader, writer):
+    request = request_bytes(path, body | {"model": MODEL, "max_tokens": 1})
+    async with connected(front.port) as (reader, writer):
 
         async def ask() -> None:
             writer.write(request)
@@ -207,8 +209,8 @@ async def answered(front: Measured, path: str, body: Json, requests: int) -> Jso
 
 
 @asynccontextmanager
-async def connected(front: Measured) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         yield reader, writer
     finally:
@@ -217,7 +219,7 @@ async def connected(front: Measured) -> AsyncIterator[tuple[asyncio.StreamReader
             await writer.wait_closed()
 
 
-def _request(path: str, body: Json) -> bytes:
+def request_bytes(path: str, body: Json) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     return f"{head}\r\n\r\n".encode() + data

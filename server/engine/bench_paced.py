@@ -1,12 +1,13 @@
 """An engine's process without an engine, for measuring the other side: every request gets a token at a steady rate.
 
 `python -m server.engine.bench_paced RATE TOKENS ADDRESS PARENT_PID` speaks as `loop.py` does. All requests together get
-RATE tokens a second, one each in every step, and none ends before its `max_tokens`. TOKENS, ids with commas between
-them, are said again and again.
+RATE tokens a second, one each in every step, the first one at once, and none ends before its `max_tokens`. TOKENS, ids
+with commas between them, are said again and again.
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,10 +69,10 @@ class PacedEngine:
             if self._running and now >= due:
                 due = max(now, due) if due < now - 0.1 else due  # what it is late it makes up for, up to a tenth
                 due += len(self._running) / self._rate
-                self._step()
+                self._step(list(self._running))
 
-    def _step(self) -> None:
-        outputs = [running.step() for running in self._running.values()]
+    def _step(self, request_ids: Sequence[str]) -> None:
+        outputs = [self._running[request_id].step() for request_id in request_ids]
         for output in outputs:
             if output.finish_reason is not None:
                 del self._running[output.request_id]
@@ -93,6 +94,7 @@ class PacedEngine:
         if isinstance(message, Submit):
             self._inbox.fronts.begin(front, message.request.id)
             self._running[message.request.id] = Running(message.request, self._said)
+            self._step([message.request.id])
         elif isinstance(message, Abort):
             self._inbox.fronts.end(message.request_id)
             self._running.pop(message.request_id, None)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -86,7 +86,8 @@ class Answer(ABC):
 
     def whole(self, choices: list[Collected]) -> Json:
         """The body of a response that is not streamed."""
-        shaped = [self.choice(index, collected) for index, collected in enumerate(choices)]
+        shown = enumerate(self.shown(choices))
+        shaped = [self.choice(index, choices[index]) | {"index": place} for place, index in shown]
         usage = usage_object(self._generation.usage)
         return self._head(self.whole_object) | {"choices": shaped, "usage": usage, "lora": self._lora()}
 
@@ -104,6 +105,10 @@ class Answer(ABC):
         """vLLM's `prompt_logprobs` of a choice."""
         generation, most = self._generation, self._prompt_logprobs or 0
         return prompt_logprobs(generation.tokenizer, generation.prompt_of(index), choice.prompt_scores, most)
+
+    def shown(self, choices: list[Collected]) -> Sequence[int]:
+        """Which choices a whole answer has, in its order."""
+        return range(len(choices))
 
     @abstractmethod
     def choice(self, index: int, collected: Collected) -> Json:

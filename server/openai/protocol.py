@@ -204,7 +204,7 @@ class GenerationRequest(RequestModel):
     def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self:
         """The request, checked. Raises BadRequest, also for known fields that this server does not serve."""
         for field, harmless in NOT_SERVED.items():
-            if field in data and data[field] not in harmless:
+            if field in data and field not in cls.model_fields and data[field] not in harmless:
                 hint = f"; use {INSTEAD[field]}" if field in INSTEAD else ""
                 message = f"{field}: not supported by this server{hint}"
                 raise BadRequest(message, param=field, code="unsupported_parameter")

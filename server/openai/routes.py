@@ -77,7 +77,8 @@ async def completions(body: CompletionBody, request: Request, services: Services
         streamed_usage=body.streamed_usage,
         prompt_logprobs=body.prompt_logprobs,
         logprobs=body.logprobs,
-        n=ask.n,
+        candidates=body.candidates,
+        n=body.choices,
         echoes=await _echoes(ask, services) if body.echo else (),
     )
     return await _respond(request, generation, answer, services.http if body.stream else None)

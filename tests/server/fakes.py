@@ -343,7 +343,7 @@ class Harness:
 
 
 def events(text: str) -> list[Json]:
-    """The JSON of every server-sent event but the closing `[DONE]`, which must be there."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    """The JSON of every server-sent event but the closing `[DONE]`, which must be there. Comments are none."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]

@@ -63,7 +63,10 @@ def test_ignored_fields_change_nothing(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", NOT_SERVED)
 async def test_refused_fields_are_refused_by_name(client: httpx.AsyncClient, harness: Harness, name: str) -> None:
-    for url, body in (("/v1/chat/completions", CHAT), ("/v1/completions", {"model": "tiny", "prompt": "Hi"})):
+    text = {"model": "tiny", "prompt": "Hi"}
+    for url, body, model in (("/v1/chat/completions", CHAT, ChatRequest), ("/v1/completions", text, CompletionRequest)):
+        if name in model.model_fields:
+            continue
         answer = await client.post(url, json=body | {name: {"some": "thing"}})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", name)

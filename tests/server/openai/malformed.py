@@ -247,7 +247,14 @@ NOT_SERVED = [
     chat("include_stop_str_in_output", "unsupported_parameter", include_stop_str_in_output=True),
     chat("web_search_options", "unsupported_parameter", web_search_options={}),
     text("allowed_token_ids", "unsupported_parameter", allowed_token_ids=[5]),
-    text("best_of", "unsupported_parameter", best_of=3),
+    chat("best_of", "unsupported_parameter", best_of=3),
+    text("best_of", best_of=0),
+    text("best_of", best_of=17),
+    text("best_of", best_of=10**30),
+    text("best_of", "invalid_type", best_of="3"),
+    text("best_of", "invalid_type", best_of=2.0),
+    text("best_of", n=3, best_of=2),
+    text("best_of", best_of=2, stream=True),
     text("suffix", "unsupported_parameter", suffix="end"),
 ]
 

@@ -4,6 +4,8 @@ import httpx
 import pytest
 from fakes import REPLY, Harness, events
 
+from server.engine.sequence import TokenLogprobs
+
 URL = "/v1/completions"
 
 
@@ -52,6 +54,34 @@ async def test_prompt_forms(
     assert [sent[str(index)] for index in range(len(wanted))] == wanted
     assert [choice["index"] for choice in body["choices"]] == list(range(len(wanted)))
     assert body["usage"]["prompt_tokens"] == sum(map(len, wanted))
+
+
+async def test_best_of_answers_with_the_likeliest_candidates(
+    client: httpx.AsyncClient, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds 3 to 6 say 0 to 3 letters more; b is likelier than a, and its mean counts, not its sum."""
+    said = {3: "a", 4: "bbbb", 5: "ab", 6: "aab"}
+    values = {harness.engine.encode(letter)[0]: value for letter, value in (("a", -2.0), ("b", -1.0))}
+    harness.engine.answer(
+        lambda request: [harness.engine.encode(letter)[0] for letter in said[request.params.seed or 0]]
+    )
+    monkeypatch.setattr(harness.engine, "_logprobs", lambda token, _: TokenLogprobs(values[token], ()))
+    asked = {"prompt": [[50], [60, 61]], "seed": 3, "best_of": 4}
+    body = (await post(client, **asked, n=2)).json()
+    assert [choice["text"] for choice in body["choices"]] == ["bbbb", "ab"] * 2
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4
+    assert body["usage"]["completion_tokens"] == 2 * sum(map(len, said.values())), "all candidates"
+    assert body["usage"]["prompt_tokens"] == 3
+    (first, second) = (await post(client, **asked, n=1, echo=True, logprobs=0)).json()["choices"]
+    assert first["text"] == f"{harness.services.tokenizer.token_bytes(50).decode()}bbbb"
+    assert second["logprobs"]["token_logprobs"][-4:] == [-1.0] * 4
+    assert [choice["text"] for choice in (await post(client, **asked, n=4)).json()["choices"][:2]] == ["a", "bbbb"]
+
+
+async def test_best_of_as_many_as_are_answered_may_be_streamed(client: httpx.AsyncClient) -> None:
+    chunks = events((await post(client, n=2, best_of=2, stream=True)).text)
+    assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == {0, 1}
 
 
 async def test_prompts_times_n(client: httpx.AsyncClient, harness: Harness) -> None:
