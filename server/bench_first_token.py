@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.bench_front import BODIES, MODEL, WARM_SECONDS, Front, Json, connected, request_bytes
+from server.bench_front import BODIES, MODEL, WARM_SECONDS, Front, Json, request_bytes
 
 QUANTILES = (10, 50, 90, 99)
 
@@ -88,10 +88,10 @@ def _read(port: int, streams: int, ready: Callable[[], object]) -> None:
     request = request_bytes(path, body | {"model": MODEL, "stream": True, "max_tokens": 8000})
 
     async def read() -> None:
-        async with connected(port) as (reader, writer):
-            writer.write(request)
-            while await reader.read(1 << 16):
-                pass
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        while await reader.read(1 << 16):
+            pass
 
     async def read_all() -> None:
         tasks = [asyncio.create_task(read()) for _ in range(streams)]

@@ -173,7 +173,7 @@ async def streamed(front: Measured, path: str, body: Json, streams: int, seconds
     request = request_bytes(path, body | {"model": MODEL, "stream": True, "max_tokens": 8000})
 
     async def read(index: int) -> None:
-        async with connected(front.port) as (reader, writer):
+        async with connected(front) as (reader, writer):
             writer.write(request)
             while data := await reader.read(1 << 16):
                 counts[index] += data.count(b"data: ")
@@ -192,7 +192,7 @@ async def streamed(front: Measured, path: str, body: Json, streams: int, seconds
 async def answered(front: Measured, path: str, body: Json, requests: int) -> Json:
     """Processor time of a request for one token, over one connection, one after the other."""
     request = request_bytes(path, body | {"model": MODEL, "max_tokens": 1})
-    async with connected(front.port) as (reader, writer):
+    async with connected(front) as (reader, writer):
 
         async def ask() -> None:
             writer.write(request)
@@ -209,8 +209,8 @@ async def answered(front: Measured, path: str, body: Json, requests: int) -> Jso
 
 
 @asynccontextmanager
-async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def connected(front: Measured) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     try:
         yield reader, writer
     finally:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
 from server.engine.matching import Matching
+from server.engine.schema_end import can_end
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -81,6 +82,8 @@ class GrammarCompiler:
         matcher = LLMatcher(self.load(), grammar_text(constraint), log_level=0, limits=_limits())
         if matcher.is_error():
             raise GrammarError(_sentence(matcher.get_error()))
+        if constraint.kind is ConstraintKind.JSON_SCHEMA and not can_end(json.loads(constraint.source)):
+            raise GrammarError("what it requires refers to itself: no document that ends is valid")
         if warnings := matcher.get_grammar_warnings():  # a schema may ask not to be told what is not implemented
             raise GrammarError(_sentence(warnings[0]))
         matching = Matching(matcher, np.zeros(-(-self._vocab_size // 32), np.uint32))

@@ -122,6 +122,10 @@ def test_a_json_object_is_cut_by_max_tokens(client: OpenAI) -> None:
 
 HOSTILE = [
     ("response_format.json_schema.schema", schema_format({"$ref": "#"})),
+    (
+        "response_format.json_schema.schema",
+        schema_format({"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}),
+    ),
     ("response_format.json_schema.schema", schema_format({"$ref": "http://127.0.0.1:9/schema.json"})),
     ("response_format.json_schema.schema", schema_format({"$ref": "file:///etc/passwd"})),
     ("response_format.json_schema.schema", schema_format({"type": "object", "if": {"required": ["a"]}})),
