@@ -80,8 +80,13 @@ async def test_python(adapters: str, harness: Harness, capsys: pytest.CaptureFix
     block = block.replace(HERE, adapters).replace("smollm2-135m", MODEL).replace('"none"', repr(ADMIN_KEY))
     scope: dict[str, Any] = {}
     await asyncio.to_thread(exec, block, scope)
-    await asyncio.to_thread(scope["client"].close)
     content, lora = capsys.readouterr().out.splitlines()
     assert content == REPLY
-    assert "json_fields" in lora
     assert len(harness.engine.requests[-1].mix.entries) == 2
+    (parsing,) = (block for block in blocks("python") if "parse(" in block)
+    harness.engine.say('{"name": "Emma", "age": 48}')
+    await asyncio.to_thread(exec, parsing, scope)
+    assert capsys.readouterr().out == "name='Emma' age=48\n"
+    assert harness.engine.requests[-1].params.constraint is not None
+    await asyncio.to_thread(scope["client"].close)
+    assert "json_fields" in lora

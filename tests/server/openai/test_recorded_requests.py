@@ -44,6 +44,20 @@ SESSION = [
     {"role": "tool", "tool_call_id": "call_1", "name": "read", "content": "one line"},
     {"role": "user", "content": "What does it say?"},
 ]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 CHAT: dict[str, dict[str, Any]] = {
     "an editor's diff": {"messages": EDIT, "temperature": 0, "stream": True},
@@ -101,6 +115,39 @@ CHAT: dict[str, dict[str, Any]] = {
             },
         },
         "max_tokens": 100,
+    },
+    "the AI SDK, with a tool made by zod": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "Weather in Rome?"}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": "aSk9", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "aSk9", "content": '{"degrees":21}'},
+        ],
+        "tools": [WEATHER],
+        "tool_choice": "auto",
+        **STREAM,
+    },
+    "LlamaIndex, with a strict tool": {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, EDIT[1]],
+        "stream": False,
+        "temperature": 0.1,
+        "parallel_tool_calls": False,
+        "tools": [{"type": "function", "function": WEATHER["function"] | {"strict": True}}],
+        "tool_choice": "auto",
+    },
+    "an editor's assistant that predicts its edit": {
+        "messages": EDIT,
+        "max_tokens": 64,
+        "stop": ["<|im_end|>", "/src/"],
+        "prediction": {"type": "content", "content": "def f():"},
+        "reasoning_effort": None,
+        **STREAM,
     },
     "samplers of local servers": {
         "messages": [{"role": "user", "content": "Hi"}],
