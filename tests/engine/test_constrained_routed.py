@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from server.engine.config import EngineConfig
 from server.engine.constraint import Constraint
 from server.engine.engine import Engine
 from server.engine.masks import MaskThreads
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from tests.engine.plain_routing import make_prompt_router, routed
+from tests.engine.routed_world import routed_engine
 from tests.engine.spoken import spoken, tokenizer
 from tests.engine.test_constrained import BLOCK_BYTES, CHOICE, REGEX, SCHEMA, LazyMasks, matches, text_of, texts
-from tests.engine.test_engine import PROMPTS, SMALL, Registered, drain
+from tests.engine.test_engine import PROMPTS, Registered, drain
 from tests.engine.test_gated_engine import FACTORY as GATES
 from tests.engine.test_gated_engine import make_router
 from tests.engine.test_gated_engine import request as gated
 from tests.engine.test_layered_engine import MILORA
-from tests.engine.test_moa_engine import FACTORY
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
 CONSTRAINTS: tuple[Constraint | None, ...] = (SCHEMA, REGEX, CHOICE, None)
@@ -82,8 +81,7 @@ def batch(kinds: dict[str, Ask]) -> list[Request]:
 
 
 def engine_of(model: Path, **settings: Any) -> Engine:
-    config = {**SMALL, "device": "cpu", "gates": GATES, "prompt_routers": FACTORY, **settings}
-    return Engine.from_config(EngineConfig(str(model), **config))
+    return routed_engine(model, device="cpu", gates=GATES, **settings)
 
 
 def said(engine: Engine, requests: list[Request]) -> dict[str, tuple[int, ...]]:
