@@ -103,6 +103,7 @@ bench-gpu: setup
 	done
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario grammar --adapters 0 --rows 64 --out docs/results/grammar-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
 
 # Trains and evaluates the routers inside the model on tasks of your own, in groups `small` and `medium`; after LIMIT seconds
