@@ -84,6 +84,7 @@ bench: model
 	$(RUN)/python -m loadtests.adapters --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
 	$(RUN)/python -m server.bench_keys
 	$(RUN)/python -m server.bench_front --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
+	$(RUN)/python -m deploy.ray_serve.bench --model $$($(RUN)/loramux pull $(MODEL) | tail -1)
 	$(RUN)/python -m server.bench_burst --model $$($(RUN)/loramux pull $(MODEL) | tail -1) \
 	  --encoder $$($(RUN)/loramux pull $(ENCODER) | tail -1)
 	$(RUN)/python -m server.bench_observe --model $$($(RUN)/loramux pull $(MODEL) | tail -1)

@@ -169,15 +169,19 @@ class AdapterStore:
         """
         return await self._names.resolve(tenant, [name for name in names if may_be_meant(name)])
 
-    async def lease(self, tenant: str, adapters: Sequence[Resolved]) -> StoreLease:
+    async def lease(self, tenant: str, adapters: Sequence[Resolved], *, fetch: bool = True) -> StoreLease:
         """Keep the folders of these adapters in place, made of their blobs if need be.
 
+        Without `fetch` only their names are kept, and with them their blobs: for whoever makes the folders elsewhere.
         Raises UnknownAdapter for a name that is being deleted or whose blobs are gone, BlobError.
         """
         for adapter in adapters:
             if self._deletions.is_closed(adapter.tenant, adapter.name):
                 raise UnknownAdapter(adapter.name)
         lease = self._leases.take(tenant, adapters)
+        if not fetch:
+            lease.paths = dict.fromkeys(lease.digests, "")
+            return lease
         try:
             absent = [adapter for adapter in adapters if self._folders.find(adapter.digest) is None]
             if len(absent) > 1:  # they are fetched at the same time

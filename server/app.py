@@ -80,7 +80,12 @@ READY_SECONDS = 30.0
 """So long the start waits for the encoder, which is ready before the engine unless thousands of samples are new."""
 
 
-def create_app(settings: Settings, services: Services | None = None, engines: EngineGroup | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    services: Services | None = None,
+    engines: EngineGroup | None = None,
+    part: Part | None = None,
+) -> FastAPI:
     """The application. Its lifespan opens the services, with these engines, unless the caller has opened them."""
 
     @contextlib.asynccontextmanager
@@ -88,7 +93,7 @@ def create_app(settings: Settings, services: Services | None = None, engines: En
         if services is not None:
             yield State(services=services)
             return
-        async with open_services(settings, engines) as opened:
+        async with open_services(settings, engines, part) as opened:
             yield State(services=opened)
 
     app = FastAPI(
@@ -291,6 +296,7 @@ def assemble(
         most_scores=settings.limits.prompt_logprobs,
         waiting=Waiting(serve.max_waiting, time.perf_counter, part.slot),
         log_prompts=serve.log_prompts,
+        fetches=part.fetches,
     )
     keys = Keys(
         [key.get_secret_value() for key in serve.api_key],

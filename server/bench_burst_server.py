@@ -78,9 +78,9 @@ class StampedStore(AdapterStore):
         finally:
             stamp("named")
 
-    async def lease(self, tenant: str, adapters: Sequence[Resolved]) -> StoreLease:
+    async def lease(self, tenant: str, adapters: Sequence[Resolved], *, fetch: bool = True) -> StoreLease:
         try:
-            return await super().lease(tenant, adapters)
+            return await super().lease(tenant, adapters, fetch=fetch)
         finally:
             stamp("leased")
 

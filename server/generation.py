@@ -43,7 +43,8 @@ class Usage:
 class Generator:
     """Starts generations. `new_id` and `new_seed` never repeat themselves; a seed is below 2**63.
 
-    A request gets at most `most_scores` log-probabilities of prompt tokens.
+    A request gets at most `most_scores` log-probabilities of prompt tokens. With `fetches` this process makes the
+    folders of adapters that engines read; without, engines make their own, by digest.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Generator:
         most_scores: int,
         waiting: Waiting,
         log_prompts: bool = False,
+        fetches: bool = True,
     ) -> None:
         self.services = services
+        self.fetches = fetches
         self.store = store
         self.routers = routers
         self.quotas = quotas
@@ -231,7 +234,8 @@ class Generation:
         """Folders of the route's adapters by digest, which stay in place meanwhile."""
         try:
             async with self._in_time("lease"):
-                lease = await self._generator.store.lease(self._ask.tenant.id, route.resolved)
+                generator, tenant = self._generator, self._ask.tenant.id
+                lease = await generator.store.lease(tenant, route.resolved, fetch=generator.fetches)
         except UnknownAdapter as error:  # deleted since it was routed to
             raise NotFound(
                 f"the adapter {error.name!r} does not exist", param="model", code="model_not_found"

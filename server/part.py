@@ -12,12 +12,14 @@ from server.siblings import Siblings
 class Part:
     """By default there are no others. `name` no other process has.
 
-    `is_first`: what is done once when a server starts is done by this process.
+    `is_first`: what is done once when a server starts is done by this process. `fetches`: so is making the folders of
+    adapters that requests use; engines on other machines make their own.
     """
 
     siblings: Siblings = field(default_factory=Siblings)
     slot: Slot = field(default_factory=Slot)
     is_first: bool = True
+    fetches: bool = True
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def shares_registry(self, serve: ServeSettings) -> bool:

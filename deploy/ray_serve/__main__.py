@@ -5,6 +5,7 @@ Options are the settings of `loramux serve`, those of `RaySettings` as `--ray-*`
 """
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -56,7 +57,8 @@ def main(options: Sequence[str]) -> int:
         serve.delete(APPLICATION)  # returns when all replicas have been drained
         return DONE
     except RuntimeError as error:
-        print(f"loramux: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"loramux: {reason(serve.status(), str(error))}", file=sys.stderr)
+        serve.delete(APPLICATION)
         return FAILED
     finally:
         if address is None:
@@ -81,6 +83,16 @@ def read_options(options: Sequence[str]) -> dict[str, Any]:
         before = given.get(key)
         given[key] = value if before is None else [*(before if isinstance(before, list) else [before]), value]
     return given
+
+
+def reason(status: Any, otherwise: str) -> str:
+    """Why replicas cannot start, by Serve's status: the last error of a traceback in it. One line."""
+    application = status.applications.get(APPLICATION)
+    messages = [each.message for each in application.deployments.values()] if application is not None else []
+    errors = [
+        line for message in messages for line in message.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)
+    ]
+    return " ".join((errors[-1].partition(": ")[2] if errors else otherwise).split())
 
 
 def start_ray(ray: Any, address: str | None) -> None:

@@ -11,7 +11,7 @@ from deploy.ray_serve.affinity import AffinityRouter
 from deploy.ray_serve.engine_replica import EngineReplica
 from deploy.ray_serve.front_end import front_end
 from deploy.ray_serve.settings import RaySettings, read_settings
-from server.config import Settings
+from server.config import Settings, SettingsError
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
 from server.engine.placement import SLACK
@@ -27,8 +27,15 @@ DRAIN_MARGIN = 10.0
 
 
 def app(arguments: Mapping[str, Any]) -> Application:
-    """What `serve run deploy.ray_serve:app name=value ...` and `serve deploy` run. Raises SettingsError."""
-    return build(*read_settings(arguments))
+    """What `serve run deploy.ray_serve:app name=value ...` and `serve deploy` run. Raises SettingsError.
+
+    Serve's own options say where it listens, which nobody knows here: without keys somebody has to say that this is
+    meant.
+    """
+    settings, spread = read_settings(arguments)
+    if settings.serve.is_open and not settings.serve.insecure:
+        raise SettingsError("no key is set: give LORAMUX_ADMIN_KEY, or insecure=true if everybody may use this server")
+    return build(settings, spread)
 
 
 def build(

@@ -14,6 +14,7 @@ from ray import serve
 from adapters_store.blobs import BlobError
 from adapters_store.fetched import FetchedAdapters, UnknownDigest
 from adapters_store.registry import RegistryError
+from deploy.ray_serve.callers import Callers
 from deploy.ray_serve.moves import Moves
 from deploy.ray_serve.pinned import PinFollower
 from deploy.ray_serve.wire import Hint, Part, Report, decode_request, encode, shortened
@@ -23,6 +24,7 @@ from server.engine.client import EngineClient
 from server.engine.config import EngineConfig, RequestError
 from server.engine.messages import Refusal
 from server.engine.sequence import ENGINE_LOST, Output, Request
+from server.log_setup import set_up_log
 from server.periodic import repeating
 from server.router_folders import RouterFolders
 from server.served_model import ServedModel
@@ -41,6 +43,7 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, make_engine: Callable[[EngineConfig, float], EngineClient]
     ) -> None:
+        set_up_log(settings, "replica")
         model = ServedModel.of(settings)
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._adapters = await asyncio.to_thread(
@@ -58,9 +61,11 @@ class EngineReplica:
             raise
         self._adapters.on_gone.append(self._engine.evict)
         self._engine.on_residency = self._moves.moved
+        self._callers = Callers(time.monotonic, self._engine.abort)
         self._pins = PinFollower(self._adapters, self._engine)
         self._upkeep = AsyncExitStack()
         await self._upkeep.enter_async_context(repeating(self._pins.follow, FOLLOW_SECONDS))
+        await self._upkeep.enter_async_context(repeating(self._callers.look, FOLLOW_SECONDS))
         await self._upkeep.enter_async_context(repeating(self._adapters.sweep, SWEEP_SECONDS))
 
     async def __del__(self) -> None:
@@ -98,8 +103,9 @@ class EngineReplica:
         """The engine's `EngineInfo`, encoded."""
         return encode(self._engine.info)
 
-    async def report(self, _: Hint, version: int) -> bytes:
+    async def report(self, hint: Hint, version: int) -> bytes:
         """A `Report`, encoded, with the adapters that moved after `version`."""
+        self._callers.heard(hint.front)
         engine, moves = self._engine, self._moves
         tiers = moves.since(version)
         return encode(Report(self._name, engine.alive, engine.stalled, engine.stats, moves.version, tiers))
@@ -112,21 +118,22 @@ class EngineReplica:
         except (BlobError, EngineUnavailable, RegistryError, RequestError, UnknownDigest) as error:
             return "disk", str(error)
 
-    async def generate(self, _: Hint, payload: bytes) -> AsyncGenerator[bytes, None]:
+    async def generate(self, hint: Hint, payload: bytes) -> AsyncGenerator[bytes, None]:
         """Encoded `Part`s of the answer to an encoded `Request`, whose paths are those of another machine."""
         request = decode_request(payload)
         try:
-            async with self._local(request) as local, aclosing(self._engine.submit(local)) as outputs:
-                async for output in outputs:
-                    yield encode(self._part(output))
+            with self._callers.serving(hint.front, request.id):
+                async with self._local(request) as local, aclosing(self._engine.submit(local)) as outputs:
+                    async for output in outputs:
+                        yield encode(self._part(request, output))
         except RequestError as error:
             yield encode(Part(self._name, refusal=Refusal(request.id, str(error), error.param, error.code)))
         except EngineUnavailable as error:
             yield encode(Part(self._name, lost=str(error)))
 
-    def _part(self, output: Output) -> Part:
+    def _part(self, request: Request, output: Output) -> Part:
         if output.error_code == ENGINE_LOST:
-            return Part(self._name, lost=output.error or "", crashed=True)
+            return Part(self._name, lost=output.error or "", crashed=self._engine.suspects.is_suspect(request))
         return Part(self._name, [output])
 
     @asynccontextmanager

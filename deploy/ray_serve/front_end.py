@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.ray_serve.remote_engine import RemoteEngine
 from server.app import create_app
 from server.config import Settings
+from server.log_setup import set_up_log
+from server.part import Part
 from server.request_id import HEADER
 from server.served_model import ServedModel
 
@@ -42,9 +44,12 @@ def front_end(settings: Settings, engines: str) -> Callable[[], ASGIApp]:
     """What makes the application, in a replica. `engines` is the name of the engines' deployment."""
 
     def make() -> ASGIApp:
-        handle = serve.get_deployment_handle(engines, serve.get_replica_context().app_name)
-        engine = RemoteEngine(handle, ServedModel.of(settings).base.linear_shape, perf_counter)
-        app = create_app(settings, engines=engine)
+        set_up_log(settings, "front")
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(engines, context.app_name)
+        shape = ServedModel.of(settings).base.linear_shape
+        engine = RemoteEngine(handle, context.replica_id.unique_id, shape, perf_counter)
+        app = create_app(settings, engines=engine, part=Part(fetches=False))
         app.add_middleware(WithState)
         return app
 

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class PinBudget:
     """Whether a pin has room, by the engines' own rule (`PagePool.pin`): half of each group's pages.
 
-    It counts what this front end has pinned, or found pinned when it started. A pin through another front end since
-    then may leave less room; an engine says in its log what it cannot pin.
+    It counts the pins that this front end knows of, and hears of others' a moment late; what an engine cannot pin after
+    all, its log says.
     """
 
     def __init__(self, shape: LinearShape) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
@@ -21,11 +21,9 @@ from server.engine.journey import CLEARED_TOKENS, Journey
 from server.engine.placement import Wanted
 from server.engine.sequence import FinishReason, Output, Request
 from server.engine.suspects import Suspects
-from server.periodic import repeating
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
 TRIES = 3
 """Replicas that may lose one request before its client is told."""
 GONE = "the engine's machine or process is gone; please retry"
@@ -42,12 +40,13 @@ class _Lost(Exception):
 
 class RemoteEngine:
     """Requests go to one of the replicas behind `handle`, and to another one when they are lost before their first
-    token. `shape` is the model's, `clock` counts seconds.
+    token. `name` is this front end's, `shape` is the model's, `clock` counts seconds.
     """
 
-    def __init__(self, handle: DeploymentHandle, shape: LinearShape, clock: Callable[[], float]) -> None:
+    def __init__(self, handle: DeploymentHandle, name: str, shape: LinearShape, clock: Callable[[], float]) -> None:
         self.on_move: Callable[[], None] | None = None
         self._handle = handle
+        self._name = name
         self._clock = clock
         self._generate = handle.generate.options(stream=True)
         self._numbers = itertools.count()
@@ -55,8 +54,8 @@ class RemoteEngine:
         self._suspects = Suspects()
         self._pins = PinBudget(shape)
         self._fleet = Fleet()
-        self._watch = Watch(handle, self._fleet)
-        self._watching = AsyncExitStack()
+        self._watch = Watch(handle, name, self._fleet)
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> EngineInfo | None:
@@ -91,13 +90,15 @@ class RemoteEngine:
         """Wait until there is an engine, and learn what it is; all have the same model and settings."""
         self._fleet.info = decode_info(await self._handle.info.remote(Hint()))
         await self._watch.look()
-        await self._watching.enter_async_context(repeating(self._watch.look, LOOK_SECONDS))
+        self._watching = asyncio.create_task(self._watch.run())
 
     async def stop(self) -> None:
         """End what runs. The engines stay."""
         for request_id in tuple(self._running):
             self.abort(request_id)
-        await self._watching.aclose()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
 
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
         """As `EngineClient.submit`, but while there is no engine a request waits, as long as its `timeout` lets it."""
@@ -106,7 +107,7 @@ class RemoteEngine:
         for attempt in range(TRIES):
             if attempt and self.on_move is not None:
                 self.on_move()
-            hint = Hint(wanted, f"{request.id}/{attempt}", avoid=avoid)
+            hint = Hint(wanted, f"{request.id}/{attempt}", avoid=avoid, front=self._name)
             try:
                 async with self._suspects.admitted(request), aclosing(self._attempt(journey.request, hint)) as outputs:
                     async for output in outputs:

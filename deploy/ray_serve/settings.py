@@ -68,6 +68,8 @@ def check(settings: Settings) -> None:
     """Raise SettingsError for what cannot be shared by several machines."""
     if settings.serve.model is None:
         raise SettingsError("no model is given: expected model=FOLDER, a pulled model or a hub id")
+    if settings.serve.frontends != 1:
+        raise SettingsError("frontends: each replica is one, expected ray_front_ends")
     if settings.serve.engines != 1:
         raise SettingsError("engines: each replica has one, expected ray_min_engines and ray_max_engines")
     database, blobs = settings.serve.database_url, settings.serve.blob_url

@@ -16,13 +16,15 @@ class Hint:
     """What the request router needs of a call, its first argument. Replicas are given by their unique ids.
 
     `wanted`: what a request would find well near, its digests shortened; `key` tells it from all others. Without it a
-    call is for `target`, or for any replica if that one is gone. `avoid`: these have lost the request before.
+    call is for `target`, or for any replica if that one is gone. `avoid`: these have lost the request before. `front`:
+    who calls.
     """
 
     wanted: Wanted | None = None
     key: str = ""
     target: str | None = None
     avoid: tuple[str, ...] = ()
+    front: str = ""
 
 
 def wanted_by(request: Request) -> Wanted:
@@ -40,7 +42,7 @@ class Part(msgspec.Struct):
     """Of the answer to a request, what came at once.
 
     `refusal`: the engine does not take it, or does not take it any more. `lost`: it could not be answered here, and may
-    be elsewhere; with `crashed` it was in flight when an engine process died.
+    be elsewhere; with `crashed` an engine process died while it had it in hand.
     """
 
     replica: str

@@ -89,6 +89,10 @@ class Suspects:
         finally:
             self._give_turn(runner)
 
+    def is_suspect(self, request: Request) -> bool:
+        """Whether an engine died while it had the request."""
+        return suspect_key(request) in self._crashes
+
     def is_convicted(self, request: Request) -> bool:
         """Whether engines died of the request, as far as can be known."""
         return self._crashes.get(suspect_key(request), 0) >= CRASHES

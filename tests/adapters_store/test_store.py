@@ -130,6 +130,21 @@ class TestLeases:
         assert store.digest_leases(adapter.digest) == 0
         store.check_integrity()
 
+    async def test_without_fetching_only_the_name_is_kept(self, stores: Stores, store: AdapterStore) -> None:
+        await stores.add(store, "sql", 1)
+        await store.close()
+        store = stores.open()
+        adapter = await meaning(store, "default", "sql")
+        lease = await store.lease("default", [adapter], fetch=False)
+        assert lease.paths == {adapter.digest: ""}
+        assert store.digest_leases(adapter.digest) == store.leases("default", "default", "sql") == 1
+        assert not list(stores.config.folder.glob("run-*/adapters/*"))
+        assert not await store.delete("default", "sql")
+        with pytest.raises(UnknownAdapter):
+            await store.lease("default", [adapter], fetch=False)
+        store.release(lease)
+        await until(lambda: not store.digest_leases(adapter.digest))
+
     async def test_a_caller_that_leaves_holds_no_lease(self, stores: Stores, store: AdapterStore) -> None:
         await stores.add(store, "sql", 1)
         await store.close()

@@ -59,6 +59,16 @@ async def test_the_lease_lasts_as_long_as_the_pieces(harness: Harness) -> None:
     assert harness.endings() == {"stop": 1.0}
 
 
+async def test_engines_elsewhere_are_told_digests_without_folders(harness: Harness) -> None:
+    digest = harness.digests["sql"]
+    for fetches in (True, False):
+        harness.services.generator.fetches = fetches
+        await collect(harness.services.generator.start(ask()).pieces())
+    near, far = harness.engine.requests
+    assert near.paths[digest].endswith(digest)
+    assert far.paths == {digest: ""}
+
+
 async def test_pieces_that_are_closed_unread_leave_nothing(harness: Harness) -> None:
     await harness.services.generator.start(ask()).pieces().aclose()
     assert not harness.engine.requests
@@ -75,7 +85,7 @@ async def test_what_fails_before_the_engine_is_not_accounted(harness: Harness) -
 
 
 async def test_an_adapter_deleted_since_it_was_routed_to(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def gone(*_: object) -> None:
+    async def gone(*_: object, **__: object) -> None:
         raise UnknownAdapter("sql")
 
     monkeypatch.setattr(harness.store, "lease", gone)
@@ -94,7 +104,7 @@ async def test_an_adapter_deleted_since_it_was_routed_to(harness: Harness, monke
 async def test_without_the_stores_services(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, method: str, error: BlobUnavailable | RegistryUnavailable
 ) -> None:
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(harness.store, method, fail)

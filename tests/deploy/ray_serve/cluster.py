@@ -21,8 +21,8 @@ OPTIONS += ["--kv-memory", "16MiB", "--page-memory", "2MiB", "--host-memory", "1
 OPTIONS += ["--ray-cpus-per-engine", "0.1", "--ray-cpus-per-front-end", "0.1"]
 QUICK = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5" for who in ("HANDLE", "REPLICA")}
 """Serve's autoscaler looks at what it was told during the last ten seconds otherwise."""
-ALONE = {"RAY_memory_monitor_refresh_ms": "0"}
-"""Ray ends processes of its own when a machine's memory is used up, whoever uses it."""
+ALONE = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_oom_score_adjustment": "0"}
+"""Ray ends processes of its own when a machine's memory is used up, whoever uses it, and has the kernel do so first."""
 Json = dict[str, Any]
 
 

@@ -81,7 +81,7 @@ def part(*tokens: int, reason: FinishReason | None = None, replica: str = "a") -
 
 
 def engine_over(calls: Calls, clock: Callable[[], float] = lambda: 0.0) -> RemoteEngine:
-    return RemoteEngine(calls, SHAPE, clock)
+    return RemoteEngine(calls, "front", SHAPE, clock)
 
 
 async def outputs(engine: RemoteEngine, asked: Request) -> list[tuple[tuple[int, ...], FinishReason | None]]:
@@ -189,6 +189,7 @@ async def test_calls_tell_the_router_what_they_want_and_who_they_are() -> None:
     await outputs(engine_over(calls), request(mix=mix, paths={"d" * 64: "/somewhere"}))
     assert [hint.wanted.digests for hint, _ in calls.sent if hint.wanted is not None] == [("d" * 16,)] * 2
     assert len({hint.key for hint, _ in calls.sent}) == 2
+    assert {hint.front for hint, _ in calls.sent} == {"front"}
 
 
 async def test_without_an_engine_a_request_waits_for_its_time_only() -> None:
@@ -231,7 +232,7 @@ class Method:
 
 async def test_engines_that_come_and_go_are_seen_one_look_later() -> None:
     replicas, fleet, looks = Replicas("a", "b"), Fleet(), []
-    watch = Watch(replicas, fleet)
+    watch = Watch(replicas, "front", fleet)
     for _ in range(3):
         await watch.look()
         looks.append(fleet.replicas)
