@@ -158,3 +158,13 @@ def test_the_histogram_exports_what_the_librarys_own_does(values: list[float]) -
         for each in (ours, theirs)
     ]
     assert lines[0] == lines[1]
+
+
+def test_pairs_of_an_adapter_without_a_label_make_room() -> None:
+    labels = RequestLabels(1, lambda _: None)
+    for _ in range(2):
+        labels.use("acme", "old")
+    for _ in range(4):
+        labels.use("corp", "new")
+    assert labels.of("acme", "old") == (OTHER, OTHER)
+    assert labels.of("corp", "new") == ("corp", "new")
