@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import httpx
 
@@ -39,12 +39,13 @@ def _held(state: Mapping[str, object]) -> list[str]:
     return held
 
 
-async def check_leases(admin: httpx.AsyncClient, seen: Seen) -> None:
-    """No adapter is held."""
-    answer = await admin.get("/admin/v1/adapters", params={"limit": 1000})
-    for row in answer.raise_for_status().json()["data"]:
-        if row["leases"]:
-            seen.breaks(f"{row['name']} has {row['leases']} leases")
+async def check_leases(admin: httpx.AsyncClient, tenants: Iterable[str], told: Told, seen: Seen) -> None:
+    """No tenant holds an adapter that it can see."""
+    for tenant in tenants:
+        for name in told.certain():
+            answer = await admin.get(f"/admin/v1/adapters/{name}", params={"tenant": tenant})
+            if answer.is_success and answer.json()["leases"]:
+                seen.breaks(f"{tenant} has {answer.json()['leases']} leases of {name}")
 
 
 async def check_bill(admin: httpx.AsyncClient, tenant: str, seen: Seen) -> None:

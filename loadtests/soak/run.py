@@ -145,7 +145,7 @@ class Soak:
         async with client(server.url, bearer(KEY)) as admin:
             await until_idle(admin, self._seen)
             self._engines.check()
-            await check_leases(admin, self._seen)
+            await check_leases(admin, (*TENANTS, "default"), self._told, self._seen)
             await check_bill(admin, "patient", self._seen)
         self._seen.broken += grown(self._samples)
 
