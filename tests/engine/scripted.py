@@ -31,6 +31,8 @@ class ScriptedMember:
         self.prefetched: list[str] = []
         self.evicted: list[str] = []
         self.start_error: str | None = None
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
         self.is_deaf = False  # it is sent requests and never looks at them
         self._streams: dict[str, asyncio.Queue[Output]] = {}
         self._suspects = suspects
@@ -40,6 +42,7 @@ class ScriptedMember:
             raise EngineStartError(self.start_error)
 
     async def stop(self) -> None:
+        await self.may_stop.wait()
         self.die()
 
     async def submit(self, request: Request) -> AsyncGenerator[Output, None]:

@@ -316,8 +316,10 @@ async def test_what_engines_say_of_themselves() -> None:
     told: list[tuple[int, int]] = []
     engines.pool.on_stats = lambda number, stats: told.append((number, stats.running))
     engines.members[1].report(EngineStats(running=3, waiting=2))
+    engines.members[0].report(EngineStats(running=9))
     engines.members[0].die()
-    assert told == [(1, 3), (0, 0)]
+    assert told == [(1, 3), (0, 9), (0, 0)]
+    assert engines.pool._placement.load(0) == 0  # nothing is left of what it said
     assert engines.pool._placement.load(1) == 5
     assert engines.pool.info == engines.members[1].info
 
@@ -333,9 +335,16 @@ async def test_one_engine_that_cannot_start_is_told() -> None:
 async def test_the_end_of_the_server_moves_nothing() -> None:
     engines = Engines()
     task = engines.ask("r")
-    await engines.where("r")
-    await engines.pool.stop()
+    first = await engines.where("r")
+    last = engines.other(first)
+    last.may_stop.clear()
+    stopping = asyncio.create_task(engines.pool.stop())
+    await until(lambda: not first.alive)
     assert (await task)[-1].finish_reason is FinishReason.ERROR
+    assert last.alive
+    last.may_stop.set()
+    await stopping
+
     assert engines.moves == 0
 
 
