@@ -40,8 +40,11 @@ def _ends(schema: object, known: set[str]) -> bool:
 
 def _a_type_ends(schema: dict[str, Any], known: set[str]) -> bool:
     types = schema.get("type")
-    allowed = set(types) if isinstance(types, list) else {types}
-    if None in allowed or allowed & SCALARS:
+    names = types if isinstance(types, list) else [types]
+    if not all(isinstance(name, str) for name in names):
+        return True
+    allowed = set(names)
+    if allowed & SCALARS:
         return True
     return ("object" in allowed and _object_ends(schema, known)) or ("array" in allowed and _array_ends(schema, known))
 

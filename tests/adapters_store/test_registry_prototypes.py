@@ -215,7 +215,8 @@ def test_an_older_database_is_upgraded(make_url: MakeUrl) -> None:
     registry.close()
     engine = open_engine(url)
     with engine.begin() as connection:
-        connection.execute(text("DROP TABLE prototypes"))
+        for table in ("prototypes", "budgets", "places"):
+            connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     engine.dispose()
     registry = Registry.open(url, lambda: 1.0)

@@ -211,7 +211,7 @@ def _is_running(pid: int) -> bool:
 async def test_what_one_does_the_other_knows(served: Served, adapters: dict[str, Path]) -> None:
     """Adapters, keys and quotas; a deletion waits for the other one's requests; metrics are those of both."""
     async with each_front(served, 3) as clients:
-        (here, *_), (there, other, third) = clients.values()
+        (here, *_), (there, other, third, *_) = clients.values()
         added = await here.post("/admin/v1/adapters", json={"name": "fresh", "source": adapters["qv16"].as_uri()})
         assert added.status_code == 201, added.text
         fresh = {"model": "fresh"}
