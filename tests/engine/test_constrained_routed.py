@@ -118,7 +118,7 @@ def test_each_is_what_it_is_alone(model: Path, kinds: dict[str, Ask], together: 
 def test_preemption_and_late_masks_change_nothing(
     model: Path, kinds: dict[str, Ask], together: dict[str, tuple[int, ...]], late: bool
 ) -> None:
-    engine = engine_of(model, kv_memory=24 * BLOCK_BYTES, max_model_len=256, max_num_seqs=12)
+    engine = engine_of(model, kv_memory=12 * BLOCK_BYTES, max_model_len=192, max_num_seqs=24)
     engine.masks = LazyMasks(1) if late else MaskThreads(2)
     assert said(engine, batch(kinds)) == together
     assert engine.scheduler.preemptions > 0

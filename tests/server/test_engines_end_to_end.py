@@ -60,6 +60,9 @@ async def ask(client: httpx.AsyncClient, model: str, tokens: int = TOKENS, conte
     body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     async with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
         answer = Answer(reply.status_code)
+        if reply.is_error:
+            answer.error = json.loads(await reply.aread())["error"]["code"]
+            return answer
         async for line in reply.aiter_lines():
             if line == "data: [DONE]":
                 answer.is_done = True
@@ -139,10 +142,11 @@ def test_streams_in_a_closed_loop_survive_an_engine(served: Served, model: Path,
 
     expected = {name: reference_text(model, adapters, {name: 1.0}, TOKENS) for name in NAMES}
     asyncio.run(kill_under_load())
-    assert {answer.status for answer in answers} == {200}
     broken = [answer for answer in answers if not answer.is_whole]
     assert len(broken) <= 2 * len(NAMES)
-    assert all((answer.error, bool(answer.text)) == ("engine_error", True) for answer in broken)
+    # An engine may have given out tokens that were no text yet; then the stream has not begun, and has a status.
+    assert {(answer.status, answer.error) for answer in broken} <= {(200, "engine_error"), (503, "engine_error")}
+    assert all(answer.text for answer in broken if answer.status == 200)
     assert served.metric("loramux_engine_up") == 2
 
 

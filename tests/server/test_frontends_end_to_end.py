@@ -140,6 +140,7 @@ async def test_an_engine_dies_and_both_know(served: Served) -> None:
         await until(answers)
 
 
+@pytest.mark.slow
 async def test_a_signal_drains_both(served: Served) -> None:
     """Streams end well, new requests are refused, and then nothing is left: no process, no listener."""
     pids = [*front_pids(served), *served.engine_pids]
@@ -208,6 +209,7 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 async def test_what_one_does_the_other_knows(served: Served, adapters: dict[str, Path]) -> None:
     """Adapters, keys and quotas; a deletion waits for the other one's requests; metrics are those of both."""
     async with each_front(served, 3) as clients:
