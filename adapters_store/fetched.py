@@ -59,7 +59,10 @@ class FetchedAdapters:
         try:
             absent = [digest for digest in digests if self._folders.find(digest) is None]
             found = await self._workers.run(self._workers.sql, self.registry.blobs_of, absent) if absent else {}
-            await asyncio.gather(*(self._make(digest, found) for digest in absent))
+            for digest in absent:  # before any folder is begun, which would come after the lease has ended
+                if digest not in found:
+                    raise UnknownDigest(digest)
+            await asyncio.gather(*(self._make(digest, *found[digest]) for digest in absent))
             paths = {digest: self._folders.find(digest) for digest in digests}
             yield {digest: path for digest, path in paths.items() if path is not None}
         finally:
@@ -81,10 +84,8 @@ class FetchedAdapters:
     def _is_used(self, digest: str) -> bool:
         return self._uses[digest] > 0
 
-    async def _make(self, digest: str, found: Mapping[str, tuple[str, str]]) -> None:
-        if digest not in found:
-            raise UnknownDigest(digest)
-        await self._folders.make(Resolved("", digest, digest, False, *found[digest]))
+    async def _make(self, digest: str, config_blob: str, weights_blob: str) -> None:
+        await self._folders.make(Resolved("", digest, digest, False, config_blob, weights_blob))
 
     def _close(self) -> None:
         self.registry.close()
