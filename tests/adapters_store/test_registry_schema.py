@@ -1,6 +1,7 @@
 """Databases of the registry: their migrations, settings and URLs."""
 
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -12,7 +13,8 @@ from adapters_store.registry.schema import metadata
 from tests.adapters_store.registered import MakeUrl, parallel
 
 
-def read_mode(engine: Engine) -> object:
+def read_mode(engine: Engine, together: Barrier) -> object:
+    together.wait()
     with engine.connect() as connection:
         return connection.exec_driver_sql("PRAGMA journal_mode").scalar()
 
@@ -36,9 +38,10 @@ class TestSchema:
             each.close()
 
     def test_connections_to_a_new_file_wait_for_each_other(self, tmp_path: Path) -> None:
-        for round_ in range(25):
+        together = Barrier(8)
+        for round_ in range(100):  # SQLite refuses some in one round of twenty, if nobody waits
             engines = [open_engine(f"sqlite:///{tmp_path / str(round_)}.db") for _ in range(8)]
-            modes = parallel(8, lambda index, engines=engines: read_mode(engines[index]))
+            modes = parallel(8, lambda index, engines=engines: read_mode(engines[index], together))
             assert modes == ["wal"] * 8
             for engine in engines:
                 engine.dispose()
