@@ -18,7 +18,7 @@ async def repeating(work: Callable[[], Awaitable[object]], seconds: float) -> As
     ended = asyncio.Event()
 
     async def repeat() -> None:
-        while not await happens(ended, seconds):
+        while not await _happens(ended, seconds):
             try:
                 await work()
             except Exception:
@@ -32,7 +32,7 @@ async def repeating(work: Callable[[], Awaitable[object]], seconds: float) -> As
         await task
 
 
-async def happens(event: asyncio.Event, seconds: float) -> bool:
+async def _happens(event: asyncio.Event, seconds: float) -> bool:
     """Whether it does within so many seconds."""
     try:
         async with asyncio.timeout(seconds):

@@ -6,8 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from server.periodic import happens
-
 Fault = Callable[[], Awaitable[str]]
 """Puts it in, waits until it is over, and says in a word or two how it went."""
 
@@ -37,7 +35,7 @@ class Injector:
 
     async def run(self, every: float, stop: asyncio.Event) -> None:
         """About one fault in `every` seconds, beside the time that they take, until `stop`; none is cut off."""
-        while not await happens(stop, self._rng.uniform(0.5, 1.5) * every):
+        while not await _happens(stop, self._rng.uniform(0.5, 1.5) * every):
             name = self._next()
             outcome = await self._kinds[name][1]()
             self._report.outcomes[name][outcome] += 1
@@ -47,3 +45,12 @@ class Injector:
             return self._first.pop()
         (name,) = self._rng.choices(list(self._kinds), [weight for weight, _ in self._kinds.values()])
         return name
+
+
+async def _happens(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
