@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# A line of an event ends with CR or LF alone, but readers that split as Python's str.splitlines does (httpx's
+# aiter_lines among them) cut it at these too, and JSON leaves them as they are.
+_LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
+
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; it is cancelled when the client leaves first. The request's body must have been read.
@@ -125,7 +129,11 @@ class EventStream(Response):
 
 
 def _event(data: object) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    body = msgspec.json.encode(data)
+    if not body.isascii():
+        for end, escape in _LINE_ENDS:
+            body = body.replace(end, escape)
+    return b"data: " + body + b"\n\n"
 
 
 async def _gone(receive: Receive) -> None:

@@ -1,5 +1,7 @@
 """What a stream tells of its use, and fields that change nothing."""
 
+import json
+
 import httpx
 import pytest
 from fakes import REPLY, Harness, events
@@ -42,6 +44,18 @@ async def test_usage_at_the_end(client: httpx.AsyncClient, url: str) -> None:
     *others, last = await stream(client, url, {"include_usage": True, "include_obfuscation": False})
     assert [event["usage"] for event in others] == [None] * len(others)
     assert last["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize("url", URLS)
+async def test_no_text_ends_the_line_of_its_event(client: httpx.AsyncClient, harness: Harness, url: str) -> None:
+    text = "".join(f"a{chr(code)}b" for code in (*range(1, 0x20), 0x7F, 0x85, 0xE9, 0x2028, 0x2029, 0x1F600))
+    harness.engine.say(text)
+    body = {"model": "tiny", "stream": True, "max_tokens": 200, **URLS[url]}
+    async with client.stream("POST", url, json=body) as response:
+        lines = [line async for line in response.aiter_lines() if line]
+    assert lines.pop() == "data: [DONE]"
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert "".join(choice.get("text") or choice.get("delta", {}).get("content", "") for choice in choices) == text
 
 
 @pytest.mark.parametrize("url", URLS)
