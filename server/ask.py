@@ -44,10 +44,12 @@ class Ask:
         `tokens` are the ids of the form's markers that are special tokens. A forced call is no answer, so what was said
         of the answer does not count.
         """
+        if self.tools is None:
+            return self
         constraint = self.params.constraint
-        if self.tools is not None and self.tools.is_forced:
+        if self.tools.is_forced:
             constraint = forced_calls(self.tools, form, tokens)
-        elif self.tools is not None and constraint is not None:
+        elif constraint is not None:
             constraint = answer_or_calls(constraint, self.tools, form, tokens)
         return replace(self, params=replace(self.params, constraint=constraint))
 

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from server.config import LimitSettings
-from server.deps import ServicesDep
+from server.deps import services_of
 from server.errors import BadRequest, BodyTooLarge, ClientGone, UnsupportedMediaType
 from server.json_structure import TooComplex, check_structure
 
@@ -51,22 +51,23 @@ B = TypeVar("B", bound=Body)
 M = TypeVar("M", bound=BaseModel)
 
 
-def json_body(model: type[B], *, optional: bool = False) -> Callable[[Request, ServicesDep], Awaitable[B]]:
+def json_body(model: type[B], *, optional: bool = False) -> Callable[[Request], Awaitable[B]]:
     """A dependency that reads, parses and checks the body. It runs after the key was checked, and before all work.
 
     No body at all counts as an empty object if it is `optional`.
     """
 
-    async def parsed(request: Request, services: ServicesDep) -> B:
+    async def parsed(request: Request) -> B:
+        limits = services_of(request).limits
         if optional and not has_body(request.headers):
-            return model.parse({}, services.limits)
+            return model.parse({}, limits)
         content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaType("the content type is not JSON, expected `Content-Type: application/json`")
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaType("the body is compressed, expected it as it is, without `Content-Encoding`")
-        body = await read_body(request, services.limits.body_bytes)
-        return await parse(model, body, services.limits)
+        body = await read_body(request, limits.body_bytes)
+        return await parse(model, body, limits)
 
     return parsed
 

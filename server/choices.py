@@ -41,12 +41,13 @@ class Order:
         for prompt in self.prompts:
             leader: Choice | None = None
             length = info.max_model_len - len(prompt) if ask.max_tokens is None else ask.max_tokens
-            params = replace(ask.params, max_tokens=length)
             for number in range(ask.n):
+                scored = ask.params.prompt_logprobs if leader is None else None
+                seed = (self.seed + number) % SEEDS
                 request = Request(
                     id=f"{self.id}-{len(choices)}",
                     prompt=prompt,
-                    params=replace(params, seed=(self.seed + number) % SEEDS),
+                    params=replace(ask.params, max_tokens=length, seed=seed, prompt_logprobs=scored),
                     mix=route.mix,
                     paths=self.paths,
                     cache_key=key,
@@ -72,6 +73,6 @@ class Order:
                     ask.query.options.explain,
                     shown,
                 )
-                leader, params = leader or choice, replace(params, prompt_logprobs=None)
+                leader = leader or choice
                 choices.append(choice)
         return tuple(choices)

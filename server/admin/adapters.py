@@ -61,7 +61,7 @@ async def register(request: Request, services: ServicesDep, caller: CallerDep) -
     if kind == "multipart/form-data":
         return _added(await _take_upload(request, services, caller))
     await check_not_draining(services)
-    body = await register_body(request, services)
+    body = await register_body(request)
     return _added(await services.catalog.add_source(caller, _new(caller, body), body.source))
 
 

@@ -90,7 +90,7 @@ async def taken_router(
     folder = staging / "router"
     async with catalog.slots.take(caller):
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-            body = await register_body(request, services)
+            body = await register_body(request)
             await catalog.in_thread(fetch, body.source, folder, policy, ROUTER)
             yield TakenRouter(body.name, folder, body.replace)
             return

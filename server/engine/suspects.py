@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from collections.abc import Set as AbstractSet
@@ -114,5 +115,5 @@ class Suspects:
 
 def suspect_key(request: Request) -> bytes:
     """What was asked, whatever it was called: prompt, adapters, routing and tenant, not seeds and ids."""
-    prompt = b"".join(token.to_bytes(4, "little") for token in request.prompt)
+    prompt = array("I", request.prompt).tobytes()
     return hashlib.sha256(len(request.cache_root).to_bytes(4, "little") + request.cache_root + prompt).digest()
