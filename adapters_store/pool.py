@@ -2,54 +2,18 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from adapters_store.page_lease import PageLease, Reservation
 from adapters_store.pages import allocate_pages, page_ranks, pages_needed, rank_pages
-from adapters_store.residents import Resident, State, choose_victims
+from adapters_store.residents import Resident, State, choose_victims, resident_keys
 from adapters_store.types import GROUPS, Composition, LinearShape, Mix
 
 Ranks = Mapping[str, Mapping[str, int]]
 """`AdapterWeights.group_ranks` by digest."""
-
-
-@dataclass(eq=False)
-class PageLease:
-    """The pages of one mix while a sequence runs; given back exactly once by `PagePool.release`.
-
-    `pages[group]` and `weights[group]` run in parallel over all pages of all adapters of the mix, for every group name;
-    a weight is the mix's weight times the adapter's own scale. `ranks[group]`: the rank rows of each page that are in
-    use. `keys` are the residents that own the pages, `owned[group]` how many of them each one owns.
-    """
-
-    mix: Mix
-    pages: Mapping[str, tuple[int, ...]]
-    weights: Mapping[str, tuple[float, ...]]
-    ranks: Mapping[str, tuple[int, ...]]
-    keys: tuple[str, ...]
-    owned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    released: bool = False
-
-    def by_key(self, group: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The residents with their pages of a group."""
-        start = 0
-        for key, count in zip(self.keys, self.owned[group], strict=True):
-            yield key, self.pages[group][start : start + count]
-            start += count
-
-
-@dataclass(eq=False)
-class Reservation:
-    """The pages of one mix while its adapters are being loaded; ended exactly once by `PagePool.settle`.
-
-    `keys` are the residents of the mix; those in `missing` got pages for it, which whoever reserved must have written.
-    """
-
-    mix: Mix
-    keys: tuple[str, ...]
-    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -149,19 +113,8 @@ class PagePool:
         """All pages of `mix`, safe from eviction until released, or None unless all its adapters are loaded."""
         if not self.holds(mix):
             return None
-        keys = resident_keys(mix)
-        weights_of = {mix.digest: 1.0} if mix.composition is Composition.FUSION else dict(mix.entries)
-        pages: dict[str, tuple[int, ...]] = dict.fromkeys(self.num_pages, ())
-        weights: dict[str, tuple[float, ...]] = dict.fromkeys(self.num_pages, ())
-        ranks: dict[str, tuple[int, ...]] = dict.fromkeys(self.num_pages, ())
-        for key in keys:
-            resident = self._residents[key]
-            for name, own in resident.pages.items():
-                pages[name] += own
-                weights[name] += (weights_of[key] * resident.scales[name],) * len(own)
-                ranks[name] += resident.ranks[name]
-        owned = {name: tuple(len(self._residents[key].pages.get(name, ())) for key in keys) for name in self.num_pages}
-        lease = PageLease(mix, pages, weights, ranks, keys, owned)
+        residents = {key: self._residents[key] for key in resident_keys(mix)}
+        lease = PageLease.of(mix, residents, self.num_pages)
         self._hold(lease)
         return lease
 
@@ -336,8 +289,3 @@ class PagePool:
             if key not in without:
                 pinned.update(sizes)
         return pinned
-
-
-def resident_keys(mix: Mix) -> tuple[str, ...]:
-    """The residents that serve a mix: its adapters, or the one synthetic adapter of a fusion."""
-    return (mix.digest,) if mix.composition is Composition.FUSION else mix.digests

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from adapters_store.types import Composition, Mix
+
 
 class State(Enum):
     """Of a resident's pages: being written, written, or given up."""
@@ -30,6 +32,11 @@ class Resident:
     def sizes(self) -> dict[str, int]:
         """Pages by group name."""
         return {name: len(pages) for name, pages in self.pages.items()}
+
+
+def resident_keys(mix: Mix) -> tuple[str, ...]:
+    """The residents that serve a mix: its adapters, or the one synthetic adapter of a fusion."""
+    return (mix.digest,) if mix.composition is Composition.FUSION else mix.digests
 
 
 def choose_victims(idle: Iterable[tuple[str, Mapping[str, int]]], short: Mapping[str, int]) -> list[str] | None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from adapters_store.loader import Loader
+from adapters_store.page_lease import PageLease
 from adapters_store.pages import PackedAdapter
-from adapters_store.pool import PageLease, PagePool, resident_keys
+from adapters_store.pool import PagePool
+from adapters_store.residents import resident_keys
 from adapters_store.tiers import HostTier, Read
 from adapters_store.types import Mix
 from server.engine.config import RequestError

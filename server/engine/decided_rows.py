@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import GROUPS, TARGETS
 from kernels.gate_rows import Gated
 from kernels.ops import Mapping as PageMapping

@@ -6,8 +6,9 @@ from functools import partial
 
 from adapters_store.loader import Loader
 from adapters_store.merge import fuse
+from adapters_store.page_lease import Reservation
 from adapters_store.pages import PackedAdapter
-from adapters_store.pool import PagePool, Reservation
+from adapters_store.pool import PagePool
 from adapters_store.tiers import HostTier
 from adapters_store.types import Composition, Mix
 from adapters_store.upload import PageIds, Upload, Uploader, write_pages

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import GROUPS
 from kernels.gated_pages import GatedPlan, GatedShape, plan_gated
 from kernels.tile_planner import plan_tiles

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import BASE, Mix
 from server.engine.constraint import Constraint
 from server.engine.decisions import Decision

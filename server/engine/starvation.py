@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import Mix
 from server.engine.fairness import OUTPUT_PRICE, FairQueue
 from server.engine.plan import Plan

@@ -7,8 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from adapters_store.merge import fuse
+from adapters_store.page_lease import PageLease, Reservation
 from adapters_store.pages import PackedAdapter, pack
-from adapters_store.pool import PageLease, PagePool, Reservation
+from adapters_store.pool import PagePool
 from adapters_store.types import GROUPS, PAGE_RANK, TARGETS, AdapterWeights, Composition, LinearShape, LoraPair, Mix
 from adapters_store.upload import write_pages
 

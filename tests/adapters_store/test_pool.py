@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from adapters_store.pool import PageLease, PagePool
+from adapters_store.page_lease import PageLease
+from adapters_store.pool import PagePool
 from adapters_store.types import Composition, Mix
 from tests.adapters_store.library import (
     CPU,

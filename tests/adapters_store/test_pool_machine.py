@@ -5,8 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from adapters_store.page_lease import PageLease, Reservation
 from adapters_store.pages import pages_needed, rank_pages
-from adapters_store.pool import PageLease, Reservation, resident_keys
+from adapters_store.residents import resident_keys
 from adapters_store.types import GROUPS, Composition, Mix
 from tests.adapters_store.library import LIBRARY, MIXES, RANKS, acquire, check_content, make_pool, write
 

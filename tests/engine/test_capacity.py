@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import BASE, GROUPS
 from kernels.attention import query_blocks
 from kernels.tiles import TilePlan

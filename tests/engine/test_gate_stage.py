@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import GROUPS, TARGETS, LinearShape, Mix
 from kernels.gate_rows import Gated
 from kernels.gated_pages import GatedPlan, GatedShape

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from adapters_store.types import BASE, GROUPS
 from kernels.tiles import Kind, TilePlan, TileShape, write_tiles
 from server.engine.plan import Chunk

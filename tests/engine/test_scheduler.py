@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulation import SIZES, alone, finish, request, simulate, stops
 
-from adapters_store.pool import PageLease
+from adapters_store.page_lease import PageLease
 from server.engine.config import RequestError
 from server.engine.plan import MISSING_MIXES
 from server.engine.sequence import Request
