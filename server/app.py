@@ -34,7 +34,7 @@ from server.engine.client import EngineClient
 from server.engine.config import EngineConfig, EngineStats
 from server.engine.conversation import EngineConversation
 from server.engine.pool import EnginePool
-from server.errors import install_error_handlers
+from server.error_handlers import install_error_handlers
 from server.generation import Generator
 from server.key_ring import KeyRing
 from server.leases_elsewhere import LeasesElsewhere

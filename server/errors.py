@@ -1,4 +1,4 @@
-"""Errors that a client sees: one base with HTTP status and OpenAI's `type`, `code` and `param`, and one shape for all.
+"""Errors that a client sees: one base with HTTP status and OpenAI's `type`, `code` and `param`.
 
     ServerError                500  the base; raised itself only for what is a bug
     ├── BadRequest             400  a parameter is missing, malformed or not served
@@ -22,25 +22,13 @@
 status, see `refusal`.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-from starlette.routing import Match
-
 from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
-from adapters_store.store import UnknownAdapter
 from adapters_store.types import AdapterError
-from server import journal
-from server.absent_endpoints import no_endpoint
-
-logger = logging.getLogger(__name__)
 
 BUG = "internal error; the server's log has the details"
 RETRY_SECONDS = 2
@@ -232,7 +220,6 @@ PARAMS: Mapping[str, str] = {
 }
 """The fields at fault of errors that know of no request, by their code."""
 
-METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 StoreError = AdapterError | BlobError | RegistryError
 
 
@@ -246,82 +233,3 @@ def refusal(error: StoreError, param: str | None = None) -> ServerError:
         return TooManyRequests(error.message, param=param, code=error.code, retry_after=QUOTA_SECONDS)
     kind = ConflictForNow if error.code == "adapter_deleting" else kind
     return kind(error.message, param=param, code=error.code)
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """Every error that leaves the application has OpenAI's form."""
-    app.add_exception_handler(ServerError, _on_server_error)
-    for kind in (AdapterError, BlobError, RegistryError):
-        app.add_exception_handler(kind, _on_store_error)
-    app.add_exception_handler(UnknownAdapter, _on_unknown_adapter)
-    app.add_exception_handler(RequestValidationError, _on_bad_query)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientGone, _on_client_gone)
-
-
-def error_response(error: ServerError) -> JSONResponse:
-    journal.failed(error.code)
-    return JSONResponse(error.body(), status_code=error.status, headers=dict(error.headers))
-
-
-async def _on_server_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ServerError)
-    return error_response(error)
-
-
-async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, AdapterError | BlobError | RegistryError)
-    if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        if error.status in BY_STATUS:  # what is not there at the moment needs no traceback
-            reason = " ".join(f"({error.__cause__})".split()) if error.__cause__ is not None else ""
-            logger.error("%s %s: %s %s", request.method, request.url.path, error, reason)
-        else:
-            logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
-    return error_response(refusal(error))
-
-
-async def _on_unknown_adapter(_: Request, error: Exception) -> JSONResponse:
-    return error_response(NotFound(str(error), code="adapter_not_found"))
-
-
-async def _on_bad_query(_: Request, error: Exception) -> JSONResponse:
-    """What the framework says of query parameters, the only part of a request that it parses."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = str(first["loc"][-1])
-    if first["type"] == "extra_forbidden":
-        return error_response(
-            BadRequest(f"{param}: there is no such query parameter here", param=param, code="unknown_parameter")
-        )
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return error_response(BadRequest(f"{param}: {message}", param=param))
-
-
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself raises: no such endpoint, or not with this method."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == HTTPStatus.NOT_FOUND:
-        return error_response(NotFound(no_endpoint(request.url.path), code="unknown_endpoint"))
-    refusal = BadRequest(f"{HTTPStatus(error.status_code).phrase}: {request.method} is not possible here")
-    refusal.status = HTTPStatus(error.status_code)
-    headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        refusal.code = "method_not_allowed"
-        headers["Allow"] = ", ".join(_methods(request))
-    journal.failed(refusal.code)
-    return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
-
-
-def _methods(request: Request) -> list[str]:
-    """All that the path takes; the framework names those of its first route only."""
-    routes, scope = request.app.router.routes, dict(request.scope)
-    return [
-        method
-        for method in METHODS
-        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
-    ]
-
-
-async def _on_client_gone(_: Request, __: Exception) -> JSONResponse:
-    journal.failed(journal.CLIENT_GONE)
-    return JSONResponse(None, status_code=499)

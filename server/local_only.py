@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.body import has_body
 from server.config import is_loopback
-from server.errors import Forbidden, ServerError, UnsupportedMediaType, error_response
+from server.error_handlers import error_response
+from server.errors import Forbidden, ServerError, UnsupportedMediaType
 
 _HOST = re.compile(r"(?:https?://)?(\[[0-9a-f:.]+\]|[^/:@\[\]]+)(?::\d{1,5})?", re.IGNORECASE)
 

@@ -10,7 +10,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.deps import Services
-from server.errors import ServerError, Unavailable, error_response
+from server.error_handlers import error_response
+from server.errors import ServerError, Unavailable
 from server.journal import Journal, opened
 from server.observer import Observer
 from server.trace_context import parse_traceparent

@@ -100,7 +100,7 @@ async def test_a_source_that_is_not_there_now_is_one_line_of_the_log(
     monkeypatch.setattr("server.catalog.catalog.fetch", fails)
     refused = await world.admin.post(URL, json={"name": "new", "source": "hf://a/b"})
     assert (refused.status_code, error_of(refused)["code"]) == (503, "source_unavailable")
-    (record,) = [record for record in caplog.records if record.name == "server.errors"]
+    (record,) = [record for record in caplog.records if record.name == "server.error_handlers"]
     assert record.exc_info is None
     assert record.getMessage() == (
         "POST /admin/v1/adapters: source cannot be read: the hub is not reachable (no route to host)"
