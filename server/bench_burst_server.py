@@ -22,7 +22,8 @@ from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore, StoreConfig
 from adapters_store.types import TARGETS, AdapterWeights, LinearShape, LoraPair
 from routing.encoder import EncoderProcess, ServedEncoder
-from server.app import assemble, create_app
+from server.app import create_app
+from server.assembly import assemble
 from server.bench_burst_encoder import NOTES, PASS_MS
 from server.bench_front import PacedClient
 from server.chat import ChatTokenizer

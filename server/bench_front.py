@@ -21,12 +21,14 @@ from typing import Any, Protocol, TextIO, cast
 
 from adapters_store.store import StoreConfig
 from adapters_store.types import TARGETS, LinearShape
-from server.app import assemble, create_app, open_store
+from server.app import create_app
+from server.assembly import assemble
 from server.chat import ChatTokenizer
 from server.config import ServeSettings, Settings
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
 from server.logs import configure
+from server.opening import open_store
 from server.serve import Server, run, uvicorn_config
 
 Json = dict[str, Any]

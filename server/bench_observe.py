@@ -28,7 +28,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from adapters_store.store import StoreConfig
 from routing.router import Route
-from server.app import assemble, create_app, open_store
+from server.app import create_app
+from server.assembly import assemble
 from server.bench_front import MODEL, SAID, SHAPE
 from server.chat import ChatTokenizer
 from server.config import ServeSettings, Settings
@@ -40,6 +41,7 @@ from server.journal import Ending
 from server.logs import formatter
 from server.metrics import Metrics
 from server.observer import Observer, Tracer
+from server.opening import open_store
 from server.serve import run
 from server.tracing import open_tracer
 

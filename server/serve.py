@@ -16,7 +16,7 @@ from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import StoreOpenError
 from adapters_store.types import AdapterError
-from server.app import create_app, open_services
+from server.app import create_app
 from server.chat import TokenizerError
 from server.checkpoint import CheckpointError
 from server.config import HttpSettings, ServeSettings, Settings
@@ -25,6 +25,7 @@ from server.deps import Services
 from server.engine.engine_process import EngineStartError
 from server.in_flight import InFlight
 from server.model.config import ModelError
+from server.opening import open_services
 from server.tracing import TracingError
 
 START_ERRORS = (

@@ -11,13 +11,14 @@ import socket
 import sys
 from types import FrameType
 
-from server.app import create_app, open_services
+from server.app import create_app
 from server.board import Board, Slot
 from server.config import Settings
 from server.frontends.channel import Channel
 from server.frontends.link import ParentLink
 from server.frontends.messages import Begin, Failed, Serving, decode_to_front
 from server.log_setup import set_up_log
+from server.opening import open_services
 from server.part import Part
 from server.serve import START_ERRORS, BindError, Server, bind, run, uvicorn_config
 

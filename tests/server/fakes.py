@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from adapters_store.store import AdapterStore, StoreConfig
 from adapters_store.types import TARGETS, LinearShape
-from server.app import assemble, create_app
+from server.app import create_app
+from server.assembly import assemble
 from server.chat import ChatTokenizer
 from server.config import Settings
 from server.deps import Services

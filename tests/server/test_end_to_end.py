@@ -21,8 +21,8 @@ from peft import PeftModel
 from served import MESSAGES, OPTIONS, Served, reference_text
 from transformers import AutoModelForCausalLM
 
-from server.app import open_services
 from server.config import ServeSettings, Settings
+from server.opening import open_services
 
 
 @pytest.fixture(scope="module")

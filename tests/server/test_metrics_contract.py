@@ -12,10 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from adapters_store.registry import Resolved
 from adapters_store.types import Composition, Mix
 from routing.router import Route, RoutedAdapter
-from server.app import watch_engine
 from server.engine.config import EngineStats
 from server.journal import Ending
 from server.metrics import Metrics
+from server.opening import watch_engine
 
 BOTH = {"tenant", "adapter"}
 CONTRACT: Mapping[str, set[str]] = {
