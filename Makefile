@@ -64,9 +64,11 @@ test-lm-eval: model
 
 # Mixed traffic with faults; the invariants must hold. STORES: local (SQLite, files), remote (PostgreSQL, S3) or auto.
 MINUTES ?= 10
+# SEED gives the order of the faults.
 STORES ?= auto
+SEED ?= 0
 soak: model
-	$(RUN)/python -m loadtests.soak --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --minutes $(MINUTES) --stores $(STORES)
+	$(RUN)/python -m loadtests.soak --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --minutes $(MINUTES) --stores $(STORES) --seed $(SEED)
 
 # Every kernel and the engine on this machine's GPU; compute-sanitizer comes with CUDA's toolkit.
 gpu-test: model

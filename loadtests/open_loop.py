@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from loadtests.events import data_of
 from loadtests.records import OK, Record
 from loadtests.trace import Trace, TraceRequest
 
@@ -90,10 +91,10 @@ async def _send(
             if not found.is_success:
                 await found.aread()
                 status = f"http {found.status_code}"
-            async for line in found.aiter_lines():
-                if not line.startswith("data: {"):
+            async for data in data_of(found):
+                if not data.startswith("{"):
                     continue
-                chunk = json.loads(line.removeprefix("data: "))
+                chunk = json.loads(data)
                 if "error" in chunk:
                     status = f"error {chunk['error'].get('code')}"
                     break

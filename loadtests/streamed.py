@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 
+from loadtests.events import data_of
+
 Json = dict[str, Any]
 HEADER = "x-loramux-route"
 
@@ -62,10 +64,10 @@ async def complete(client: httpx.AsyncClient, body: Json) -> Answered:
     async with client.stream("POST", "/v1/completions", json=body | fixed) as response:
         if not response.is_success:
             raise AnswerError(f"the server answered {response.status_code}: {(await response.aread())[:300]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
+        async for data in data_of(response):
+            if not data.startswith("{"):
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
+            chunk = json.loads(data)
             if first is None and chunk.get("choices"):
                 first = time.perf_counter() - started
             if "error" in chunk:

@@ -14,6 +14,7 @@ from loadtests.soak.places import open_place
 from loadtests.soak.run import Plan, Soak
 
 ADAPTERS = 4
+LOG_CHARACTERS = 20_000
 SCALE = 0.05
 """Of their factors: large enough that each of them answers in its own way."""
 
@@ -38,14 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         adapters = {
             name: write_adapter(Path(folder) / name, sizes, 4, seed, scale=SCALE) for seed, name in enumerate(names)
         }
+        _say(
+            f"{place.name}, {asked.minutes:g} minutes, seed {asked.seed}, which gives the same faults in the same order"
+        )
         for sentence in place.left_out:
-            sys.stderr.write(f"left out: {sentence}\n")
+            _say(f"left out: {sentence}")
         plan = Plan(asked.minutes, asked.clients, asked.fault_seconds, asked.seed)
-        document = asyncio.run(Soak(place, model, adapters, plan).run())
+        soak = Soak(place, model, adapters, plan, _say)
+        document = asyncio.run(soak.run())
+    if document["broken"]:
+        for log in soak.logs:
+            _say(f"the server's last words: {log[-LOG_CHARACTERS:]}")
     for sentence in document["broken"][:20]:
-        sys.stderr.write(f"broken: {sentence}\n")
+        _say(f"broken: {sentence}")
     print(json.dumps(document))
     return 1 if document["broken"] else 0
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

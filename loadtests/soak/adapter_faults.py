@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 
 from loadtests.soak.faults import Fault
+from loadtests.soak.refusal import code_of
 from loadtests.soak.seen import Seen
 from loadtests.soak.told import Told
 from loadtests.upload import PARTS
@@ -82,11 +83,17 @@ class AdapterFaults:
     async def verify(self) -> None:
         """Everything is as it was told."""
         await self.settle()
+        for name in self._told.uncertain():
+            self._seen.breaks(f"the server does not say what {name} means")
         for name, digest in self._told.certain().items():
             answer = await self._client(name).get(f"/admin/v1/adapters/{name}")
             found = answer.json().get("digest") if answer.is_success else answer.status_code
             if found != digest:
                 self._seen.breaks(f"{name} was {digest[:12]}, and is {found}")
+        for name in self._told.gone():
+            answer = await self._client(name).get(f"/admin/v1/adapters/{name}")
+            if answer.status_code != httpx.codes.NOT_FOUND:
+                self._seen.breaks(f"{name} was deleted, and answers {answer.status_code}")
 
     async def clean(self) -> None:
         """Delete what is there."""
@@ -123,7 +130,7 @@ class AdapterFaults:
     def _outcome(self, answer: httpx.Response) -> str:
         if answer.is_success:
             return "done"
-        code = answer.json()["error"]["code"]
+        code = code_of(answer)
         if answer.status_code != 503 or "retry-after" not in answer.headers:
             self._seen.breaks(f"a change of an adapter was refused: {answer.status_code} {answer.text[:200]}")
         return f"refused: {code}"

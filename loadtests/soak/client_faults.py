@@ -50,15 +50,17 @@ class ClientFaults:
             await asyncio.sleep(UNREAD_SECONDS)
             async with asyncio.timeout(WHOLE_SECONDS):
                 answer = await reader.read()
-        except ConnectionError:
+        except (ConnectionError, TimeoutError) as error:
+            self._seen.breaks(f"a stream that was read late does not end: {error!r}")
             return "cut"
-        except TimeoutError:
-            self._seen.breaks("a stream that was read late does not end")
-            return "endless"
         finally:
             writer.close()
-        if b" 503 " in answer.partition(b"\r\n")[0]:
+        status = answer.partition(b"\r\n")[0]
+        if b" 503 " in status:
             return "refused: 503"
+        if b" 200 " not in status:
+            self._seen.breaks(f"a client that reads late was answered {answer[:300]!r}")
+            return "refused"
         errors, is_done = answer.count(b'"error"'), answer.count(b"data: [DONE]")
         if errors + is_done != 1:
             self._seen.breaks(f"a stream that was read late has {is_done} ends and {errors} errors")
@@ -91,7 +93,11 @@ class ClientFaults:
         connection.setblocking(False)
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        await asyncio.get_running_loop().sock_connect(connection, (self._host, self._port))
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, (self._host, self._port))
+        except OSError:
+            connection.close()
+            raise
         return await asyncio.open_connection(sock=connection, limit=4096)
 
     def _request(self, **fields: Any) -> bytes:

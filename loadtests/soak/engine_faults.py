@@ -57,33 +57,34 @@ class EngineFaults:
         """The kernel, or an operator, ends it."""
         self.check()
         started = time.monotonic()
-        for engine in self._engines():
-            os.kill(engine, signal.SIGKILL)
+        self._signal(self._expected, signal.SIGKILL)
         return await self._recovered(started)
 
     async def pause(self) -> str:
         """As a step that takes long, or a machine that stands still."""
-        engines = self._engines()
-        for engine in engines:
-            os.kill(engine, signal.SIGSTOP)
-        await asyncio.sleep(PAUSE_SECONDS)
-        for engine in engines:
-            with suppress(ProcessLookupError):
-                os.kill(engine, signal.SIGCONT)
+        self.check()
+        self._signal(self._expected, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(PAUSE_SECONDS)
+        finally:
+            self._signal(self._expected, signal.SIGCONT)
         return "went on"
 
     async def stick(self) -> str:
         """It stands still until the front end takes notice and replaces it."""
         self.check()
-        engines = self._engines()
-        for engine in engines:
-            os.kill(engine, signal.SIGSTOP)
+        engines = self._expected
+        self._signal(engines, signal.SIGSTOP)
+        # One without work is not missed, and at the end of the run nobody else may ask.
+        asking = asyncio.create_task(self._ask())
         deadline = time.monotonic() + RECOVERY_SECONDS
         while set(self._engines()) & set(engines):
             if time.monotonic() > deadline:
                 self._seen.breaks("a stuck engine was not replaced")
+                self._signal(engines, signal.SIGCONT)
                 break
             await asyncio.sleep(0.1)
+        self._report_refusal(await asking)
         return await self._recovered(None)
 
     def check(self) -> None:
@@ -92,21 +93,34 @@ class EngineFaults:
             self._seen.breaks(f"the engines {self._expected} have become {found} though nobody killed them")
             self._expected = found
 
+    def _signal(self, engines: list[int], number: int) -> None:
+        for engine in engines:
+            with self._seen.telling(f"signal {number} to an engine"):
+                os.kill(engine, number)
+
     async def _recovered(self, started: float | None) -> str:
         """Until a new request has its token. Seconds since `started` are noted."""
         deadline = time.monotonic() + RECOVERY_SECONDS
-        while time.monotonic() < deadline:
-            answer = await self._admin.post("/v1/completions", json=short_request(self._model))
-            if answer.is_success:
-                if started is not None:
-                    self._report.recoveries.append(time.monotonic() - started)
-                self._expected = self._engines()
-                return "recovered"
-            if answer.status_code != 503:
-                self._seen.breaks(f"while the engine restarts: {answer.status_code} {answer.text[:200]}")
-            await asyncio.sleep(0.02)
+        try:
+            while time.monotonic() < deadline:
+                answer = await self._ask()
+                if answer.is_success:
+                    if started is not None:
+                        self._report.recoveries.append(time.monotonic() - started)
+                    return "recovered"
+                self._report_refusal(answer)
+                await asyncio.sleep(0.02)
+        finally:
+            self._expected = self._engines()
         self._seen.breaks(f"no engine is back {RECOVERY_SECONDS:.0f} s after one died")
         return "lost"
+
+    async def _ask(self) -> httpx.Response:
+        return await self._admin.post("/v1/completions", json=short_request(self._model))
+
+    def _report_refusal(self, answer: httpx.Response) -> None:
+        if not answer.is_success and answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            self._seen.breaks(f"while the engine restarts: {answer.status_code} {answer.text[:200]}")
 
     def _engines(self) -> list[int]:
         return children(self._server, ENGINE)

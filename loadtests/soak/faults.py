@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from loadtests.soak.seen import Seen
+
 Fault = Callable[[], Awaitable[str]]
 """Puts it in, waits until it is over, and says in a word or two how it went."""
 
@@ -26,9 +28,10 @@ class Report:
 class Injector:
     """One row of faults: each kind once in a random order, then at random by weight. Equal seeds give equal rows."""
 
-    def __init__(self, kinds: Mapping[str, tuple[float, Fault]], report: Report, seed: int) -> None:
+    def __init__(self, kinds: Mapping[str, tuple[float, Fault]], report: Report, seen: Seen, seed: int) -> None:
         self._kinds = kinds
         self._report = report
+        self._seen = seen
         self._rng = random.Random(seed)
         self._first = list(kinds)
         self._rng.shuffle(self._first)
@@ -37,7 +40,9 @@ class Injector:
         """About one fault in `every` seconds, beside the time that they take, until `stop`; none is cut off."""
         while not await _happens(stop, self._rng.uniform(0.5, 1.5) * every):
             name = self._next()
-            outcome = await self._kinds[name][1]()
+            outcome = "failed"
+            with self._seen.telling(name):
+                outcome = await self._kinds[name][1]()
             self._report.outcomes[name][outcome] += 1
 
     def _next(self) -> str:

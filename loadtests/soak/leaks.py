@@ -41,16 +41,24 @@ def slope(times: Sequence[float], values: Sequence[float]) -> float:
     return statistics.median([(b - a) / (t - s) for (s, a), (t, b) in pairs if t > s] or [0.0])
 
 
-def grown(samples: Sequence[Sample]) -> list[str]:
-    """Sentences about what grows: by its slope after the first quarter, in which caches fill, times the whole time."""
+def growth(samples: Sequence[Sample]) -> dict[str, float]:
+    """By how much each grows: its slope after the first quarter, in which caches fill, times the whole time.
+
+    Nothing is said of a time that is too short.
+    """
     late = samples[len(samples) // 4 :]
+    if not late or late[-1].seconds - late[0].seconds < SHORTEST:
+        return {}
     times = [sample.seconds for sample in late]
     whole = samples[-1].seconds - samples[0].seconds
-    if times[-1] - times[0] < SHORTEST:
-        return []
-    found = []
-    for name, most in MOST.items():
-        growth = whole * slope(times, [getattr(sample, name) for sample in late])
-        if growth > most:
-            found.append(f"the front end's {name} grew by {growth:.0f}, more than {most}")
-    return found
+    return {name: whole * slope(times, [getattr(sample, name) for sample in late]) for name in MOST}
+
+
+def grown(samples: Sequence[Sample]) -> list[str]:
+    """Sentences about what grows more than it may."""
+    found = growth(samples).items()
+    return [
+        f"the front end's {name} grew by {more:.0f}, more than {MOST[name]}"
+        for name, more in found
+        if more > MOST[name]
+    ]

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ from loadtests.soak.client_faults import ClientFaults
 from loadtests.soak.engine_faults import STALL_SECONDS, EngineFaults
 from loadtests.soak.faults import Fault, Injector, Report
 from loadtests.soak.key_faults import Keys, bearer
-from loadtests.soak.leaks import Sample, grown
+from loadtests.soak.leaks import Sample, grown, growth
 from loadtests.soak.places import Place
 from loadtests.soak.seen import Seen
 from loadtests.soak.told import Told
@@ -35,6 +35,8 @@ TENANTS = {
 """Private adapters are the patient one's; the hasty one's keys are replaced. A stranger looks for what is others'."""
 QUOTAS = {"limited": {"requests_per_second": 2, "concurrency": 2, "tokens_per_minute": 3000}}
 SAMPLE_SECONDS = 2.0
+TOLD_SECONDS = 30.0
+"""Between two lines about how far it is."""
 STUCK_MINUTES = 4.0
 """A stuck engine takes half a minute, which shorter runs do not have."""
 
@@ -50,37 +52,50 @@ class Plan:
 
 
 class Soak:
-    """A soak of the model in a folder, with `adapters` by name to be there before it begins."""
+    """A soak of the model in a folder, with `adapters` by name to be there before it begins.
 
-    def __init__(self, place: Place, model: Path, adapters: Mapping[str, Path], plan: Plan) -> None:
+    `say` gets a sentence now and then about how far it is. `logs` are those of the servers that have ended.
+    """
+
+    def __init__(
+        self, place: Place, model: Path, adapters: Mapping[str, Path], plan: Plan, say: Callable[[str], object]
+    ) -> None:
+        self.logs: list[str] = []
         self._place = place
         self._model = model
         self._adapters = adapters
         self._plan = plan
+        self._say = say
         self._report = Report()
         self._seen = Seen()
         self._told = Told()
         self._samples: list[Sample] = []
 
     async def run(self) -> Json:
-        """The document; `broken` is empty if everything held."""
-        with self._server() as server:
+        """The document; `broken` is empty if everything held. What fails on the way is told there, too."""
+        adapters = answers = None
+        with self._seen.telling("the first server"), self._server() as server:
             async with AsyncExitStack() as stack:
                 admin = await stack.enter_async_context(client(server.url, bearer(KEY)))
                 adapters, answers = await self._traffic(server, admin, stack)
             await self._finish(server)
-        with self._server() as server:  # what was told is there for those who come after
-            async with client(server.url, bearer(KEY)) as admin, client(server.url, self._owner) as owner:
-                adapters.use(admin, owner)
-                await adapters.verify()
-                await check_answers(owner, self._told, self._model.name, answers, self._seen)
-                await adapters.clean()
+        if adapters is not None and answers is not None:
+            with self._seen.telling("the second server"), self._server() as server:
+                await self._look_again(server, adapters, answers)
         return self._document()
 
-    def _server(self) -> ServerProcess:
+    @contextmanager
+    def _server(self) -> Iterator[ServerProcess]:
         options = ("--max-model-len", "512", "--encoder", "none", "--kv-memory", "256MiB", "--page-memory", "64MiB")
         stalls = ("--stall-timeout", str(STALL_SECONDS)) if self._has_time else ()
-        return self._place.server(self._model, *options, *stalls)
+        server = self._place.server(self._model, *options, *stalls)
+        try:
+            with server:
+                yield server
+        finally:
+            self.logs.append(server.log)
+        if server.exit_code:
+            self._seen.breaks(f"the front end ended with code {server.exit_code}")
 
     @property
     def _has_time(self) -> bool:
@@ -105,17 +120,19 @@ class Soak:
         faults = AdapterFaults(admin, owner, by_digest, self._told, self._seen, self._plan.seed, frozenset(digests))
         stop = asyncio.Event()
         traffic = [
-            Client(http, keys[tenant], TENANTS[tenant], world, self._plan.seed + place).run(stop)
+            Client(http, keys[tenant], TENANTS[tenant], world, f"{self._plan.seed} {tenant} {place}").run(stop)
             for tenant, http in clients.items()
             for place in range(self._plan.clients)
         ]
         rows = self._rows(server, admin, faults, keys["hasty"])
         injecting = [injector.run(self._plan.fault_seconds, stop) for injector in rows]
-        tasks = [asyncio.create_task(each) for each in (*traffic, Stranger(stranger, self._told, self._seen).run(stop))]
-        tasks += [asyncio.create_task(each) for each in injecting]
-        await self._watch(server.pid, tasks)
-        stop.set()
-        await asyncio.gather(*tasks)
+        tasks = [*traffic, Stranger(stranger, self._told, self._seen).run(stop), *injecting]
+        async with asyncio.TaskGroup() as group:
+            for task in tasks:
+                group.create_task(task)
+            with self._seen.telling("the watch over the front end"):
+                await self._watch(server)
+            stop.set()
         return faults, answers
 
     def _rows(
@@ -130,35 +147,63 @@ class Soak:
             {**adapters.kinds(), "key replaced": (1.0, keys.rotate)},
             ClientFaults(server.url, KEY, model, self._seen, seed).kinds(),
         ]
-        return [Injector(row, self._report, seed + number) for number, row in enumerate(kinds)]
+        return [Injector(row, self._report, self._seen, seed + number) for number, row in enumerate(kinds)]
 
-    async def _watch(self, pid: int, tasks: Sequence["asyncio.Task[None]"]) -> None:
-        """Until the time is over, or a task failed."""
-        deadline = time.monotonic() + 60 * self._plan.minutes
-        while time.monotonic() < deadline and not any(task.done() for task in tasks):
-            self._samples.append(Sample.of(pid))
+    async def _watch(self, server: ServerProcess) -> None:
+        """Until the time is over, or the front end is."""
+        started = told = time.monotonic()
+        while (now := time.monotonic()) < started + 60 * self._plan.minutes:
+            if server.exit_code is not None:
+                self._seen.breaks(f"the front end ended with code {server.exit_code} in the middle")
+                return
+            self._samples.append(Sample.of(server.pid))
+            if now - told >= TOLD_SECONDS:
+                told = now
+                self._tell(now - started)
             await asyncio.sleep(min(SAMPLE_SECONDS, self._plan.minutes))
-        self._samples.append(Sample.of(pid))
+
+    def _tell(self, seconds: float) -> None:
+        seen, faults = self._seen, self._report.number
+        self._say(f"{seconds:.0f} s: {seen.requests} requests, {faults} faults, {len(seen.broken)} broken")
 
     async def _finish(self, server: ServerProcess) -> None:
         """Nobody asks any more, and no client is connected but this one."""
+        self._say("the time is over: what is left behind?")
         async with client(server.url, bearer(KEY)) as admin:
-            await until_idle(admin, self._seen)
-            self._engines.check()
-            await check_leases(admin, (*TENANTS, "default"), self._told, self._seen)
-            await check_bill(admin, "patient", self._seen)
+            with self._seen.telling("the wait for the last request"):
+                await until_idle(admin, self._seen)
+            with self._seen.telling("the look at engines"):
+                self._engines.check()
+            with self._seen.telling("the look at leases"):
+                await check_leases(admin, (*TENANTS, "default"), self._told, self._seen)
+            with self._seen.telling("the look at the ledger"):
+                await check_bill(admin, "patient", self._seen)
         self._seen.broken += grown(self._samples)
+
+    async def _look_again(self, server: ServerProcess, adapters: AdapterFaults, answers: Answers) -> None:
+        """What was told is there for those who come after."""
+        async with client(server.url, bearer(KEY)) as admin, client(server.url, self._owner) as owner:
+            adapters.use(admin, owner)
+            with self._seen.telling("the look at what was told"):
+                await adapters.verify()
+            with self._seen.telling("the look at the ledger after a restart"):
+                await check_bill(admin, "patient", self._seen)
+            with self._seen.telling("the look at answers after a restart"):
+                await check_answers(owner, self._told, self._model.name, answers, self._seen)
+            with self._seen.telling("the end of all adapters"):
+                await adapters.clean()
 
     async def _tenant(self, admin: httpx.AsyncClient, tenant: str) -> Keys:
         made = await admin.post("/admin/v1/tenants", json={"id": tenant, "quotas": QUOTAS.get(tenant, {})})
         made.raise_for_status()
         keys = Keys(admin, tenant, self._seen)
-        await keys.make()
+        if not await keys.make():
+            raise RuntimeError(f"no key can be made for {tenant}")
         return keys
 
     def _document(self) -> Json:
         report, seen = self._report, self._seen
-        first, last = self._samples[0], self._samples[-1]
+        first, last = (self._samples[0], self._samples[-1]) if self._samples else (Sample(0, 0, 0, 0),) * 2
         recoveries = sorted(report.recoveries)
         return {
             "minutes": self._plan.minutes,
@@ -179,6 +224,7 @@ class Soak:
             "memory_mb": [round(each.memory / 2**20) for each in (first, last)],
             "descriptors": [first.descriptors, last.descriptors],
             "threads": [first.threads, last.threads],
+            "growth": {name: round(more) for name, more in growth(self._samples).items()},
             "broken": seen.broken,
         }
 

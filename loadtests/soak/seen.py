@@ -1,7 +1,14 @@
 """What the clients have seen."""
 
+import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+
+MOST_SENTENCES = 1000
+"""More of them say nothing more: a server that is gone breaks every request."""
 
 
 @dataclass
@@ -17,4 +24,22 @@ class Seen:
 
     def breaks(self, sentence: str) -> None:
         """Something does not hold."""
-        self.broken.append(sentence)
+        if len(self.broken) < MOST_SENTENCES:
+            self.broken.append(sentence)
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """An exception in the block is something that does not hold, and ends nothing but the block."""
+        try:
+            yield
+        except Exception as error:
+            self.endings[type(error).__name__] += 1
+            self.breaks(f"{what} failed: {error!r} at {_place(error)}")
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised, behind the line of the load tests that led there."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    ours = [frame for frame in frames if "loadtests" in Path(frame.filename).parts]
+    shown = dict.fromkeys(f"{Path(frame.filename).name}:{frame.lineno}" for frame in (*ours[-1:], *frames[-1:]))
+    return ", ".join(shown)

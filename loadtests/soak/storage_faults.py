@@ -65,8 +65,10 @@ class StorageFaults:
         """The process ends and, a while later, starts again."""
         assert self._postgres is not None
         await asyncio.to_thread(self._postgres.stop, how)
-        await self._a_while()
-        await asyncio.to_thread(self._postgres.start)
+        try:
+            await self._a_while()
+        finally:
+            await asyncio.to_thread(self._postgres.start)
         return "started again"
 
     async def lock(self) -> str:
@@ -75,16 +77,18 @@ class StorageFaults:
         command = (*self._disk.prefix, sys.executable, "-c", LOCK, str(self._sqlite))
         holder = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
         assert holder.stdout is not None
-        await holder.stdout.readline()
+        is_locked = bool(await holder.stdout.readline())
         await self._a_while()
         await holder.communicate(b"")  # the end of its input is the end of its transaction
-        return "let go"
+        return "let go" if is_locked else "not locked"
 
     async def unsettle(self, state: str) -> str:
         assert self._objects is not None
-        self._objects.become(state)
-        await self._a_while()
-        self._objects.become(FINE)
+        await asyncio.to_thread(self._objects.become, state)
+        try:
+            await self._a_while()
+        finally:
+            await asyncio.to_thread(self._objects.become, FINE)
         return "fine again"
 
     async def fill(self) -> str:
@@ -94,8 +98,10 @@ class StorageFaults:
 
     async def jump(self) -> str:
         self._clock.set(self._rng.choice(JUMPS))
-        await self._a_while()
-        self._clock.set(0.0)
+        try:
+            await self._a_while()
+        finally:
+            self._clock.set(0.0)
         return "back"
 
     async def _a_while(self) -> None:

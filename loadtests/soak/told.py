@@ -24,6 +24,10 @@ class Told:
                 found[name] = digest
         return found
 
+    def gone(self) -> list[str]:
+        """Names that were deleted, or never came to be."""
+        return [name for name, digests in self.possible.items() if digests == {None}]
+
     def uncertain(self) -> list[str]:
         """Names about which the server owes an answer."""
         return [name for name, digests in self.possible.items() if len(digests) > 1]

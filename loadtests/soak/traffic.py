@@ -9,13 +9,18 @@ from typing import Any
 
 import httpx
 
+from loadtests.events import data_of
 from loadtests.soak.adapter_faults import PRIVATE
 from loadtests.soak.answers import PROMPTS, Answers, greedy
 from loadtests.soak.key_faults import Keys, bearer
+from loadtests.soak.refusal import code_of
 from loadtests.soak.seen import Seen
 from loadtests.soak.told import Told
 
 Json = dict[str, Any]
+
+FAILED_SECONDS = 1.0
+"""Until a client whose request failed as none should asks again: a server that is gone fails thousands a second."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +55,32 @@ class Expected:
 
 
 class Client:
-    """Asks until `stop` is set, with the tenant's current key."""
+    """Asks until `stop` is set, with the tenant's current key; `pause` seconds after one that failed as none should."""
 
-    def __init__(self, http: httpx.AsyncClient, keys: Keys, manners: Manners, world: World, seed: int) -> None:
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        keys: Keys,
+        manners: Manners,
+        world: World,
+        seed: int | str,
+        pause: float = FAILED_SECONDS,
+    ) -> None:
         self._http = http
         self._keys = keys
         self._manners = manners
         self._world = world
         self._seen = world.seen
         self._rng = random.Random(seed)
+        self._pause = pause
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             self._seen.requests += 1
-            try:
+            with self._seen.telling("a request"):
                 await self._ask()
-            except httpx.HTTPError as error:
-                self._seen.endings[type(error).__name__] += 1
-                self._seen.breaks(f"a connection broke: {error!r}")
+                continue
+            await asyncio.sleep(self._pause)
 
     async def _ask(self) -> None:
         if self._rng.random() < 0.5:
@@ -107,28 +120,35 @@ class Client:
 
     async def _read(self, answer: httpx.Response, expected: Expected | None, leaves: int | None, slow: float) -> None:
         text, events, done = "", [], False
-        async for line in answer.aiter_lines():
-            if line == "data: [DONE]":
-                done = True
-            elif line.startswith("data: "):
-                events.append(json.loads(line.removeprefix("data: ")))
-                text += "".join(choice["text"] for choice in events[-1].get("choices", ()))
+        try:
+            async for data in data_of(answer):
+                if data == "[DONE]":
+                    done = True
+                    continue
+                with self._seen.telling(f"an event of a stream, {data[:300]!r},"):
+                    events.append(json.loads(data))
+                    text += "".join(choice["text"] for choice in events[-1].get("choices", ()))
                 if leaves is not None and len(events) > leaves:
                     self._seen.endings["left"] += 1
                     return
                 await asyncio.sleep(slow)
+        finally:
+            self._bill(events)
         self._ended(events, done, expected)
         if expected is not None:
             self._compare(answer, text, expected)
 
-    def _ended(self, events: Sequence[Json], done: bool, expected: Expected | None) -> None:
-        """One ending, and its tokens on the bill."""
-        finishes = sum(bool(choice.get("finish_reason")) for event in events for choice in event.get("choices", ()))
-        errors = [event["error"] for event in events if "error" in event]
+    def _bill(self, events: Sequence[Json]) -> None:
+        """What the last event says was used, also of a stream that broke."""
         usage: Json = next((event["usage"] for event in reversed(events) if event.get("usage")), {})
         if self._manners.billed and usage.get("completion_tokens"):
             self._seen.tokens += usage["completion_tokens"]
             self._seen.prompt_tokens += usage["prompt_tokens"]
+
+    def _ended(self, events: Sequence[Json], done: bool, expected: Expected | None) -> None:
+        """One ending."""
+        finishes = sum(bool(choice.get("finish_reason")) for event in events for choice in event.get("choices", ()))
+        errors = [event["error"] for event in events if "error" in event]
         self._seen.endings["finished" if finishes else "error event"] += 1
         if finishes + len(errors) != 1 or (finishes and not done):
             self._seen.breaks(f"a stream had {finishes} finish reasons, {len(errors)} errors, [DONE]: {done}")
@@ -152,7 +172,7 @@ class Client:
             self._seen.breaks(f"{expected.name} ({key[:12]}) said {text!r} to {expected.prompt!r}")
 
     def _refused(self, answer: httpx.Response, expected: Expected | None, key: str) -> None:
-        code = answer.json()["error"]["code"]
+        code = code_of(answer)
         self._seen.endings[f"{answer.status_code} {code}"] += 1
         says_when = "retry-after" in answer.headers
         touched = self._world.told.touched
@@ -179,7 +199,8 @@ class Stranger:
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            await self._look()
+            with self._seen.telling("a stranger's look"):
+                await self._look()
             await asyncio.sleep(0.5)
 
     async def _look(self) -> None:

@@ -1,15 +1,20 @@
 """A disk without room, a clock that jumps, an object store that fails: each as another process meets it."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from loadtests.object_store import FAILING, FINE, ObjectStore
+from loadtests.postgres import MISSING, PostgresServer, find_binaries
 from loadtests.shifted_clock import ShiftedClock
 from loadtests.small_disk import FileLimit, SmallDisk
 
@@ -65,6 +70,20 @@ def test_a_clock_jumps_while_a_module_runs(tmp_path: Path) -> None:
         clock.set(86_400.0)
         assert float(ask(process)) > first + 86_000
         process.communicate()
+
+
+def test_a_databases_port_is_nobody_elses_while_it_is_down() -> None:
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip(MISSING)
+    with PostgresServer(binaries) as server:
+        address = ("127.0.0.1", make_url(server.url).port)
+        for how in (signal.SIGINT, signal.SIGQUIT):
+            server.stop(how)
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(address)
+            server.start()
+            psycopg.connect(f"{server.url}/postgres").close()
 
 
 def test_an_object_store_that_fails_and_is_well_again() -> None:

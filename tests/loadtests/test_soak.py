@@ -2,24 +2,33 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from loadtests.process import ServerProcess
+from loadtests.shifted_clock import ShiftedClock
+from loadtests.small_disk import FileLimit
 from loadtests.soak.adapter_faults import AdapterFaults
 from loadtests.soak.answers import PROMPTS, Answers
+from loadtests.soak.checks import check_bill, check_leases
 from loadtests.soak.engine_faults import children
 from loadtests.soak.faults import Injector, Report
 from loadtests.soak.key_faults import Keys
 from loadtests.soak.leaks import Sample, grown, slope
+from loadtests.soak.places import Place
+from loadtests.soak.run import Plan, Soak
 from loadtests.soak.seen import Seen
 from loadtests.soak.told import Told
-from loadtests.soak.traffic import Client, Expected, Manners, World
+from loadtests.soak.traffic import Client, Expected, Manners, Stranger, World
 from loadtests.upload import PARTS
 
 TOKEN = {"choices": [{"text": "a", "finish_reason": None}], "usage": {"completion_tokens": 1, "prompt_tokens": 3}}
@@ -39,14 +48,20 @@ def refusal(status: int, code: str = "some_code", **headers: str) -> httpx.Respo
     return httpx.Response(status, headers=headers, json={"error": {"type": "server_error", "code": code}})
 
 
+def world(told: Told, seen: Seen) -> World:
+    answers = Answers({(key, prompt): "a" for key in ("base", "d1") for prompt in PROMPTS})
+    return World("base", ("f1", "f2", "f3"), told, answers, seen)
+
+
+def client_of(answer: Callable[[httpx.Request], httpx.Response]) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test")
+
+
 async def seen_of(response: httpx.Response, manners: Manners, expected: Expected | None, told: Told) -> Seen:
     """What a client makes of one answer."""
     seen = Seen()
-    answers = Answers({(key, prompt): "a" for key in ("base", "d1") for prompt in PROMPTS})
-    async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: response), base_url="http://test") as http:
-        keys = Keys(http, "tenant", seen)
-        client = Client(http, keys, manners, World("base", ("fixed",), told, answers, seen), 0)
-        await client._stream({}, expected)
+    async with client_of(lambda _: response) as http:
+        await Client(http, Keys(http, "tenant", seen), manners, world(told, seen), 0)._stream({}, expected)
     return seen
 
 
@@ -61,6 +76,7 @@ async def seen_of(response: httpx.Response, manners: Manners, expected: Expected
         (stream(TOKEN, END, END), "finished", 2, True),
         (stream(END, ERROR), "finished", 2, True),
         (stream(TOKEN), "error event", 1, True),
+        (stream(TOKEN | {"choices": [{"text": "a\x85\u2028b", "finish_reason": "stop"}]}), "finished", 1, False),
         (refusal(503, **LATE), "503 some_code", 0, False),
         (refusal(503), "503 some_code", 0, True),
         (refusal(500, **LATE), "500 some_code", 0, True),
@@ -73,6 +89,111 @@ async def test_what_is_broken(response: httpx.Response, ending: str, tokens: int
     seen = await seen_of(response, Manners(billed=True), None, Told())
     assert (dict(seen.endings), seen.tokens, bool(seen.broken)) == ({ending: 1}, tokens, is_broken)
     assert seen.prompt_tokens == (3 if tokens else 0)
+
+
+async def test_an_event_that_cannot_be_read_is_told_and_the_rest_is_read() -> None:
+    response = httpx.Response(200, text=f'data: {{"cho\n\ndata: {json.dumps(END)}\n\ndata: [DONE]\n\n')
+    seen = await seen_of(response, Manners(billed=True), None, Told())
+    assert (seen.endings, seen.tokens) == ({"JSONDecodeError": 1, "finished": 1}, 2)
+    (sentence,) = seen.broken
+    assert sentence.startswith("an event of a stream, '{\"cho', failed: JSONDecodeError(")
+
+
+async def test_a_client_outlives_what_nobody_expects() -> None:
+    """And tells each in a sentence, with its place."""
+    seen, stop, asked = Seen(), asyncio.Event(), 0
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield f"data: {json.dumps(TOKEN)}\n\n".encode()
+        raise httpx.ReadError("reset")
+
+    answers = [httpx.Response(502, text="<html>"), httpx.Response(200, content=broken()), stream(TOKEN, END)]
+
+    def server(_: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise httpx.ConnectError("refused")
+        if asked == 1 + len(answers):
+            stop.set()
+        return answers[asked - 2]
+
+    async with client_of(server) as http:
+        await Client(http, Keys(http, "t", seen), Manners(billed=True), world(Told(), seen), 0, 0.0).run(stop)
+    assert (asked, seen.requests, seen.tokens) == (4, 4, 3)
+    assert seen.endings == {"ConnectError": 1, "ValueError": 1, "ReadError": 1, "finished": 1}
+    assert len(seen.broken) == 3
+    assert seen.broken[1].startswith(
+        "a request failed: ValueError(\"502 without an error's body: '<html>'\") at refusal"
+    )
+
+
+async def test_a_stranger_outlives_a_connection_that_breaks() -> None:
+    seen, stop = Seen(), asyncio.Event()
+
+    def server(_: httpx.Request) -> httpx.Response:
+        stop.set()
+        raise httpx.ReadTimeout("")
+
+    async with client_of(server) as http:
+        await Stranger(http, Told(), seen).run(stop)
+    assert len(seen.broken) == 1
+
+
+async def test_a_server_that_does_not_start_is_reported_as_well(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Nowhere(Place):
+        def server(self, model: Path, *options: str) -> ServerProcess:
+            return ServerProcess(model, self.data, *options, runs=(sys.executable, "-c", "raise SystemExit('no room')"))
+
+    place = Nowhere("nowhere", tmp_path, (), (), FileLimit(), ShiftedClock(tmp_path / "clock"), None, None)
+    said: list[str] = []
+    document = await Soak(place, tmp_path / "model", {}, Plan(0.01, 1, 1.0, 0), said.append).run()
+    assert json.loads(json.dumps(document))["requests"] == 0
+    (sentence,) = document["broken"]
+    assert sentence.startswith("the first server failed: RuntimeError('the server did not start: no room')")
+
+
+async def test_a_bill_is_all_pages_of_the_ledger_once_it_is_written() -> None:
+    pages = {
+        None: ([{"generation_tokens": 2, "prompt_tokens": 3}], "2"),
+        "2": ([{"generation_tokens": 5, "prompt_tokens": 1}], None),
+    }
+    asked = 0
+
+    def server(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        data, cursor = pages[request.url.params.get("cursor")] if asked > 1 else ([], None)
+        return httpx.Response(200, json={"data": data, "next": cursor})
+
+    async with client_of(server) as admin:
+        seen = Seen(prompt_tokens=4, tokens=7)
+        await check_bill(admin, "t", seen, 60.0)
+        assert not seen.broken
+        await check_bill(admin, "t", Seen(prompt_tokens=4, tokens=7), 0.0)
+        seen = Seen(prompt_tokens=4, tokens=8)
+        await check_bill(admin, "t", seen, 0.0)
+        assert len(seen.broken) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "is_broken"),
+    [
+        ("soak-1", httpx.Response(200, json={"leases": 0}), False),
+        ("soak-1", httpx.Response(200, json={"leases": 1}), True),
+        ("soak-1", httpx.Response(404), True),
+        ("private-1", httpx.Response(404), False),
+        ("private-1", httpx.Response(503), True),
+    ],
+)
+async def test_leases_are_looked_at_by_whoever_sees_the_name(
+    name: str, answer: httpx.Response, is_broken: bool
+) -> None:
+    told, seen = Told({name: frozenset(("d1",))}), Seen()
+    async with client_of(lambda _: answer) as admin:
+        await check_leases(admin, ("tenant",), told, seen)
+    assert bool(seen.broken) == is_broken
 
 
 async def test_quotas_refuse_those_who_have_them() -> None:
@@ -112,7 +233,7 @@ def test_what_was_told_is_certain_and_what_failed_is_not() -> None:
 
 async def test_every_fault_comes_once_and_none_is_cut_off() -> None:
     came: list[str] = []
-    stop, report = asyncio.Event(), Report()
+    stop, report, seen = asyncio.Event(), Report(), Seen()
 
     def fault(name: str) -> Any:
         async def happen() -> str:
@@ -120,14 +241,21 @@ async def test_every_fault_comes_once_and_none_is_cut_off() -> None:
             if len(came) == 6:
                 stop.set()
             await asyncio.sleep(0)
+            if name == "b":
+                raise OSError("no such process")
             return "done"
 
         return happen
 
     kinds = {name: (weight, fault(name)) for name, weight in (("a", 1.0), ("b", 5.0), ("c", 0.0))}
-    await asyncio.wait_for(Injector(kinds, report, seed=0).run(0.001, stop), 60)
+    await asyncio.wait_for(Injector(kinds, report, seen, seed=0).run(0.001, stop), 60)
     assert set(came[:3]) == {"a", "b", "c"}
     assert report.number == len(came) == 6
+    assert {name: set(found) for name, found in report.outcomes.items()} == {
+        name: {"failed" if name == "b" else "done"} for name in set(came)
+    }
+    assert len(seen.broken) == came.count("b")
+    assert re.fullmatch(r"b failed: OSError\('no such process'\) at test_soak.py:\d+", seen.broken[0])
 
 
 def test_a_slope_is_that_of_most_points() -> None:
