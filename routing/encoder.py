@@ -35,7 +35,8 @@ class Encoder(Protocol):
     async def embed(self, texts: Sequence[str], *, tenant: str = "", bulk: bool = False) -> np.ndarray:
         """(n, width) float32, rows of length 1. Raises EncoderUnavailable.
 
-        What one `tenant` asks for is computed anew for another: how long it takes would tell what others ask.
+        What one `tenant` asks for is computed anew for another: how long it takes would tell what others ask. Tenants
+        take turns.
         """
         ...
 
@@ -157,16 +158,18 @@ class EncoderProcess:
             else:
                 rows[key] = row
         if missing:
-            rows |= await self._compute(encoder, missing, bulk)
+            rows |= await self._compute(encoder, missing, tenant, bulk)
         found = np.empty((len(keys), encoder.width), dtype=np.float32)
         for index, key in enumerate(keys):
             found[index] = rows[key]
         return found
 
-    async def _compute(self, encoder: ServedEncoder, missing: Mapping[Key, str], bulk: bool) -> dict[Key, np.ndarray]:
+    async def _compute(
+        self, encoder: ServedEncoder, missing: Mapping[Key, str], tenant: str, bulk: bool
+    ) -> dict[Key, np.ndarray]:
         self._child.revive()
         call = _Call(len(missing), asyncio.get_running_loop().create_future())
-        asked = self._ask(encoder, missing, bulk, call)
+        asked = self._ask(encoder, missing, tenant, bulk, call)
         try:
             await call.done
         finally:
@@ -182,7 +185,9 @@ class EncoderProcess:
             rows[entry.key] = outcome
         return rows
 
-    def _ask(self, encoder: ServedEncoder, missing: Mapping[Key, str], bulk: bool, call: _Call) -> list[_Asked]:
+    def _ask(
+        self, encoder: ServedEncoder, missing: Mapping[Key, str], tenant: str, bulk: bool, call: _Call
+    ) -> list[_Asked]:
         """Join those that are on their way, hurrying what was bulk until now, and send for the others."""
         asked: list[_Asked] = []
         hurried: list[int] = []
@@ -191,7 +196,7 @@ class EncoderProcess:
             if entry is None:
                 entry = self._asked[key] = _Asked(next(self._numbers), key, bulk)
                 self._by_number[entry.number] = entry
-                self._write_down(encoder, entry.number, text, bulk)
+                self._write_down(encoder, entry.number, text, tenant, bulk)
             elif entry.bulk and not bulk:
                 entry.bulk = False
                 hurried.append(entry.number)
@@ -201,15 +206,16 @@ class EncoderProcess:
             self._send(Hurry(hurried))
         return asked
 
-    def _write_down(self, encoder: ServedEncoder, number: int, text: str, bulk: bool) -> None:
+    def _write_down(self, encoder: ServedEncoder, number: int, text: str, tenant: str, bulk: bool) -> None:
         """The text goes with all others of this turn of the event loop."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._send)
         kind = (encoder.id, bulk)
         if kind not in self._unsent:
             change = None if encoder.change is None else str(encoder.change)
-            self._unsent[kind] = Embed(encoder.id, change, [], [], bulk, encoder.plain)
+            self._unsent[kind] = Embed(encoder.id, change, [], [], [], bulk, encoder.plain)
         self._unsent[kind].numbers.append(number)
+        self._unsent[kind].tenants.append(tenant)
         self._unsent[kind].texts.append(
             text.encode("utf-8", "replace").decode("utf-8")
         )  # MessagePack has no surrogates

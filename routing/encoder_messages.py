@@ -18,7 +18,8 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Embed(msgspec.Struct, tag=True):
-    """To the encoder: texts, each with a number of its own, for the encoder of this id, which is base plus `change`.
+    """To the encoder: texts, each with a number of its own and of one of the `tenants`, for the encoder of this id,
+    which is base plus `change`.
 
     `plain` texts are embedded as they are, without the instruction that routing puts before them. Every number is
     answered once, by an `Embedded` or a `Failed`, unless a `Forget` came in time.
@@ -28,6 +29,7 @@ class Embed(msgspec.Struct, tag=True):
     change: str | None
     numbers: list[int]
     texts: list[str]
+    tenants: list[str]
     bulk: bool
     plain: bool = False
 

@@ -30,7 +30,8 @@ from routing.encoder_messages import (
     decode_to_encoder,
     encode,
 )
-from routing.encoder_waiting import PassLimits, Text, Waiting
+from routing.encoder_text import Text
+from routing.encoder_waiting import PassLimits, Waiting
 from server.logs import configure
 
 PARENT_POLL_SECONDS = 0.5
@@ -107,8 +108,8 @@ class EncoderLoop:
     def _take(self, message: ToEncoder) -> None:
         if isinstance(message, Embed):
             longest = self.models.base.max_tokens
-            for number, text in zip(message.numbers, message.texts, strict=True):
-                entry = Text.of(number, message.encoder, message.change, text, longest, message.plain)
+            for number, text, tenant in zip(message.numbers, message.texts, message.tenants, strict=True):
+                entry = Text.of(number, message.encoder, message.change, text, longest, message.plain, tenant)
                 self.waiting.add(entry, bulk=message.bulk)
         elif isinstance(message, Hurry):
             self.waiting.hurry(message.numbers)

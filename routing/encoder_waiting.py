@@ -4,36 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from routing.encoder_text import Text
+from routing.encoder_turns import Turns
+
 WINDOW = 512
-"""So many of the oldest texts are looked at for one pass; with more, looking would cost as much as embedding."""
+"""So many of the texts are looked at for one pass; with more, looking would cost as much as embedding."""
 
 SHORT_TOKENS = 64
 """Texts up to this length share a pass whatever their lengths: there the pass's fixed cost outweighs the padding."""
-
-BYTES_PER_TOKEN = 4
-SPECIAL_TOKENS = 12
-"""The instruction before each text, and the marks around it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One text for the encoder `encoder`: the base plus the trained router in the folder `change`, or `plain`."""
-
-    number: int
-    encoder: str
-    change: str | None
-    text: str
-    tokens: int
-    plain: bool = False
-
-    @classmethod
-    def of(
-        cls, number: int, encoder: str, change: str | None, text: str, max_tokens: int, plain: bool = False
-    ) -> "Text":
-        """With its length estimated from its bytes: rough, but it only decides who shares a pass."""
-        longest = max_tokens * BYTES_PER_TOKEN
-        size = len(text[:longest].encode("utf-8", "replace")) // BYTES_PER_TOKEN
-        return cls(number, encoder, change, text, min(SPECIAL_TOKENS + size, max_tokens), plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,44 +36,46 @@ class PassLimits:
 
 
 class Waiting:
-    """Two queues: queries, which somebody waits for, and bulk, taken only when no query waits."""
+    """Two queues: queries, which somebody waits for, and bulk, taken only when no query waits. In each tenants take
+    turns.
+    """
 
     def __init__(self, limits: PassLimits) -> None:
         self.limits = limits
-        self._queries: dict[int, Text] = {}
-        self._bulk: dict[int, Text] = {}
+        self._queries = Turns()
+        self._bulk = Turns()
 
     def __len__(self) -> int:
         return len(self._queries) + len(self._bulk)
 
     def add(self, text: Text, *, bulk: bool) -> None:
         """A text that waits from now on."""
-        (self._bulk if bulk else self._queries)[text.number] = text
+        (self._bulk if bulk else self._queries).add(text)
 
     def hurry(self, numbers: Iterable[int]) -> None:
         """Make queries of these, if they wait in bulk."""
         for number in numbers:
-            if (text := self._bulk.pop(number, None)) is not None:
-                self._queries[number] = text
+            if (text := self._bulk.pop(number)) is not None:
+                self._queries.add(text)
 
     def forget(self, numbers: Iterable[int]) -> None:
         """These wait no longer."""
         for number in numbers:
-            self._queries.pop(number, None)
-            self._bulk.pop(number, None)
+            self._queries.pop(number)
+            self._bulk.pop(number)
 
     def take(self) -> list[Text]:
         """The texts of the next pass, of one encoder and sorted by length; empty if nothing waits.
 
-        The oldest always goes, so that none waits for ever. It is joined by those nearest to it in length, as long as
-        the pass stays within its limits and no text is padded to more than twice its length (`SHORT_TOKENS` aside, and
-        passes of up to `padded` tokens).
+        The oldest of the tenant whose turn it is always goes, so that none waits for ever. It is joined by those
+        nearest to it in length, whosever they are, as long as the pass stays within its limits and no text is padded to
+        more than twice its length (`SHORT_TOKENS` aside, and passes of up to `padded` tokens).
         """
         queue = self._queries or self._bulk
         if not queue:
             return []
         most_tokens = self.limits.tokens if self._queries else self.limits.bulk_tokens
-        window = list(islice(queue.values(), WINDOW))
+        window = list(islice(queue, WINDOW))
         oldest = window[0]
         near = [text for text in window if text.encoder == oldest.encoder]
         near.sort(key=lambda text: (text is not oldest, abs(text.tokens - oldest.tokens)))
@@ -109,6 +89,7 @@ class Waiting:
             if fits or not taken:
                 taken.append(text)
                 shortest, longest = low, high
+        queue.give_on()
         for text in taken:
-            del queue[text.number]
+            queue.pop(text.number)
         return sorted(taken, key=lambda text: text.tokens)

@@ -145,21 +145,6 @@ async def test_those_who_ask_in_the_same_turn_share_the_first_pass(make: Make, f
         np.testing.assert_array_equal(row[0], vector(encoder.id, text))
 
 
-async def test_who_leaves_before_a_text_is_sent_takes_nothing_from_the_others(make: Make, folder: Folder) -> None:
-    process = make()
-    encoder = process.encoder()
-    await encoder.embed(["warm-up"])
-    leaving = asyncio.create_task(encoder.embed(["shared", "left alone"]))
-    staying = asyncio.create_task(encoder.embed(["shared", "other"]))
-    await asyncio.sleep(0)  # both have asked; nothing is sent before the next turn
-    leaving.cancel()
-    rows = await staying
-    np.testing.assert_array_equal(rows, np.stack([vector(encoder.id, text) for text in ("shared", "other")]))
-    with pytest.raises(asyncio.CancelledError):
-        await leaving
-    assert sorted(text for taken in folder.passes[1:] for text in taken) == ["other", "shared"]
-
-
 async def test_the_same_text_is_computed_once_and_remembered(make: Make, folder: Folder) -> None:
     process = make()
     first = await busy(folder, process)

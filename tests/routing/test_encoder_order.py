@@ -75,8 +75,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> tuple[EncoderProcess, Joined]:
     return process, process._child
 
 
-def ask(process: EncoderProcess, *texts: str, bulk: bool = False) -> asyncio.Task[np.ndarray]:
-    return asyncio.create_task(process.encoder().embed(list(texts), bulk=bulk))
+def ask(process: EncoderProcess, *texts: str, bulk: bool = False, tenant: str = "") -> asyncio.Task[np.ndarray]:
+    return asyncio.create_task(process.encoder().embed(list(texts), bulk=bulk, tenant=tenant))
 
 
 async def sent() -> None:
@@ -111,6 +111,21 @@ async def test_bulk_waits_for_queries_and_is_not_remembered(joined: tuple[Encode
     assert len(process.cache) == 2  # the query, and the text that became one
 
 
+async def test_tenants_take_turns(joined: tuple[EncoderProcess, Joined]) -> None:
+    process, child = joined
+    flood = [ask(process, f"flood {n}", tenant="flood") for n in range(40)]
+    await sent()
+    child.loop.step()
+    other = ask(process, "one", tenant="other")
+    await sent()
+    child.loop.step()  # the flood's turn again
+    child.loop.step()
+    assert (await other).shape == (1, WIDTH)
+    child.finish()
+    await asyncio.gather(*flood)
+    assert len(child.model.passes) == 11
+
+
 async def test_a_query_overtakes_bulk_that_has_begun(joined: tuple[EncoderProcess, Joined]) -> None:
     process, child = joined
     bulk = ask(process, *(f"bulk {n}" for n in range(12)), bulk=True)
@@ -124,6 +139,22 @@ async def test_a_query_overtakes_bulk_that_has_begun(joined: tuple[EncoderProces
     child.finish()
     assert (await bulk).shape == (12, WIDTH)
     assert child.model.passes[1] == ["query"]
+
+
+async def test_who_leaves_before_a_text_is_sent_takes_nothing_from_the_others(
+    joined: tuple[EncoderProcess, Joined],
+) -> None:
+    process, child = joined
+    leaving, staying = ask(process, "shared", "left alone"), ask(process, "shared", "other")
+    await asyncio.sleep(0)  # both have asked; nothing is sent before the next turn
+    assert not child.sent
+    leaving.cancel()
+    await sent()
+    child.finish()
+    np.testing.assert_array_equal(await staying, np.stack([vector("base", text) for text in ("shared", "other")]))
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert sorted(text for taken in child.model.passes for text in taken) == ["other", "shared"]
 
 
 async def test_what_nobody_waits_for_is_not_computed(joined: tuple[EncoderProcess, Joined]) -> None:

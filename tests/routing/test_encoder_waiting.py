@@ -3,13 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.encoder_waiting import SHORT_TOKENS, PassLimits, Text, Waiting
+from routing.encoder_text import Text
+from routing.encoder_waiting import SHORT_TOKENS, PassLimits, Waiting
 
 LIMITS = PassLimits(texts=8, tokens=512, bulk_tokens=128)
 
 
-def text(number: int, tokens: int = 20, encoder: str = "base") -> Text:
-    return Text(number, encoder, None, "", tokens)
+def text(number: int, tokens: int = 20, encoder: str = "base", tenant: str = "") -> Text:
+    return Text(number, encoder, None, "", tokens, tenant=tenant)
 
 
 def numbers(taken: list[Text]) -> list[int]:
@@ -67,6 +68,22 @@ def test_passes_are_of_one_encoder() -> None:
     assert numbers(waiting.take()) == [1, 3]
 
 
+def test_a_tenant_who_asks_for_thousands_delays_another_by_one_pass() -> None:
+    waiting = filled(*(text(n, 100 + 140 * (n % 2), tenant="flood") for n in range(2000)))
+    waiting.take()
+    waiting.add(text(5000, 30, tenant="small"), bulk=False)
+    waiting.add(text(5001, 30, tenant="small"), bulk=False)
+    assert [numbers(waiting.take()) for _ in range(3)][1] == [5000, 5001]
+    assert len(waiting) > 1900
+
+
+def test_tenants_share_a_pass_equally_where_lengths_allow() -> None:
+    waiting = filled(*(text(n, tenant="flood") for n in range(50)))
+    for n in range(50, 54):
+        waiting.add(text(n, tenant="small"), bulk=False)
+    assert numbers(waiting.take()) == [0, 50, 1, 51, 2, 52, 3, 53]
+
+
 def test_lengths_are_estimated_from_bytes_and_bounded() -> None:
     short, latin, han, huge = (
         Text.of(0, "e", None, words, 256).tokens for words in ("", "a" * 80, "字" * 80, "a" * 10**5)
@@ -85,7 +102,7 @@ def test_a_cpu_pass_is_smaller_than_one_of_a_gpu() -> None:
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 700), st.sampled_from("ab"), st.booleans()),
+        st.tuples(st.just("add"), st.integers(1, 700), st.sampled_from("ab"), st.sampled_from("xyz"), st.booleans()),
         st.tuples(st.just("hurry"), st.integers(0, 60)),
         st.tuples(st.just("forget"), st.integers(0, 60)),
         st.tuples(st.just("take")),
@@ -95,16 +112,18 @@ steps = st.lists(
 
 
 @given(steps)
-def test_every_text_is_taken_once_the_oldest_first_and_within_limits(script: list[tuple[object, ...]]) -> None:
-    """Against a plain model: two lists in the order of arrival."""
+def test_every_text_is_taken_once_tenants_in_turn_and_within_limits(script: list[tuple[object, ...]]) -> None:
+    """Against a plain model: two lists in the order of arrival, and the order of tenants' turns for each."""
     waiting = Waiting(LIMITS)
+    query_turns: list[str] = []
+    bulk_turns: list[str] = []
     queries: list[Text] = []
     bulk: list[Text] = []
     added = 0
     for name, *arguments in [*script, *([("take",)] * 100)]:
         if name == "add":
-            tokens, encoder, is_bulk = arguments
-            entry = text(added, tokens, encoder)  # type: ignore[arg-type]
+            tokens, encoder, tenant, is_bulk = arguments
+            entry = text(added, tokens, encoder, tenant)  # type: ignore[arg-type]
             waiting.add(entry, bulk=bool(is_bulk))
             (bulk if is_bulk else queries).append(entry)
             added += 1
@@ -118,12 +137,15 @@ def test_every_text_is_taken_once_the_oldest_first_and_within_limits(script: lis
             queries = [entry for entry in queries if entry.number != arguments[0]]
             bulk = [entry for entry in bulk if entry.number != arguments[0]]
         else:
-            source, most = (queries, LIMITS.tokens) if queries else (bulk, LIMITS.bulk_tokens)
+            source, most, turns = (
+                (queries, LIMITS.tokens, query_turns) if queries else (bulk, LIMITS.bulk_tokens, bulk_turns)
+            )
             taken = waiting.take()
             assert bool(taken) == bool(source)
             if not taken:
                 continue
-            assert source[0] in taken
+            assert next(entry for entry in source if entry.tenant == turns[0]) in taken
+            turns.append(turns.pop(0))
             assert set(numbers(taken)) <= set(numbers(source))
             assert len({entry.encoder for entry in taken}) == 1
             lengths = [entry.tokens for entry in taken]
@@ -133,6 +155,10 @@ def test_every_text_is_taken_once_the_oldest_first_and_within_limits(script: lis
             assert lengths[-1] <= max(2 * lengths[0], SHORT_TOKENS)
             for entry in taken:
                 source.remove(entry)
+        for turns, texts in ((query_turns, queries), (bulk_turns, bulk)):
+            tenants = list(dict.fromkeys(entry.tenant for entry in texts))
+            turns[:] = [tenant for tenant in turns if tenant in tenants]
+            turns += [tenant for tenant in tenants if tenant not in turns]
         assert len(waiting) == len(queries) + len(bulk)
     assert not queries
     assert not bulk
