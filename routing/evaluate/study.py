@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from routing.evaluate.study_plan import SCALES, Places, Stage, Step, plan
+from routing.evaluate.study_plan import Places, Stage, Step, plan
+from routing.evaluate.study_scale import SCALES
 from routing.train.adapter import TrainError, check_out
 from routing.train.data import TaskDataError
 from routing.train.progress import say

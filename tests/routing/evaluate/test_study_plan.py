@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from routing.evaluate.study_plan import SCALES, Loop, Places, Scale, Stage, Step, plan
+from routing.evaluate.study_plan import Places, Stage, Step, plan
+from routing.evaluate.study_scale import SCALES, Loop, Scale
 from routing.train.data import Task, TaskRow, write_task
 from routing.train.recipe_command import KINDS, _parser, _recipe_type
 
