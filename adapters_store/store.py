@@ -1,17 +1,15 @@
 """The registered adapters of one base model: names and revisions, their files, and leases on them.
 
-Registry (SQL) and blobs are durable; beside them a store keeps folders with the adapters in use and, in memory, what
-names meant a moment ago. Nothing here blocks the event loop: SQL and disk are left to threads.
+Registry (SQL) and blobs are durable; beside them a store keeps folders with the adapters in use. Nothing here blocks
+the event loop: SQL and disk are left to threads.
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from adapters_store.blobs import BlobMissing, BlobStore, Fault, no_fault
 from adapters_store.deletion import AdapterInUse, Deletions
@@ -20,21 +18,17 @@ from adapters_store.intake import Intake, NewAdapter, find_adapters
 from adapters_store.leases import Leases, StoreLease
 from adapters_store.merge_size import unite
 from adapters_store.merging import MergeRecipe
-from adapters_store.name_queries import NameQueries
-from adapters_store.names_cache import NamesCache
+from adapters_store.names import Names
 from adapters_store.neighbours import Neighbours
 from adapters_store.opening import StoreOpenError, open_parts
 from adapters_store.registry import (
     DEFAULT_TENANT,
-    ModelRow,
     NamedAdapter,
     NotFound,
-    Page,
     Registration,
     Registry,
     RegistryError,
     Resolved,
-    may_be_meant,
 )
 from adapters_store.store_config import StoreConfig
 from adapters_store.types import AdapterLimits, LinearShape
@@ -67,7 +61,8 @@ class UnknownAdapter(LookupError):
 class AdapterStore:
     """The adapters for a model of one shape. For one event loop, but `open` and `staging`, which belong to threads too.
 
-    `on_gone` are called, on the event loop, with every digest that nobody has any more.
+    What is known of names, and how they change, is `names`' part. `on_gone` are called, on the event loop, with every
+    digest that nobody has any more.
     """
 
     def __init__(
@@ -79,24 +74,23 @@ class AdapterStore:
         base_name: str,
         reserved: Iterable[str],
         clock: Callable[[], float],
-        timer: Callable[[], float] = time.monotonic,
-        folder_bytes: int | None = None,
-        fault: Fault = no_fault,
-        limits: AdapterLimits | None = None,
+        timer: Callable[[], float],
+        folder_bytes: int | None,
+        fault: Fault,
+        limits: AdapterLimits,
     ) -> None:
         self.registry = registry
         self.blobs = blobs
         self.shape = shape
         self.on_gone: list[Callable[[str], None]] = []
         self._clock = clock
-        self._fault = fault
         self._folder = folder
         self._intake = Intake(registry, blobs, folder, shape, base_name, reserved, fault, limits)
         self._workers = Workers()
+        self.names = Names(registry, self._workers, timer)
         self._leases = Leases()
         self._folders = Folders(folder.adapters, blobs, self._workers.leases, self._is_leased, folder_bytes)
-        self._names = NamesCache(NameQueries(self._look_up).ask, timer)
-        self._deletions = Deletions(self._mark, self._remove, self._leases, self._gone)
+        self._deletions = Deletions(self.names.mark, self.names.remove, self._leases, self._gone)
 
     @classmethod
     def open(
@@ -108,12 +102,14 @@ class AdapterStore:
         reserved: Iterable[str] = (),
         fault: Fault = no_fault,
         *,
+        timer: Callable[[], float] = time.monotonic,
         is_first: bool = True,
     ) -> "AdapterStore":
         """Open registry and blobs, finish deletions that a killed process left. Blocks.
 
-        `clock` gives seconds since the epoch; `reserved` names are refused; `fault` is for tests of crashes. One that
-        is not the first of its server leaves deletions alone: somebody else may be at them. Raises StoreOpenError.
+        `clock` gives seconds since the epoch, `timer` counts them; `reserved` names are refused; `fault` is for tests
+        of crashes. One that is not the first of its server leaves deletions alone: somebody else may be at them. Raises
+        StoreOpenError.
         """
         registry, blobs, folder = open_parts(shape, config, clock, fault)
         try:
@@ -124,8 +120,8 @@ class AdapterStore:
             registry.close()
             raise StoreOpenError(str(error)) from error
         folder_bytes = config.cache_bytes if config.blob_url.startswith("s3://") else None
-        what = registry, blobs, folder, shape, base_name, reserved, clock
-        return cls(*what, folder_bytes=folder_bytes, fault=fault, limits=config.limits)
+        what = registry, blobs, folder, shape, base_name, reserved, clock, timer
+        return cls(*what, folder_bytes, fault, config.limits)
 
     async def close(self) -> None:
         """Let writes under way end, stop everything else. Leases must be given back before."""
@@ -147,7 +143,9 @@ class AdapterStore:
         Raises AdapterError, BlobError, RegistryError. Once begun, it is finished even if the caller stops waiting.
         """
         self._intake.check_name(new.name)
-        registration = await self._write(self._workers.writes, new.name, self._intake.register, folder, new, recipe)
+        registration = await self.names.write(
+            self._workers.writes, new.name, self._intake.register, folder, new, recipe
+        )
         self._warm(registration.adapter)
         return registration
 
@@ -159,15 +157,11 @@ class AdapterStore:
         """
         found = await self._workers.run(self._workers.writes, find_adapters, folder)
         register = self._intake.register_named
-        return tuple([await self._write(self._workers.writes, path.name, register, path) for path in found])
+        return tuple([await self.names.write(self._workers.writes, path.name, register, path) for path in found])
 
     async def resolve(self, tenant: str, names: Sequence[str]) -> Mapping[str, Resolved]:
-        """What each `name` or `name@<digest prefix>` means for a tenant; what means nothing is absent.
-
-        Answers are remembered for a second, and for longer while the registry fails; what can be no name is not asked
-        for, nor remembered. Raises RegistryUnavailable.
-        """
-        return await self._names.resolve(tenant, [name for name in names if may_be_meant(name)])
+        """What names mean for a tenant, as `Names.resolve` says. Raises RegistryUnavailable."""
+        return await self.names.resolve(tenant, names)
 
     async def lease(self, tenant: str, adapters: Sequence[Resolved], *, fetch: bool = True) -> StoreLease:
         """Keep the folders of these adapters in place, made of their blobs if need be.
@@ -198,7 +192,7 @@ class AdapterStore:
 
     async def take_up_deletions(self) -> None:
         """Go on with those that somebody has begun, as soon as nobody uses the names. Raises RegistryUnavailable."""
-        for owner, name in await self._sql(self.registry.removals.marked):
+        for owner, name in await self._workers.query(self.registry.removals.marked):
             self._deletions.finish(owner, name)
 
     def share_with(self, neighbours: Neighbours) -> None:
@@ -211,7 +205,7 @@ class AdapterStore:
 
     async def idle(self, owner: str, name: str) -> None:
         """Another process deletes a name: return when nobody uses it here. It is looked up anew by who comes now."""
-        self._names.forget(name)
+        self.names.forget(name)
         await self._leases.idle(owner, name)
 
     def is_deleting(self, tenant: str, name: str) -> bool:
@@ -226,36 +220,9 @@ class AdapterStore:
         """How many leases use an adapter, under whichever name."""
         return self._leases.of_digest(digest)
 
-    async def get(self, tenant: str, name: str) -> NamedAdapter:
-        """The adapter of this name that a tenant may use. Raises NotFound, RegistryUnavailable."""
-        return await self._sql(self.registry.get, tenant, name)
-
-    async def list(
-        self, tenant: str, *, limit: int = 100, cursor: str | None = None, tag: str | None = None, own: bool = False
-    ) -> Page[NamedAdapter]:
-        """The adapters that a tenant may use, by name; with `own`, only those that belong to it."""
-        return await self._sql(self.registry.list, tenant, limit=limit, cursor=cursor, tag=tag, own=own)
-
-    async def models(self, tenant: str, limit: int | None = None, cursor: str | None = None) -> Page[ModelRow]:
-        """What `list` has, all of it unless limited, with little of each."""
-        return await self._sql(self.registry.models, tenant, limit=limit, cursor=cursor)
-
     async def count(self) -> int:
         """How many adapters are stored, whatever their names."""
-        return await self._sql(self.registry.count)
-
-    async def count_names(self) -> int:
-        """How many names all tenants have; some may mean the same adapter."""
-        return await self._sql(self.registry.count_names)
-
-    async def update(self, tenant: str, name: str, **changes: Any) -> NamedAdapter:
-        """Change a tenant's own name as `Registry.update` does, which says what it raises."""
-        return await self._write(self._workers.sql, name, self.registry.update, tenant, name, **changes)
-
-    async def roll_back(self, tenant: str, name: str, digest: str, *, may_be_public: bool = True) -> NamedAdapter:
-        """Move a tenant's own name to another of its revisions. Raises NotFound, NotPermitted, RegistryUnavailable."""
-        move = partial(self.registry.roll_back, may_be_public=may_be_public)
-        return await self._write(self._workers.sql, name, move, tenant, name, digest)
+        return await self._workers.query(self.registry.count)
 
     async def delete(self, tenant: str, name: str, wait: bool | None = None, timeout: float = 60.0) -> bool:
         """Hide a tenant's own name from everybody at once, and forget it when no request uses it.
@@ -269,10 +236,6 @@ class AdapterStore:
             return False
         done, _ = await asyncio.wait({removal}, timeout=timeout)
         return bool(done) and not removal.cancelled()
-
-    async def is_marked(self, tenant: str, name: str) -> bool:
-        """Whether a tenant's own name is hidden, to be forgotten, by whichever process. Raises RegistryUnavailable."""
-        return await self._sql(self.registry.removals.is_marked, tenant, name)
 
     async def merge(
         self,
@@ -289,7 +252,7 @@ class AdapterStore:
         before any adapter is read. Raises UnknownAdapter, AdapterError, BlobError, RegistryError.
         """
         MergeRecipe.of(entries, method, rank, density, seed)
-        await self._sql(self._intake.check_new, new)
+        await self._workers.query(self._intake.check_new, new)
         found = await self.resolve(new.tenant, [name for name, _ in entries])
         for name, _ in entries:
             if name not in found:
@@ -304,7 +267,7 @@ class AdapterStore:
         Returns the blobs' digests. Raises BlobError, RegistryUnavailable.
         """
         unused = [digest for digest in self._folders.digests if not self._is_leased(digest)]
-        known = await self._sql(self.registry.known, unused)
+        known = await self._workers.query(self.registry.known, unused)
         for digest in unused:
             if digest not in known:
                 await self._gone(digest)
@@ -313,7 +276,7 @@ class AdapterStore:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless leases, cache and folders are what they count."""
         self._leases.check_integrity()
-        self._names.check_integrity()
+        self.names.check_integrity()
         self._folders.check_integrity()
 
     async def _path(self, adapter: Resolved) -> str:
@@ -337,7 +300,9 @@ class AdapterStore:
         lease = await self.lease(new.tenant, [adapter for adapter, _ in adapters])
         try:
             terms = [(adapter, lease.paths[adapter.digest], weight) for adapter, weight in adapters]
-            registration = await self._write(self._workers.merges, new.name, self._intake.merge, new, terms, recipe)
+            registration = await self.names.write(
+                self._workers.merges, new.name, self._intake.merge, new, terms, recipe
+            )
         finally:
             self.release(lease)
         self._warm(registration.adapter)
@@ -349,30 +314,7 @@ class AdapterStore:
     def _is_leased(self, digest: str) -> bool:
         return self._leases.of_digest(digest) > 0
 
-    async def _mark(self, owner: str, name: str, deleting: bool) -> None:
-        await self._write(self._workers.sql, name, self.registry.removals.mark, owner, name, deleting)
-
-    async def _remove(self, owner: str, name: str) -> tuple[str, ...]:
-        return await self._write(self._workers.sql, name, self.registry.removals.remove, owner, name, only_marked=True)
-
     async def _gone(self, digest: str) -> None:
         await self._folders.remove(digest)
         for callback in self.on_gone:
             callback(digest)
-
-    async def _look_up(self, tenant: str, names: Sequence[str]) -> dict[str, Resolved]:
-        return await self._sql(self.registry.resolve, tenant, names)
-
-    async def _sql(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        return await self._workers.run(self._workers.sql, call, *args, **options)
-
-    async def _write(self, threads: Executor, name: str, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call what writes a name; failed or not, what the name meant before is forgotten."""
-
-        async def write() -> T:
-            try:
-                return await self._workers.run(threads, call, *args, **options)
-            finally:
-                self._names.forget(name)
-
-        return await self._workers.finish(write())

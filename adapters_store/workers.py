@@ -26,6 +26,10 @@ class Workers:
     async def run(self, threads: Executor, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, partial(call, *args, **options))
 
+    async def query(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Run what asks the registry."""
+        return await self.run(self.sql, call, *args, **options)
+
     def start(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """A task that `close` waits for."""
         task = asyncio.create_task(work)

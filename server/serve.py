@@ -132,7 +132,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._announce(_line(self._services, sockets or [], await self._services.store.count_names()))
+        self._announce(_line(self._services, sockets or [], await self._services.store.names.count()))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """The signal handler. That the server may be draining already is an administrator's doing, and no signal."""

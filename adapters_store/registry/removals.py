@@ -32,12 +32,6 @@ class Removals:
             touch_prototypes(connection, tenant, name)
             return digests_of(connection, tenant, name)
 
-    def is_marked(self, tenant: str, name: str) -> bool:
-        """Whether a tenant's own name was marked and is not yet removed."""
-        with self._database.read() as connection:
-            marked = select(names.c.name).where(is_name(names, tenant, name), names.c.deleting)
-            return connection.execute(marked).first() is not None
-
     def marked(self) -> tuple[tuple[str, str], ...]:
         """(tenant, name) of what was marked and not yet removed: a server finishes it when it starts."""
         with self._database.read() as connection:

@@ -128,7 +128,7 @@ class Catalog:
 
     async def get(self, caller: Caller, tenant: str, name: str) -> Shown:
         """What `name` means for a tenant, which may be a public adapter of another."""
-        return self.show(caller, tenant, await self.store.get(tenant, name))
+        return self.show(caller, tenant, await self.store.names.get(tenant, name))
 
     async def page(
         self,
@@ -144,7 +144,7 @@ class Catalog:
         found: list[Shown] = []
         for _ in range(MOST_PAGES):
             size = limit if residency is None else PAGE
-            page = await self.store.list(tenant, limit=size, cursor=cursor, tag=tag, own=True)
+            page = await self.store.names.list(tenant, limit=size, cursor=cursor, tag=tag, own=True)
             for adapter in page.items:
                 shown = self.show(caller, tenant, adapter)
                 if residency in (None, shown.residency):
@@ -167,9 +167,9 @@ class Catalog:
             await self._pin(tenant, name, digest)
         try:
             if settings := replace(changes, pinned=is_pinned if is_pinned != adapter.pinned else None).settings():
-                adapter = await self.store.update(tenant, name, **settings, may_be_public=caller.admin)
+                adapter = await self.store.names.update(tenant, name, **settings, may_be_public=caller.admin)
             if moves:
-                adapter = await self.store.roll_back(tenant, name, digest, may_be_public=caller.admin)
+                adapter = await self.store.names.roll_back(tenant, name, digest, may_be_public=caller.admin)
         except NotFound:
             await self.pins.unpin(tenant, name)
             raise
@@ -238,7 +238,7 @@ class Catalog:
         if not new.replace:
             return None
         try:
-            adapter = await self.store.get(new.tenant, new.name)
+            adapter = await self.store.names.get(new.tenant, new.name)
         except NotFound:
             return None
         if adapter.tenant != new.tenant:
@@ -248,7 +248,7 @@ class Catalog:
 
     async def _own(self, caller: Caller, tenant: str, name: str, *, for_change: bool = True) -> NamedAdapter:
         """A tenant's own adapter. Raises NotFound, Forbidden for what the caller sees but may not change."""
-        adapter = await self.store.get(tenant, name)
+        adapter = await self.store.names.get(tenant, name)
         if adapter.tenant != tenant:
             if caller.admin:
                 raise NotFound("adapter", name)
@@ -291,7 +291,7 @@ class Catalog:
     async def _set_pinned(self, adapter: NamedAdapter, is_pinned: bool) -> NamedAdapter:
         """Tell the registry, also of what it knows: a name that is gone meanwhile does not stay pinned."""
         try:
-            return await self.store.update(adapter.tenant, adapter.name, pinned=is_pinned)
+            return await self.store.names.update(adapter.tenant, adapter.name, pinned=is_pinned)
         except BaseException:
             await self.pins.unpin(adapter.tenant, adapter.name)
             raise

@@ -95,7 +95,7 @@ async def list_models(
 
     What is no adapter is in the first part only. `next` is the cursor of the following one.
     """
-    page = await services.store.models(caller.tenant.id, limit, cursor)
+    page = await services.store.names.models(caller.tenant.id, limit, cursor)
     base = [_base(services), *_embedding(services)] if cursor is None else []
 
     def encode() -> bytes:
@@ -115,7 +115,7 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> Jso
         return _embedding(services)[0]
     try:
         found = (await services.store.resolve(caller.tenant.id, [model]))[model]
-        named = await services.store.get(caller.tenant.id, found.name)
+        named = await services.store.names.get(caller.tenant.id, found.name)
     except (KeyError, UnknownName):
         raise NotFound("there is no such model", param="model", code="model_not_found") from None
     return _adapter(ModelRow(named.tenant, named.name, found.digest, named.public, named.created), services)

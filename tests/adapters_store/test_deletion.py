@@ -28,7 +28,7 @@ class TestDelete:
         assert digest not in store._folders.digests
         assert set(await store.resolve("default", ["sql", "copy"])) == {"copy"}
         with pytest.raises(NotFound):
-            await store.get("default", "sql")
+            await store.names.get("default", "sql")
         with pytest.raises(NotFound):
             await store.delete("default", "sql")
         assert await stores.add(store, "sql", 2)
@@ -41,7 +41,7 @@ class TestDelete:
         store.on_gone.append(gone.append)
         assert await store.delete("default", "sql") is False
         assert await store.resolve("alice", ["sql"]) == {}
-        assert (await store.models("default")).items == ()
+        assert (await store.names.models("default")).items == ()
         with pytest.raises(UnknownAdapter):
             await store.lease("bob", [adapter])
         with pytest.raises(BeingDeleted, match="is being deleted"):
@@ -102,7 +102,7 @@ class TestDelete:
         monkeypatch.setattr(store.registry.removals, "mark", mark)
         with pytest.raises(AdapterInUse):
             await store.delete("default", "sql", wait=False)
-        assert await store.is_marked("default", "sql")
+        assert store.registry.removals.marked() == (("default", "sql"),)
         await until(lambda: not store._deletions._reopening)
         assert len(tries) == 4
         assert store.registry.removals.marked() == ()
@@ -114,10 +114,8 @@ class TestDelete:
         """As if its showing again had never succeeded, or another process had hidden it and been killed."""
         await stores.add(store, "sql", 1)
         store.registry.removals.mark("default", "sql")
-        assert await store.is_marked("default", "sql")
-        assert not await store.is_marked("default", "other")
         assert await store.delete("default", "sql") is True
-        assert not await store.is_marked("default", "sql")
+        assert store.registry.removals.marked() == ()
         assert await stores.add(store, "sql", 2)
 
     async def test_a_caller_that_leaves_does_not_stop_it(self, stores: Stores, store: AdapterStore) -> None:
@@ -130,7 +128,7 @@ class TestDelete:
         await until(lambda: not store._workers._tasks and not store._deletions._draining)
         assert store.registry.removals.marked() == ()
         with pytest.raises(NotFound):
-            await store.get("default", "sql")
+            await store.names.get("default", "sql")
 
     async def test_it_is_finished_at_the_next_start(self, stores: Stores, store: AdapterStore) -> None:
         await stores.add(store, "sql", 1)
@@ -140,7 +138,7 @@ class TestDelete:
         await store.close()
         store = stores.open()
         assert store.registry.removals.marked() == ()
-        assert [row.name for row in (await store.models("default")).items] == ["other"]
+        assert [row.name for row in (await store.names.models("default")).items] == ["other"]
         assert await store.count() == 1
 
     async def test_another_process_keeps_what_it_uses(self, stores: Stores, store: AdapterStore) -> None:

@@ -28,7 +28,7 @@ class TestRegister:
         row = named.adapter
         assert (row.digest, row.rank, row.alpha, row.modules) == (file.digest, 4, 8.0, 4)
         assert (row.targets, row.warnings) == (("down_proj", "q_proj"), ())
-        assert await store.get("default", "sql") == named
+        assert await store.names.get("default", "sql") == named
         lease = await store.lease("default", [await meaning(store, "default", "sql")])
         assert read_adapter(Path(lease.paths[file.digest]), stores.shape).digest == file.digest
         assert row.bytes == sum(path.stat().st_size for path in Path(lease.paths[file.digest]).iterdir())
@@ -49,7 +49,7 @@ class TestRegister:
         with pytest.raises(AdapterError, match="not allowed") as caught:
             await stores.add(store, name, 1)
         assert (caught.value.code, caught.value.status) == ("invalid_name", 400)
-        assert (await store.models("default")).items == ()
+        assert (await store.names.models("default")).items == ()
 
     async def test_who_comes_second_is_not_served_what_the_first_one_sent(
         self, stores: Stores, store: AdapterStore
@@ -69,7 +69,7 @@ class TestRegister:
         assert first.adapter.adapter.warnings
         assert replace(first.adapter.adapter, warnings=()) == second.adapter.adapter
         assert second.adapter.adapter.alpha == 8
-        assert (await store.get("alice", "sql")).adapter.warnings == ()
+        assert (await store.names.get("alice", "sql")).adapter.warnings == ()
         lease = await store.lease("bob", [await meaning(store, "bob", "sql")])
         (path,) = map(Path, lease.paths.values())
         assert sum(file.stat().st_size for file in path.iterdir()) < 10_000
@@ -84,14 +84,14 @@ class TestRegister:
         old = [store.blobs.put_file(folder / name).sha256 for name in (CONFIG_NAME, WEIGHTS_NAME)]
         former = replace(row, config_blob=old[0], weights_blob=old[1], bytes=5)
         store.registry.register("alice", "sql", former)
-        assert (await store.get("default", "sql")).adapter == former
+        assert (await store.names.get("default", "sql")).adapter == former
         await store.close()
         store = stores.open()
         lease = await store.lease("alice", [await meaning(store, "alice", "sql")])
         assert read_adapter(Path(lease.paths[row.digest]), stores.shape).digest == row.digest
         store.release(lease)
         await stores.add(store, "again", 8, tenant="bob")
-        assert (await store.get("alice", "sql")).adapter == row
+        assert (await store.names.get("alice", "sql")).adapter == row
         assert store.registry.referenced_blobs() == {row.config_blob, row.weights_blob}
 
     async def test_what_is_refused_leaves_no_blobs(self, stores: Stores, store: AdapterStore) -> None:
@@ -160,7 +160,7 @@ class TestRegister:
         refused = [each for each in done if isinstance(each, NameTaken)]
         assert len(refused) == 199
         assert {each.status for each in refused} == {409}
-        assert len((await store.get("default", "sql")).revisions) == 1
+        assert len((await store.names.get("default", "sql")).revisions) == 1
 
     async def test_a_caller_that_leaves_does_not_stop_it(self, stores: Stores, store: AdapterStore) -> None:
         task = asyncio.create_task(stores.add(store, "sql", 1))
@@ -195,7 +195,7 @@ class TestRegisterFolder:
         stores.write(1, "many/same")
         stores.write(2, "many/changed")
         await store.register_folder(tmp_path / "many")
-        await store.update("default", "same", public=False, description="mine")
+        await store.names.update("default", "same", public=False, description="mine")
         await store.close()
         stores.write(3, "many/changed")
         stores.clock.now += 100
@@ -273,4 +273,4 @@ class TestSamples:
         with pytest.raises(AdapterError, match=r"adapter folder 'sql': samples\.json is not a list") as caught:
             await store.register_folder(tmp_path / "many")
         assert (caught.value.code, caught.value.status) == ("adapter_bad_config", 422)
-        assert (await store.models("default")).items == ()
+        assert (await store.names.models("default")).items == ()

@@ -24,21 +24,21 @@ class TestNames:
         assert (await meaning(store, "alice", "shared")).digest == private.adapter.adapter.digest
         assert (await meaning(store, "bob", "shared")).digest == public.adapter.adapter.digest
         assert set(await store.resolve("bob", ["shared", "secret", "sEcret"])) == {"shared"}
-        rows = (await store.models("alice")).items
+        rows = (await store.names.models("alice")).items
         assert [(row.tenant, row.name, row.public) for row in rows] == [
             ("alice", "secret", False),
             ("alice", "shared", False),
         ]
         assert rows[1].digest == private.adapter.adapter.digest
-        assert [row.tenant for row in (await store.models("bob")).items] == ["default"]
-        assert [each.name for each in (await store.list("alice", own=True)).items] == ["secret", "shared"]
+        assert [row.tenant for row in (await store.names.models("bob")).items] == ["default"]
+        assert [each.name for each in (await store.names.list("alice", own=True)).items] == ["secret", "shared"]
 
     async def test_models_in_parts(self, stores: Stores, store: AdapterStore) -> None:
         for name in ("a", "b", "c"):
             await stores.add(store, name, 1, public=name == "b")
-        page = await store.models("default", 2)
+        page = await store.names.models("default", 2)
         assert ([row.name for row in page.items], page.next) == (["a", "b"], "b")
-        page = await store.models("default", 2, page.next)
+        page = await store.names.models("default", 2, page.next)
         assert ([row.name for row in page.items], page.next) == (["c"], None)
         assert [row.created for row in page.items] == [stores.clock.now]
 
@@ -48,24 +48,23 @@ class TestNames:
         names = [f"sql@{first[:8]}", f"sql@{second.upper()}", f"sql@{first[:3]}", "sql@", "sql@zzzz"]
         found = await store.resolve("default", names)
         assert {name: each.digest for name, each in found.items()} == {names[0]: first, names[1]: second}
-        back = await store.roll_back("default", "sql", first)
+        back = await store.names.roll_back("default", "sql", first)
         assert back.adapter.digest == first
         assert (await meaning(store, "default", "sql")).digest == first
         with pytest.raises(NotFound):
-            await store.roll_back("default", "sql", "f" * 64)
+            await store.names.roll_back("default", "sql", "f" * 64)
 
     async def test_own_writes_are_seen_at_once_by_everybody(self, stores: Stores, store: AdapterStore) -> None:
         await stores.add(store, "sql", 1)
         assert await store.resolve("bob", ["sql"]) == {}
-        await store.update("default", "sql", public=True)
+        await store.names.update("default", "sql", public=True)
         assert (await meaning(store, "bob", "sql")).tenant == "default"
-        await store.update("default", "sql", public=False)
+        await store.names.update("default", "sql", public=False)
         assert await store.resolve("bob", ["sql"]) == {}
 
-    async def test_writes_of_other_processes_are_seen_after_a_second(self, stores: Stores, store: AdapterStore) -> None:
+    async def test_writes_of_other_processes_are_seen_after_a_second(self, stores: Stores) -> None:
         now = [0.0]
-        store._names._timer = lambda: now[0]
-        other = stores.open()
+        store, other = stores.open(timer=lambda: now[0]), stores.open()
         assert await store.resolve("default", ["sql"]) == {}
         done = await stores.add(other, "sql", 1)
         assert await store.resolve("default", ["sql"]) == {}
@@ -170,7 +169,7 @@ class TestMerge:
             {"name": "b", "digest": digests[1], "weight": 0.25},
         ]
         expected = {"method": "cat", "adapters": adapters, "rank": None, "density": None, "seed": None}
-        named = await store.get("alice", "sum")
+        named = await store.names.get("alice", "sum")
         assert named == done.adapter
         assert named.recipe == expected
         assert (named.description, named.adapter.rank, named.public) == ("cat merge of a (0.5), b (0.25)", 8, False)
@@ -215,7 +214,7 @@ class TestMerge:
         for alpha, name in ((8, "a"), (9, "b"), (10, "c")):
             await stores.add(store, name, alpha)
         await stores.add(store, "own", 8, tenant="alice", public=True)
-        size = (await store.get("alice", "own")).adapter.bytes
+        size = (await store.names.get("alice", "own")).adapter.bytes
         monkeypatch.setattr("adapters_store.intake.mapped_weights", lambda *_: pytest.fail("it was read"))
         three = [("a", 1.0), ("b", 1.0), ("c", 1.0)]
         store.registry.accounts.update("alice", lambda row: replace(row, quotas=Quotas(bytes=size + 100)))
@@ -265,10 +264,10 @@ class TestSweep:
 class TestOpen:
     async def test_everything_survives(self, stores: Stores, store: AdapterStore) -> None:
         await stores.add(store, "sql", 1, tenant="alice", tags=("t",))
-        before = await store.get("alice", "sql")
+        before = await store.names.get("alice", "sql")
         await store.close()
         store = stores.open()
-        assert await store.get("alice", "sql") == before
+        assert await store.names.get("alice", "sql") == before
         lease = await store.lease("alice", [await meaning(store, "alice", "sql")])
         assert read_adapter(Path(lease.paths[before.adapter.digest]), stores.shape).digest == before.adapter.digest
         store.release(lease)

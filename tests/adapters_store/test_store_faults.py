@@ -141,9 +141,8 @@ class Outage:
 
 
 async def test_without_the_registry_known_adapters_go_on(stores: Stores) -> None:
-    store = stores.open()
     now = [0.0]
-    store._names._timer = lambda: now[0]
+    store = stores.open(timer=lambda: now[0])
     await stores.add(store, "sql", 1)
     await stores.add(store, "old", 2)
     adapter = await meaning(store, "default", "sql")
@@ -163,11 +162,11 @@ async def test_without_the_registry_known_adapters_go_on(stores: Stores) -> None
         store.resolve("default", ["missing"]),
         store.resolve("alice", ["sql"]),
         stores.add(store, "new", 3),
-        store.get("default", "sql"),
-        store.list("default"),
-        store.models("default"),
-        store.update("default", "sql", public=True),
-        store.roll_back("default", "sql", adapter.digest),
+        store.names.get("default", "sql"),
+        store.names.list("default"),
+        store.names.models("default"),
+        store.names.update("default", "sql", public=True),
+        store.names.roll_back("default", "sql", adapter.digest),
         store.delete("default", "old"),
         store.sweep(3600.0),
     ]
@@ -198,7 +197,7 @@ async def test_a_deletion_is_finished_when_the_registry_comes_back(
     await asyncio.wait_for(task, 30)
     assert store.registry.removals.marked() == ()
     with pytest.raises(NotFound):
-        await store.get("default", "sql")
+        await store.names.get("default", "sql")
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ async def test_a_bug_is_a_500_without_its_traceback(harness: Harness, monkeypatc
     def fail(*_: object) -> None:
         raise TypeError("bug at /secret/path")
 
-    monkeypatch.setattr(harness.services.store, "models", fail)
+    monkeypatch.setattr(harness.services.store.names, "models", fail)
     transport = httpx.ASGITransport(app=harness.asgi, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         response = await client.get("/v1/models")

@@ -87,7 +87,7 @@ async def test_lines_of_the_log_name_the_request(
 
     caplog.handler.setFormatter(formatter("text", "front"))
     with monkeypatch.context() as patch:
-        patch.setattr(harness.services.store, "models", fail)
+        patch.setattr(harness.services.store.names, "models", fail)
         async with harness.client() as client:
             headers = {"traceparent": GOOD, "x-request-id": "mine"}
             assert (await client.get("/v1/models", headers=headers)).status_code == 500

@@ -187,14 +187,14 @@ async def test_deleted_while_it_is_pinned(world: World, monkeypatch: pytest.Monk
     """The pin is set when the name is already gone: nothing keeps it."""
     engine, store = world.harness.engine, world.harness.store
     await world.added(world.admin, "sql", 0)
-    update = store.update
+    update = store.names.update
 
     async def delete_first(*args: Any, **options: Any) -> Any:
-        monkeypatch.setattr(store, "update", update)
+        monkeypatch.setattr(store.names, "update", update)
         assert (await world.admin.delete(f"{URL}/sql")).status_code == 200
         return await update(*args, **options)
 
-    monkeypatch.setattr(store, "update", delete_first)
+    monkeypatch.setattr(store.names, "update", delete_first)
     response = await world.admin.patch(f"{URL}/sql", json={"pinned": True})
     assert (response.status_code, error_of(response)["code"]) == (404, "adapter_not_found")
     assert engine.pinned == {}
