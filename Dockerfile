@@ -20,10 +20,10 @@ COPY server server
 
 FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --constraint requirements.lock ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} ".[postgres,routing]"
+RUN pip install --no-cache-dir --constraint requirements.lock ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} ".[postgres,routing,tracing]"
 
 FROM build AS build-cuda
-RUN pip install --no-cache-dir --constraint requirements.lock ".[postgres,routing]"
+RUN pip install --no-cache-dir --constraint requirements.lock ".[postgres,routing,tracing]"
 
 # The installed packages alone: neither sources nor what building needed.
 FROM base AS cpu

@@ -72,7 +72,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "expression"), [pytest.param(w, e, id=f"{w}: {e[:40]}") for w, e in expressions()])
 def test_every_series_and_label_is_exported(where: str, expression: str, exported: dict[str, set[str]]) -> None:
     used = SERIES.findall(expression)
-    assert used or expression.startswith("up{"), where
+    assert used or re.match(r"(absent\()?up\{", expression), where
     known = set(OURS)
     for name, selector in used:
         assert name in exported, f"{where}: {name}"
@@ -93,6 +93,15 @@ def test_panels_stand_apart_and_show_what_the_legend_names() -> None:
             kept = {label.strip() for clause in BY.findall(target["expr"]) for label in clause.split(",")}
             aggregated = re.search(r"\b(?:sum|topk|histogram_quantile)\b", target["expr"])
             assert named <= (kept if aggregated else kept | named), panel["title"]
+
+
+def test_operations_say_what_to_do_about_each_alert() -> None:
+    text = (DASHBOARDS.parents[1] / "docs" / "operations.md").read_text()
+    rules = yaml.safe_load((DASHBOARDS / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert re.findall(r"^\| `(Loramux\w+)` \|", text, re.MULTILINE) == [rule["alert"] for rule in rules]
+    titles = {panel["title"] for panel in dashboard()["panels"]}
+    named = set(re.findall(r'"([A-Z][^"]+)"', text[text.index("| alert |") : text.index("**Logs**")]))
+    assert {name for name in named if not any(title.startswith(name) for title in titles)} == set()
 
 
 @pytest.mark.slow

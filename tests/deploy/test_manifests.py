@@ -11,7 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.config import load_settings
+from server.config import Settings, load_settings
+from server.serve import LAST_WORDS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted((ROOT / "deploy" / "kubernetes" / "overlays").iterdir())
@@ -25,16 +26,16 @@ def built(overlay: Path) -> list[Json]:
     if kubectl is None:
         pytest.fail("kubectl is missing: run `make tools` first, as `make test-slow` does")
     done = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # a warning says that a field goes away
     return list(yaml.safe_load_all(done.stdout))
 
 
-def check_settings(container: Json, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server understands each of its variables and options."""
+def checked_settings(container: Json, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the server makes of its variables; it understands each."""
     for entry in container["env"]:
         if entry["name"].startswith("LORAMUX_"):
             monkeypatch.setenv(entry["name"], entry.get("value", "postgresql://database/loramux"))
-    load_settings()
+    return load_settings()
 
 
 @pytest.mark.slow
@@ -44,6 +45,8 @@ def test_every_overlay_is_valid_and_locked_down(overlay: Path, monkeypatch: pyte
     for entry in objects:
         kubernetes_validate.validate(entry, KUBERNETES, strict=True)
     by_kind = {entry["kind"]: entry for entry in objects}
+    assert len({entry["metadata"].get("namespace") for entry in objects} - {None}) == 1
+    assert all("namespace" in entry["metadata"] for entry in objects)
     assert {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "ServiceAccount"} <= by_kind.keys()
     pod = by_kind["Deployment"]["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -61,7 +64,13 @@ def test_every_overlay_is_valid_and_locked_down(overlay: Path, monkeypatch: pyte
         by_kind["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ):
         assert selector.items() <= labels.items()
-    check_settings(server, monkeypatch)
+    settings = checked_settings(server, monkeypatch)
+    # A pod that must go has the time that its server takes, after gateways have heard of it.
+    waited = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert waited > 0
+    end = waited + settings.serve.shutdown_timeout + LAST_WORDS_SECONDS
+    assert pod["terminationGracePeriodSeconds"] >= end + 5
+    assert "--shutdown-timeout" not in server["args"], "an overlay that has arguments of its own would lose it"
 
 
 @pytest.mark.slow
@@ -75,6 +84,7 @@ def test_replicas_keep_nothing_of_their_own() -> None:
     names = {entry["name"] for entry in deployment["template"]["spec"]["containers"][0]["env"]}
     assert {"LORAMUX_SERVE__DATABASE_URL", "LORAMUX_SERVE__BLOB_URL"} <= names
     scaler = by_kind["HorizontalPodAutoscaler"]["spec"]
+    assert "replicas" not in deployment  # else applying it again undoes what the autoscaler did
     assert scaler["scaleTargetRef"]["name"] == by_kind["Deployment"]["metadata"]["name"]
 
 
@@ -87,6 +97,7 @@ def test_compose_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         for mount in service.get("volumes", ()):
             source = mount.split(":")[0]
             assert (folder / source).exists() if source.startswith(".") else source in volumes
+        assert re.fullmatch(r"[\w/.-]+:(?!latest)\S+", service["image"]), "a version that is tried is the one that runs"
     for name, value in services["loramux"]["environment"].items():
         if name.startswith("LORAMUX_"):
             monkeypatch.setenv(name, str(value))
@@ -97,6 +108,33 @@ def test_compose_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         "targets"
     ]
     assert scraped == ["loramux:8000"]
+
+
+@pytest.mark.slow
+def test_prometheus_finds_the_pods_and_has_their_key(tmp_path: Path) -> None:
+    job = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "prometheus.yaml").read_text())[0]
+    (pod,) = (entry for entry in built(OVERLAYS[0]) if entry["kind"] == "Deployment")
+    (found,) = job.pop("kubernetes_sd_configs")  # which Debian's promtool was built without
+    (selector,) = found["selectors"]
+    wanted = dict(term.split("=") for term in selector["label"].split(","))
+    assert wanted.items() <= pod["spec"]["template"]["metadata"]["labels"].items()
+    (port,) = pod["spec"]["template"]["spec"]["containers"][0]["ports"]
+    assert job["relabel_configs"][0] == {
+        "source_labels": ["__meta_kubernetes_pod_container_port_name"],
+        "regex": port["name"],
+        "action": "keep",
+    }
+    assert job["job_name"] == "loramux"
+    assert "authorization" in job
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.fail("promtool is missing: run `make tools` first, as `make test-slow` does")
+    file = tmp_path / "prometheus.yml"
+    file.write_text(yaml.safe_dump({"scrape_configs": [job]}))
+    done = subprocess.run(
+        [promtool, "check", "config", "--syntax-only", file], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dockerfile_has_no_remarks() -> None:
