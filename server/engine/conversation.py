@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 
 import zmq
 import zmq.asyncio
@@ -17,6 +18,8 @@ from server.engine.suspects import Suspicion
 STALL_SECONDS = 60.0
 """An engine that works reports four times a second; a step that compiles kernels may take half a minute."""
 
+WELL_ENDED = (FinishReason.STOP, FinishReason.LENGTH)
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,9 +27,10 @@ class EngineConversation(AdapterCalls):
     """With one engine, from `connect` to `lost`, and then with the next one. When an engine dies, requests in flight
     end with an error each.
 
-    `name`: no other front end of the engine has the same. An engine that is silent for `stall_seconds` with requests in
-    flight counts as stuck; `on_stuck` is called when it has been for twice that time. `on_answered` hears of every
-    request that an engine has answered to its end. `info` is that of the last engine, None before the first.
+    `name`: no other front end of the engine has the same. An engine that is silent for `stall_seconds` and owes
+    somebody an ending counts as stuck; `on_stuck` is called when it has been for twice that time, and again while it
+    is. `on_answered` hears of every request that an engine has answered to its end, read or not. `info` is that of the
+    last engine, None before the first.
     """
 
     def __init__(self, name: str, suspects: Suspicion, stall_seconds: float = STALL_SECONDS) -> None:
@@ -38,7 +42,7 @@ class EngineConversation(AdapterCalls):
         self.on_answered: Callable[[], None] = _nothing
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._streams: dict[str, asyncio.Queue[Output | RequestError]] = {}
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, Request] = {}  # those that the engine has not ended, however far their readers are
         self._taken: set[str] = set()
         self._name = name
         self._suspects = suspects
@@ -112,15 +116,26 @@ class EngineConversation(AdapterCalls):
         more, while no other such request is. Raises RequestError for what the engine refuses, and for a request that
         an engine died of twice; EngineUnavailable when no engine lives.
         """
-        async with self._suspects.admitted(request), aclosing(self._submit(request)) as outputs:
-            async for output in outputs:
-                yield output
+        clock = asyncio.get_running_loop().time
+        asked = clock()
+        async with AsyncExitStack() as turn:
+            try:
+                async with asyncio.timeout(request.timeout):
+                    await turn.enter_async_context(self._suspects.admitted(request))
+            except TimeoutError:
+                yield Output(request.id, finish_reason=FinishReason.TIMEOUT)
+                return
+            if request.timeout is not None:
+                request = replace(request, timeout=request.timeout + asked - clock())
+            async with aclosing(self._submit(request)) as outputs:
+                async for output in outputs:
+                    yield output
 
     async def _submit(self, request: Request) -> AsyncGenerator[Output, None]:
         if not self.alive:
             raise EngineUnavailable("the inference engine is not running, it is being restarted")
         stream: asyncio.Queue[Output | RequestError] = asyncio.Queue()
-        if not self._streams:
+        if not self._requests:
             self._heard = asyncio.get_running_loop().time()  # before it had nothing to say
         self._streams[request.id], self._requests[request.id] = stream, request
         ended = False
@@ -131,9 +146,6 @@ class EngineConversation(AdapterCalls):
                 ended = isinstance(item, RequestError) or item.finish_reason is not None
                 if isinstance(item, RequestError):
                     raise item
-                if item.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                    self._suspects.cleared(request)
-                    self.on_answered()
                 yield item
         finally:
             self._streams.pop(request.id, None)
@@ -149,29 +161,33 @@ class EngineConversation(AdapterCalls):
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         """Hand out what the engine sends. One that sends what nobody understands, or nothing any more, is ended."""
-        reader, watchdog = asyncio.create_task(self._read(socket)), asyncio.create_task(self._watch())
+        watchdog = asyncio.create_task(self._watch())
         try:
-            await asyncio.wait((reader, watchdog), return_when=asyncio.FIRST_COMPLETED)
+            await self._read(socket)
+        except Exception:
+            logger.exception("the engine's messages could not be read")
             self.on_stuck()
         finally:
-            reader.cancel()
             watchdog.cancel()
-            failure, _ = await asyncio.gather(reader, watchdog, return_exceptions=True)
-            if isinstance(failure, Exception):
-                logger.error("the engine's messages could not be read", exc_info=failure)
+            await asyncio.gather(watchdog, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Returns when the engine has been stuck for too long."""
-        while self._silent_for <= 2 * self.stall_seconds:
+        """Looks whether the engine is stuck. It is if the next look finds the same: behind the first one there may be
+        messages that wait to be read, where it was this process that stood still.
+        """
+        looks = 0
+        while True:
             await asyncio.sleep(min(1.0, self.stall_seconds / 4))
-        logger.error(
-            "the engine has been silent for %.0f s with requests in flight; it is to be ended", self._silent_for
-        )
+            looks = looks + 1 if self._silent_for > 2 * self.stall_seconds else 0
+            if looks > 1:
+                logger.error("the engine owes answers and has been silent for %.0f s", self._silent_for)
+                self.on_stuck()
+                looks = 0
 
     @property
     def _silent_for(self) -> float:
-        """Seconds since the engine was heard of, if it has requests."""
-        return self.unheard_for if self._streams and self.alive else 0.0
+        """Seconds since the engine was heard of, if it has requests. What is answered and not read yet is none."""
+        return self.unheard_for if self._requests and self.alive else 0.0
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -194,8 +210,15 @@ class EngineConversation(AdapterCalls):
 
     def _deliver(self, request_id: str, item: Output | RequestError) -> None:
         stream = self._streams.get(request_id)
-        if stream is not None:  # else its reader has left, and the abort is on its way
-            stream.put_nowait(item)
+        if stream is None:
+            return  # its reader has left, and the abort is on its way
+        stream.put_nowait(item)
+        if isinstance(item, RequestError) or item.finish_reason is not None:
+            self._taken.discard(request_id)
+            request = self._requests.pop(request_id, None)
+            if request is not None and isinstance(item, Output) and item.finish_reason in WELL_ENDED:
+                self._suspects.cleared(request)
+                self.on_answered()
 
     def _send(self, message: ToEngine) -> None:
         assert self._socket is not None
