@@ -1,4 +1,4 @@
-"""Connections with bounds: how many there are, and how long a request may take to arrive.
+"""Connections with bounds: how many there are, how large the head of a request is, and how long one takes to arrive.
 
 An event loop serves as many connections as the system gives it descriptors. Behind that limit accepting fails and other
 work with it, such as opening an adapter's file; so a process keeps some for itself and says no before.
@@ -11,12 +11,13 @@ import re
 import resource
 from enum import Enum
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.config import HttpSettings
-from server.errors import BadRequest, RequestTooSlow, ServerError, TooManyConnections
+from server.errors import BadRequest, HeadTooLarge, RequestTooSlow, ServerError, TooManyConnections
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ LINGERING = 64
 LINGER_SECONDS = 1.0
 SLOWEST = 256
 """Bytes a second of a request that is on its way; a modem has ten times as much."""
+
+HEAD_BYTES = 1 << 16
+"""Of an address with its headers, or of trailers: the parser keeps them all, and copies a long one with every part that
+comes. One of 100 MB kept the event loop busy for ten seconds, before anybody was asked for a key.
+"""
 
 
 def protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
@@ -62,6 +68,9 @@ class _Phase(Enum):
 class Connection(HttpToolsProtocol):
     """uvicorn's, of which there are at most `most`. More are answered with 503 and closed.
 
+    An address with headers of more than `HEAD_BYTES` is answered with 431, and so is as much behind a body without its
+    end.
+
     Headers and body must arrive within `patience` seconds, or keep up with `SLOWEST`; else they are answered with 408.
     One timer a connection looks every `patience` seconds, so it may take twice that until it is noticed.
     """
@@ -73,6 +82,7 @@ class Connection(HttpToolsProtocol):
         self._refused = False
         self._phase = _Phase.NOTHING
         self._received = 0
+        self._head = 0  # bytes since the headers' end, or a part of a body; with those before them in the same piece
         self._was_arriving = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -96,10 +106,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             self._received += len(data)
+            self._head += len(data)
             if self._phase is not _Phase.BODY and START.match(data):
                 head, *_ = data.partition(b"\r\n\r\n")
                 data = OTHER_PROTOCOL.sub(b"", head) + data[len(head) :]
             super().data_received(data)
+            if self._head > HEAD_BYTES and not (self._refused or self.transport.is_closing()):
+                self._refuse_head()
 
     def send_400_response(self, msg: str) -> None:
         self.transport.write(_answer(BadRequest(msg, code="invalid_http")))
@@ -114,12 +127,26 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._phase = _Phase.BODY
-        super().on_headers_complete()
+        if self._head > HEAD_BYTES and self._head_bytes > HEAD_BYTES and not self._refused:
+            self._refuse_head()
+        self._phase, self._head = _Phase.BODY, 0
+        if not self._refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head = 0
+        if not self._refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._phase = _Phase.ALL
-        super().on_message_complete()
+        self._phase, self._head = _Phase.ALL, 0
+        if not self._refused:
+            super().on_message_complete()
+
+    @property
+    def _head_bytes(self) -> int:
+        """Of the address and the headers that have come, line ends and all."""
+        return len(self.url) + sum(map(len, chain(*self.headers))) + len(b": \r\n") * len(self.headers)
 
     def _look(self) -> None:
         """Whether the request that was arriving a while ago still is, and hardly gets on."""
@@ -138,10 +165,22 @@ class Connection(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         logger.info("408: a request did not arrive in time")
-        in_headers, in_body = self._phase is _Phase.HEADERS, self._phase is _Phase.BODY
-        if in_headers or (in_body and not self.cycle.response_started):
-            self.transport.write(_answer(RequestTooSlow()))
+        self._answer_half(RequestTooSlow())
         self.transport.close()
+
+    def _refuse_head(self) -> None:
+        logger.info("431: the headers of a request are too large")
+        self._refused = True
+        self._answer_half(HeadTooLarge(HEAD_BYTES))
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _answer_half(self, error: ServerError) -> None:
+        """Answer a request that has not come to its end, unless something is being answered already."""
+        in_headers, in_body = self._phase is _Phase.HEADERS, self._phase is _Phase.BODY
+        if (in_headers and not self._is_answering) or (in_body and not self.cycle.response_started):
+            self.transport.write(_answer(error))
 
 
 def _answer(error: ServerError) -> bytes:

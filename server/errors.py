@@ -13,6 +13,7 @@
     ├── UnsupportedMediaType   415
     ├── Unprocessable          422  an adapter that cannot be served
     ├── TooManyRequests        429  beyond a quota; says when to try again
+    ├── HeadTooLarge           431  an address with headers without end
     ├── Unavailable            503  engine down or draining; says when to try again
     │   ├── TooManyConnections      for this process's descriptors
     │   └── DeadlineTooNear         for the request's own `timeout`
@@ -146,6 +147,15 @@ class TooManyRequests(ServerError):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"Retry-After": str(max(1, math.ceil(self.retry_after))), **self.limits}
+
+
+class HeadTooLarge(ServerError):
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the request's address and headers are larger than {most} bytes")
 
 
 class Unavailable(ServerError):

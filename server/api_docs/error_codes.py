@@ -121,6 +121,7 @@ ERROR_CODES = tuple(
                 "rate_limit_exceeded": "Another limit.",
             },
         ),
+        (431, {"headers_too_large": "An address with headers of more than 64 KiB; the connection is closed."}),
         (500, {"internal_error": "A bug; the log has it under the request's id."}),
         (
             503,

@@ -13,7 +13,7 @@ from uvicorn import Config, Server
 from uvicorn.server import ServerState
 
 from server.config import HttpSettings
-from server.connections import LINGERING, SLOWEST, Connection
+from server.connections import HEAD_BYTES, LINGERING, SLOWEST, Connection
 from server.serve import uvicorn_config
 
 BODY = json.dumps({"model": "sql", "prompt": "Hi"}).encode()
@@ -90,6 +90,63 @@ async def test_a_request_that_does_not_come_to_its_end(harness: Harness, sent: b
         status, answer, _ = await said(await connect(), sent)
         assert (status, answer["error"]["code"]) == (408, "request_timeout")
         assert harness.services.quotas.running("default") == 0
+
+
+LARGE = {
+    "address": (b"GET /", b"a" * 1200, b" HTTP/1.1\r\n\r\n"),
+    "one header": (HEAD + b"A: ", b"a" * 1200, b"\r\n\r\n"),
+    "many headers": (HEAD, b"a: b\r\n" * 200, b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize(("start", "part", "end"), LARGE.values(), ids=LARGE)
+async def test_headers_that_are_too_large(
+    connection: Connection, start: bytes, part: bytes, end: bytes, in_parts: bool, ends: bool
+) -> None:
+    transport = connection.transport
+    assert isinstance(transport, Transport)
+    parts = [start, *[part] * (2 * HEAD_BYTES // len(part)), end if ends else b""]
+    for piece in parts if in_parts else [b"".join(parts)]:
+        connection.data_received(piece)
+    assert transport.written.count(b"HTTP/1.1") == 1
+    assert transport.written.startswith(b"HTTP/1.1 431 ")
+    assert connection.cycle is None, "nobody is asked to answer"
+
+
+async def test_who_sends_too_large_headers_sees_why(harness: Harness) -> None:
+    async with serving(harness) as connect:
+        status, answer, head = await said(await connect(), HEAD + b"A: " + b"a" * (2 * HEAD_BYTES))
+        assert (status, answer["error"]["code"]) == (431, "headers_too_large")
+        assert b"connection: close" in head
+
+
+async def test_trailers_without_end(connection: Connection) -> None:
+    connection.data_received(HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+    transport = connection.transport
+    assert isinstance(transport, Transport)
+    for _ in range(HEAD_BYTES // 1200):
+        connection.data_received(b"a: b\r\n" * 200)
+    assert not transport.written
+    connection.data_received(b"a: b\r\n" * 200)
+    assert transport.written.startswith(b"HTTP/1.1 431 ")
+
+
+async def test_large_headers_and_bodies_that_end(harness: Harness) -> None:
+    """The bound is on what the parser has to keep, however much of it there was before."""
+    async with serving(harness) as connect:
+        reader, writer = await connect()
+        body = json.dumps({"model": "sql", "prompt": "Hi", "user": "u" * 200}).encode()
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\nX-Large: " + b"x" * (HEAD_BYTES // 2) + b"\r\n\r\n"
+        for byte in body:
+            chunked += b"1;" + b"e" * 500 + b"\r\n%c\r\n" % byte
+        for close in (False, True):
+            end = b"0\r\n\r\n"
+            sent = chunked if not close else chunked.replace(b"Host", b"Connection: close\r\nHost", 1)
+            writer.write(sent + end)
+            await writer.drain()
+        assert (await reader.read()).decode().count(REPLY) == 2
 
 
 async def test_who_says_nothing_is_told_nothing(harness: Harness) -> None:
