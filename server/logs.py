@@ -26,8 +26,8 @@ _PATTERNS = (
     ("://", re.compile(r"(?<=://)[^/\s\"'@]+(?=@)")),  # a user and a password before a host
     ("?", re.compile(r"(?<=\?)[^\s\"'<>?]*=[^\s\"'<>]*")),  # what a signed address is signed with
     ("earer ", re.compile(r"(?i:(?<=bearer ))[^\s\"']+")),
-    ("lm-", re.compile(r"\blm-[a-z0-9]{12}-[A-Za-z0-9_-]{43}")),  # a stored key, see key_ring.py
-    ("hf_", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
+    ("lm-", re.compile(r"lm-[a-z0-9]{12}-[A-Za-z0-9_-]{43}")),  # a stored key, see key_ring.py
+    ("hf_", re.compile(r"hf_[A-Za-z0-9]{16,}")),
 )
 """What looks like a secret, and what is in every such text: to look for that first takes a twentieth of the time."""
 
@@ -78,7 +78,10 @@ def _log_last_words(kind: type[BaseException], error: BaseException, traceback: 
 
 
 class Redaction:
-    """Puts `***` for keys, passwords and signatures. Of an address the whole query goes: each store signs otherwise."""
+    """Puts `***` for keys, passwords and signatures. Of an address the whole query goes: each store signs otherwise.
+
+    For text as it is, before a form of the log escapes it: in what is escaped a secret may begin and end elsewhere.
+    """
 
     def __init__(self, secrets: Collection[str] = ()) -> None:
         known = {form for secret in secrets if secret for form in (secret, json.dumps(secret)[1:-1])}
@@ -134,7 +137,14 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in _fields(record).items() if name not in line}
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = self.formatException(record.exc_info)
-        return self._redaction(json.dumps(line, default=str))
+        return json.dumps({name: self._without_secrets(value) for name, value in line.items()})
+
+    def _without_secrets(self, value: object) -> object:
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, list | tuple):
+            return [self._without_secrets(each) for each in value]
+        return self._redaction(str(value))
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -93,6 +93,9 @@ def test_nobody_begins_a_line_of_their_own(message: str, value: str) -> None:
         ("https://b.s3.aws.com/k?X-Amz-Signature=ff&x=1 is gone", f"https://b.s3.aws.com/k?{HIDDEN} is gone"),
         ("GET 'https://h/x?sig=a%2Fb'", f"GET 'https://h/x?{HIDDEN}'"),
         ("hf_abcdefghijklmnopqrst", HIDDEN),
+        (f"line\n{KEY}", rf"line\n{HIDDEN}"),
+        ('GET /x?a=b","level":"fine', f'GET /x?{HIDDEN}","level":"fine'),
+        ('Bearer abc","x', f'Bearer {HIDDEN}","x'),
         ("is this right? a=b", "is this right? a=b"),
         ("http://host/path, user@host", "http://host/path, user@host"),
         ('my "quoted" key', HIDDEN),
@@ -102,8 +105,10 @@ def test_nobody_begins_a_line_of_their_own(message: str, value: str) -> None:
 def test_secrets(text: str, expected: str) -> None:
     secrets = ('my "quoted" key', "short", "short-longer", "")
     assert text_of(record("%s", text), *secrets).endswith(f"INFO server.x: {expected}")
+    expected = expected.replace(r"\n", "\n")
     assert json_of(record("%s", text), *secrets)["message"] == expected
     assert json_of(record("x", field=text), *secrets)["field"] == expected
+    assert json_of(record("x", field=[text]), *secrets)["field"] == [expected]
 
 
 def test_the_process_and_its_libraries(capsys: pytest.CaptureFixture[str]) -> None:
