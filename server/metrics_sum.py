@@ -18,6 +18,7 @@ COUNTED_BY_ENGINES = frozenset(
         "loramux_adapter_load_seconds",
         "loramux_adapter_loads",
         "loramux_batch_rows",
+        "loramux_memory_shortages",
         "loramux_preemptions",
         "loramux_prefix_cache_hits",
         "loramux_prefix_cache_queries",

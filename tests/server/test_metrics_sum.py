@@ -1,5 +1,7 @@
 """The metrics of several processes are those of one server."""
 
+from dataclasses import fields
+
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,6 +25,7 @@ STATS = EngineStats(
     adapter_evictions=1,
     adapter_reads=(0.5,),
     host_evictions=1,
+    host_shrinks=1,
     steps=((0.01, 4),),
 )
 
@@ -65,6 +68,10 @@ def test_requests_add_up_and_engines_are_told_once() -> None:
 
 def test_what_engines_count_is_what_the_list_says() -> None:
     """A counter that `Metrics.engine` begins to use and the list does not have would be multiplied."""
+    quiet = EngineStats()
+    states = ("adapters_host", "adapters_device", "host_by", "host_bu", "running_", "waiting_")
+    names = [each.name for each in fields(quiet) if not each.name.startswith(states)]
+    assert all(getattr(STATS, name) != getattr(quiet, name) for name in names), "the sample has to count everything"
     metrics = Metrics()
     before = {family.name: family for family in snapshot(metrics.registry).families}
     metrics.engine(STATS, 100.0)
