@@ -19,7 +19,7 @@ from statistics import median
 import httpx
 
 from loadtests.process import KEY, ServerProcess
-from loadtests.soak.engine_faults import ENGINE, children, short_request
+from loadtests.soak.engine_faults import ENGINE, RECOVERY_SECONDS, children, short_request
 
 STREAMS = 4
 STEADY_SECONDS = 2.0
@@ -27,15 +27,16 @@ STEADY_SECONDS = 2.0
 
 
 async def recovery(http: httpx.AsyncClient, server: ServerProcess, model: str) -> float:
-    """Kill the engine and wait for another one's first token."""
+    """Kill the engine and wait for another one's first token. Raises RuntimeError if none comes, httpx.HTTPError."""
     started = time.monotonic()
     for engine in children(server.pid, ENGINE):
         os.kill(engine, signal.SIGKILL)
-    while True:
+    while (seconds := time.monotonic() - started) < RECOVERY_SECONDS:
         answer = await http.post("/v1/completions", json=short_request(model))
         if answer.is_success:
             return time.monotonic() - started
         await asyncio.sleep(0.01)
+    raise RuntimeError(f"no engine is back after {seconds:.0f} s: {answer.status_code} {answer.text[:300]}")
 
 
 async def stream(http: httpx.AsyncClient, model: str) -> None:
@@ -53,10 +54,10 @@ async def measure(server: ServerProcess, model: str, kills: int) -> dict[str, li
         for name, streams in (("idle", 0), (f"{STREAMS} streams", STREAMS)):
             tasks = [asyncio.create_task(stream(http, model)) for _ in range(streams)]
             found[name] = []
-            for _ in range(kills):
+            for number in range(kills):
                 await asyncio.sleep(STEADY_SECONDS)
                 found[name].append(await recovery(http, server, model))
-                sys.stderr.write(f"{name}: {found[name][-1]:.2f} s\n")
+                _say(f"{name}, kill {number + 1} of {kills}: {found[name][-1]:.2f} s")
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -70,18 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=10)
     asked = parser.parse_args(arguments)
     model = asked.model.resolve()
+    _say("a server starts")
     with (
         tempfile.TemporaryDirectory(prefix="loramux-recovery-") as folder,
         ServerProcess(
             model, Path(folder), "--encoder", "none", "--kv-memory", "512MiB", "--max-model-len", "2048"
         ) as server,
     ):
+        _say(f"it took {server.seconds:.1f} s")
         found = asyncio.run(measure(server, model.name, asked.kills))
     print(f"| {model.name} | median s | worst s |\n|---|---|---|")
     for name, seconds in found.items():
         print(f"| {name} | {median(seconds):.2f} | {max(seconds):.2f} |")
     print(json.dumps({name: [round(each, 3) for each in seconds] for name, seconds in found.items()}))
     return 0
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

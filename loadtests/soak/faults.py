@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,13 +38,18 @@ class Injector:
         self._rng.shuffle(self._first)
 
     async def run(self, every: float, stop: asyncio.Event) -> None:
-        """About one fault in `every` seconds, beside the time that they take, until `stop`; none is cut off."""
-        while not await _happens(stop, self._rng.uniform(0.5, 1.5) * every):
-            name = self._next()
-            outcome = "failed"
+        """About one fault in `every` seconds, beside the time that they take, until `stop`; none is cut off.
+
+        Between two there is at least as much time as the last one took, so that something is served also where an
+        engine needs ten seconds to come back.
+        """
+        took = 0.0
+        while not await _happens(stop, max(took, self._rng.uniform(0.5, 1.5) * every)):
+            name, began, outcome = self._next(), time.monotonic(), "failed"
             with self._seen.telling(name):
                 outcome = await self._kinds[name][1]()
             self._report.outcomes[name][outcome] += 1
+            took = time.monotonic() - began
 
     def _next(self) -> str:
         if self._first:
