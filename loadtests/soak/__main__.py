@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = asyncio.run(soak.run())
     if document["broken"]:
         for log in soak.logs:
-            _say(f"the server's last words: {log[-LOG_CHARACTERS:]}")
+            words = "\n".join(line for line in log.splitlines() if " INFO " not in line[:40])
+            _say(f"a server's last words but for what went well:\n{words[-LOG_CHARACTERS:]}")
     for sentence in document["broken"][:20]:
         _say(f"broken: {sentence}")
     print(json.dumps(document))

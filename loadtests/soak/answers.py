@@ -1,5 +1,6 @@
 """Greedy answers as they are without faults, to be met again under them."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,13 @@ class Answers:
     @classmethod
     async def ask(cls, client: httpx.AsyncClient, base: str, names: Mapping[str, str]) -> "Answers":
         """Of the base model, and of adapters by name, with their digests. Raises httpx.HTTPError, ValueError."""
-        texts = {}
-        for name, key in {base: base, **names}.items():
-            for prompt in PROMPTS:
-                answer = await client.post("/v1/completions", json=greedy(name, prompt) | {"logprobs": 2})
-                texts[key, prompt] = _sure(answer.raise_for_status().json()["choices"][0]["logprobs"])
+        asked = [(name, key, prompt) for name, key in {base: base, **names}.items() for prompt in PROMPTS]
+        bodies = [greedy(name, prompt) | {"logprobs": 2} for name, _, prompt in asked]
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+        texts = {
+            (key, prompt): _sure(answer.raise_for_status().json()["choices"][0]["logprobs"])
+            for (_, key, prompt), answer in zip(asked, answers, strict=True)
+        }
         for prompt in PROMPTS:
             if len({texts[key, prompt] for key in (base, *names.values())}) == len(names) + 1:
                 return cls(texts)

@@ -19,6 +19,8 @@ from loadtests.soak.told import Told
 
 Json = dict[str, Any]
 
+REFUSED_SECONDS = (0.1, 1.0)
+"""Until a client asks again that was refused: five times a second, that was half of what a busy machine served."""
 FAILED_SECONDS = 1.0
 """Until a client whose request failed as none should asks again: a server that is gone fails thousands a second."""
 
@@ -116,7 +118,7 @@ class Client:
                 return
             await answer.aread()
         self._refused(answer, expected, key)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(self._rng.uniform(*REFUSED_SECONDS))
 
     async def _read(self, answer: httpx.Response, expected: Expected | None, leaves: int | None, slow: float) -> None:
         text, events, done = "", [], False
