@@ -74,6 +74,8 @@ async def open_services(
         is_shared = part.shares_registry(settings.serve)
         async with accounting(services), upkeep(services, follows_pins=is_shared):
             try:
+                if engines is None:
+                    logger.info("starting engines for %s", model.folder)  # nothing else is heard for long
                 await services.routers.start()  # the encoder loads while the engine does
                 await engine.start()
                 await services.catalog.start()

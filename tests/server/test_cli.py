@@ -43,6 +43,7 @@ def test_help_needs_no_heavy_imports() -> None:
 def test_version() -> None:
     done = runner.invoke(cli.app, ["version"])
     assert (done.exit_code, done.output) == (0, f"loramux {importlib.metadata.version('loramux')}\n")
+    assert runner.invoke(cli.app, ["--version"]).output == done.output
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,7 @@ def test_a_taken_port(tmp_path: Path) -> None:
         done = runner.invoke(cli.app, ["serve", "--model", str(tmp_path), "--port", port])
     assert done.exit_code == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
+    assert "another one with --port" in done.stderr
 
 
 def test_every_setting_is_an_option() -> None:
@@ -101,6 +103,9 @@ def test_every_setting_is_an_option() -> None:
     parameters = inspect.signature(cli.serve).parameters
     assert set(parameters) - {"data_dir", "config", "encoder"} == set(ServeSettings.model_fields)
     assert all(parameter.default is None for parameter in parameters.values())
+    options = [option for parameter in parameters.values() for option in parameter.annotation.__metadata__]
+    assert len(options) == len(parameters)
+    assert all(option.help for option in options)
 
 
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
