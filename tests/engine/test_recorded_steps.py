@@ -1,11 +1,15 @@
 """Steps from captured graphs against the reference backend, on a CPU: see `recorded_graph`."""
 
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from server.engine import capacity
 from server.engine.engine import Engine
@@ -15,6 +19,8 @@ from tests.conftest import HAS_GPU
 from tests.engine.plain_routing import make_prompt_router, routed
 from tests.engine.recorded_graph import RecordedGraph, recorded_graphs
 from tests.engine.routed_world import FACTORY as ROUTERS
+from tests.engine.spoken import spoken, tokenizer
+from tests.engine.test_constrained import CHOICE, REGEX
 from tests.engine.test_engine import Registered, drain, tokens_of
 from tests.engine.test_gated_engine import FACTORY as GATES
 from tests.engine.test_gated_engine import make_router
@@ -43,15 +49,27 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def spoken_model(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As large, but for a vocabulary that can be spoken."""
+    folder = tmp_path_factory.mktemp("spoken")
+    config = LlamaConfig.from_pretrained(micro_model, vocab_size=300)
+    torch.manual_seed(2)
+    LlamaForCausalLM(config).save_pretrained(folder / "wide")
+    return spoken(folder / "wide", folder / "spoken")
+
+
 @pytest.fixture
 def serve(micro_model: Path) -> Callable[..., tuple[dict[str, list[Output]], GraphSteps]]:
     """`serve(requests, **settings)`: the outputs, which equal the reference backend's, and the steps."""
 
-    def run(requests: Sequence[Request], **settings: Any) -> tuple[dict[str, list[Output]], GraphSteps]:
+    def run(
+        requests: Sequence[Request], model: Path = micro_model, **settings: Any
+    ) -> tuple[dict[str, list[Output]], GraphSteps]:
         found = {}
         for backend in ("reference", "triton"):
             options = {"max_num_seqs": 3, "max_batch_tokens": 12, **settings}
-            engine = micro_engine(micro_model, backend, **options)
+            engine = micro_engine(model, backend, **options)
             steps = engine.runner.steps
             if isinstance(steps, GraphSteps):
                 steps.use_graphs = True
@@ -74,7 +92,8 @@ def _assert_equal(found: dict[str, list[Output]], expected: dict[str, list[Outpu
     for name, outputs in found.items():
         assert tokens_of(outputs) == tokens_of(expected[name]), name
         for one, other in zip(outputs, expected[name], strict=True):
-            assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-3)
+            scores = [[scored.logprob for scored in output.logprobs] for output in (one, other)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-3)
             assert one.shares == pytest.approx(other.shares, abs=1e-3), name
     told = [{name: outputs[0].decided for name, outputs in side.items()} for side in (found, expected)]
     chosen = [{name: each.chosen for name, each in side.items() if each is not None} for side in told]
@@ -165,3 +184,25 @@ def test_decided_and_gated_rows_in_one_graph(
     _, steps = serve(requests, prompt_routers=ROUTERS, gates=GATES)
     assert any(shape.decided and shape.gates is not None for shape in steps._graphs)
     assert replays(steps) > 0
+
+
+def test_constrained_rows_of_every_kind_of_routing(
+    serve: Serve, spoken_model: Path, micro: Registered, tmp_path: Path
+) -> None:
+    """Their masks are made beside steps that were launched ahead."""
+    router = make_router(tmp_path / "gates", spoken_model, micro, BOTH, 3, False)
+    layered = make_prompt_router(tmp_path / "layered", spoken_model, micro, BOTH, **ADAPTERS | {"top_k": 1})
+    params = [
+        replace(GREEDY, max_tokens=6, ignore_eos=False, constraint=constraint) for constraint in (CHOICE, REGEX, CHOICE)
+    ]
+    requests = [
+        gated("gated", (7, 3), micro, router.use(2), params[0]),
+        routed("layered", (5, 9, 33), micro, layered.use(), params[1]),
+        Request("mix", (8, 9), params[2], micro.mix({"all4": 0.5}), micro.paths),
+    ]
+    found, steps = serve(requests, spoken_model, prompt_routers=ROUTERS, gates=GATES)
+    assert replays(steps) > 0
+    words = tokenizer()
+    texts = {name: words.decode([*tokens_of(outputs)]) for name, outputs in found.items()}
+    assert {texts["gated"], texts["mix"]} <= set(json.loads(CHOICE.source))
+    assert re.fullmatch(r"[a-c]{2,9}(-\d{0,5}.*)?", texts["layered"])
