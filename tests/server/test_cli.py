@@ -66,6 +66,7 @@ def test_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[
         raise LocalEntryNotFoundError("no network\nand much more to say about it")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setenv("LORAMUX_SERVE__PORT", "0")  # the usual one may be taken
     done = runner.invoke(cli.app, [*arguments])
     assert done.exit_code == code, done.output
     assert done.stdout == ""
