@@ -101,8 +101,9 @@ class SupervisedEngine:
         loop = asyncio.get_running_loop()
         self._counted = set()
         for front in self._fronts():
-            self._asked[front.name] = loop.create_future()
             front.send(EngineDown(self.number, reason))
+            if front.line is not None:  # one that does not serve yet has asked nothing, and may answer late
+                self._asked[front.name] = loop.create_future()
         asked = list(self._asked.values())
         if asked:
             await asyncio.wait(asked, timeout=IN_FLIGHT_SECONDS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from server.engine.backoff import Backoff
 from server.frontends.channel import Channel
-from server.frontends.messages import Begin, Failed, Serving, ToFront, ToParent, decode_to_parent
+from server.frontends.messages import Begin, Drain, Failed, Serving, Stop, ToFront, ToParent, decode_to_parent
 
 MODULE = "server.frontends.child"
 
@@ -57,7 +57,7 @@ class FrontEnd:
         self._channel: Channel[ToParent] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._living: asyncio.Task[None] | None = None
-        self._is_stopping = False
+        self._last: Drain | Stop | None = None
 
     @property
     def alive(self) -> bool:
@@ -76,9 +76,9 @@ class FrontEnd:
             if done:
                 self._living.result()
 
-    async def end(self, message: ToFront) -> None:
-        """Tell it to leave, and wait until it has. No other one follows."""
-        self._is_stopping = True
+    async def end(self, message: Drain | Stop) -> None:
+        """Tell it to leave, and wait until it has; one that is just being spawned is told as well. None follows."""
+        self._last = message
         self.send(message)
         if self._living is not None:
             await asyncio.wait({self._living})
@@ -109,6 +109,8 @@ class FrontEnd:
         is_first = self.slot == 0 and self._count == 1
         self.send(Begin(self._shared.settings, self._shared.port, self.slot, self.name, is_first))
         self._on_begun(self)
+        if self._last is not None:
+            self.send(self._last)
         return self._process
 
     async def _live(self, process: asyncio.subprocess.Process) -> None:
@@ -119,16 +121,27 @@ class FrontEnd:
             failure = await self._hear(process)
             has_served, self.line = self.line is not None, None
             self._on_gone(self)
-            if self._is_stopping:
+            if self._last is not None:
                 return
             if not has_served and self._count == 1:
                 raise FrontEndError(failure)
             logger.error("a front end is gone and is started again: %s", failure)
-            await asyncio.sleep(backoff.after(proven=has_served and clock() - started > backoff.longest))
-            if self._is_stopping:
-                return
-            self.restarts += 1
-            process = await self._spawn()
+            is_proven, next_one = has_served and clock() - started > backoff.longest, None
+            while next_one is None:
+                await asyncio.sleep(backoff.after(proven=is_proven))
+                if self._last is not None:
+                    return
+                self.restarts += 1
+                next_one, is_proven = await self._spawn_if_possible(), False
+            process = next_one
+
+    async def _spawn_if_possible(self) -> asyncio.subprocess.Process | None:
+        """None where the system has no room for a process now."""
+        try:
+            return await self._spawn()
+        except OSError:
+            logger.exception("a front end could not be started again")
+            return None
 
     async def _hear(self, process: asyncio.subprocess.Process) -> str:
         """Take what it says until it is gone. Returns why."""
