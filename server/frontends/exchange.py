@@ -58,8 +58,15 @@ class Exchange:
             if not asked.missing:
                 self._finish(asked)
 
+    def topic(self, number: int) -> str | None:
+        """What a question is about that is not answered."""
+        asked = self._open.get(number)
+        return None if asked is None else asked.ask.topic
+
     def gone(self, front: str) -> None:
-        """A front end has died: nobody waits for its answers, nor does it for others'."""
+        """A front end has died: nobody waits for its answers, nor does it for others', and what it said is no more."""
+        for asked in self._open.values():
+            asked.answers.pop(front, None)
         for number, asked in list(self._open.items()):
             if asked.front == front or asked.missing.get(number) == front:
                 self._open.pop(number)

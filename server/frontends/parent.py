@@ -154,7 +154,7 @@ class Parent:
                 front.send(message)
 
     def _complete(self, topic: str, front: str, answers: Mapping[str, bytes]) -> list[bytes]:
-        return self._tally.others(front, answers) if topic == METRICS else list(answers.values())
+        return self._tally.others(front) if topic == METRICS else list(answers.values())
 
     def _begun(self, front: FrontEnd) -> None:
         for engine in self._engines:
@@ -177,6 +177,8 @@ class Parent:
             others = [other.name for other in self._living() if other is not front and other.line is not None]
             self._exchange.ask(front.name, message, others)
         elif isinstance(message, Answer):
+            if self._exchange.topic(message.number) == METRICS:  # it may have died before all others have answered
+                self._tally.note(front.name, message.data)
             self._exchange.answer(message.number, message.data)
         elif isinstance(message, InFlight):
             self._engines[message.engine].had(front.name, message.keys)

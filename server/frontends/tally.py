@@ -1,7 +1,5 @@
 """What all processes of a server have counted, those too that have ended."""
 
-from collections.abc import Mapping
-
 from prometheus_client import CollectorRegistry
 
 from server.metrics_sum import Snapshot, counts_alone, decode, encode, snapshot, summed
@@ -29,9 +27,7 @@ class Tally:
         if data is not None:
             self._ended = Snapshot(False, summed([self._ended, counts_alone(decode(data))]))
 
-    def others(self, front: str, answers: Mapping[str, bytes]) -> list[bytes]:
-        """What a front end needs beside its own numbers. `answers`: by name, of those that were in time."""
-        for name, data in answers.items():
-            self.note(name, data)
+    def others(self, front: str) -> list[bytes]:
+        """What a front end needs beside its own numbers."""
         others = [data for name, data in self._latest.items() if name != front]
         return [*others, encode(self._ended), encode(snapshot(self._registry, is_parent=True))]
