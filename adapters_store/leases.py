@@ -11,6 +11,8 @@ from adapters_store.registry import Resolved
 T = TypeVar("T")
 Name = tuple[str, str]
 """(owner, name)"""
+NOBODY = ""
+"""Whose lease keeps a pinned adapter's folder: no tenant has this id, so that none sees it among its own."""
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from adapters_store.blobs import BlobMissing, BlobStore, Fault, no_fault
 from adapters_store.deletion import AdapterInUse, Deletions
 from adapters_store.folders import Folders
 from adapters_store.intake import Intake, NewAdapter, find_adapters
-from adapters_store.leases import Leases, StoreLease
+from adapters_store.leases import NOBODY, Leases, StoreLease
 from adapters_store.merge_size import unite
 from adapters_store.merging import MergeRecipe
 from adapters_store.names import Names
@@ -200,8 +200,8 @@ class AdapterStore:
         self._deletions.neighbours = neighbours
 
     def uses(self, owner: str, name: str) -> int:
-        """How many leases of this process use a name, whoever took them."""
-        return self._leases.of_name(owner, name)
+        """How many requests of this process use a name. A pin's lease, which goes with the name, is no use of it."""
+        return self._leases.of_name(owner, name) - self._leases.of_use(NOBODY, owner, name)
 
     async def idle(self, owner: str, name: str) -> None:
         """Another process deletes a name: return when nobody uses it here. It is looked up anew by who comes now."""

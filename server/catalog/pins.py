@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters_store.blobs import BlobError
+from adapters_store.leases import NOBODY
 from adapters_store.registry import Resolved
 from adapters_store.store import AdapterStore, StoreLease, UnknownAdapter
 from server.catalog.engine import TieredEngine
@@ -13,10 +14,6 @@ from server.engine.adapter_calls import EngineUnavailable
 from server.engine.config import RequestError
 
 logger = logging.getLogger(__name__)
-
-NOBODY = ""
-"""Whose lease keeps a pinned adapter's folder: no tenant has this id, so that none sees it among its own."""
-
 
 NOT_NOW = (UnknownAdapter, BlobError, EngineUnavailable, RequestError)
 """Why an adapter that has a name may not be pinned, beside a lack of room."""

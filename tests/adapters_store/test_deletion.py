@@ -6,13 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.leases import StoreLease
+from adapters_store.leases import NOBODY, StoreLease
+from adapters_store.neighbours import Neighbours
 from adapters_store.peft_format import read_adapter
 from adapters_store.registry import BeingDeleted, NotFound, RegistryUnavailable
 from adapters_store.store import AdapterInUse, AdapterStore, UnknownAdapter
 from tests.adapters_store.stores import Stores, meaning, until
 
 HOUR = 3600.0
+
+
+class Beside(Neighbours):
+    """Another front end of the same server."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    async def uses(self, owner: str, name: str) -> int:
+        return self._store.uses(owner, name)
+
+    async def idle(self, owner: str, name: str) -> None:
+        await self._store.idle(owner, name)
 
 
 class TestDelete:
@@ -155,6 +169,21 @@ class TestDelete:
         other.release(lease)
         await other.sweep(HOUR)
         assert other._folders.digests == ()
+
+    async def test_a_pin_of_another_front_end_is_no_use(self, stores: Stores, store: AdapterStore) -> None:
+        """It goes as soon as that one sees that the name is hidden; a request there is waited for, or refused."""
+        await stores.add(store, "sql", 1)
+        other = stores.open(is_first=False)
+        store.share_with(Beside(other))
+        pin, lease = [await other.lease(who, [await meaning(other, "default", "sql")]) for who in (NOBODY, "default")]
+        with pytest.raises(AdapterInUse, match="by 1 request:"):
+            await store.delete("default", "sql", wait=False)
+        other.release(lease)
+        deleting = asyncio.create_task(store.delete("default", "sql", wait=False))
+        await until(lambda: store.is_deleting("default", "sql"))
+        assert not deleting.done()
+        other.release(pin)
+        assert await deleting is True
 
     async def test_a_new_adapter_of_the_name_is_not_removed_in_its_place(
         self, stores: Stores, store: AdapterStore

@@ -8,8 +8,8 @@ import pytest
 from fakes import Harness
 from world import World, error_of, open_world
 
+from adapters_store.leases import NOBODY
 from adapters_store.registry import RegistryUnavailable
-from server.catalog.pins import NOBODY
 from server.engine.adapter_calls import EngineUnavailable
 
 URL = "/admin/v1/adapters"
