@@ -145,9 +145,15 @@ class Meter:
         return self._places > 0 or any(bucket.is_overdue(self._clock()) for bucket in self._borrowed())
 
     async def fund(self, lender: Lender, requests: int, tokens: int, sequences: int) -> None:
-        """Borrow what is needed for so much, as far as it can be had."""
-        if not self._is_short(requests, tokens, sequences):
-            return
+        """Borrow what is needed for so much, as far as it can be had.
+
+        An exchange that has begun comes to its end, also if its request does not wait for it: what was given back with
+        it must not stay here as well, or who leaves often enough could use it many times.
+        """
+        if self._is_short(requests, tokens, sequences):
+            await asyncio.shield(self._borrow(lender, requests, tokens, sequences))
+
+    async def _borrow(self, lender: Lender, requests: int, tokens: int, sequences: int) -> None:
         async with self._funding:
             if self._is_short(requests, tokens, sequences):  # and not because somebody else has asked meanwhile
                 await self._exchange(lender, requests, tokens, sequences)

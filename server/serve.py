@@ -1,7 +1,6 @@
 """A running server: binds its address, opens the services, serves, and ends without cutting streams off."""
 
 import asyncio
-import errno
 import gc
 import socket
 from collections.abc import Callable, Coroutine
@@ -107,9 +106,7 @@ def bind(settings: ServeSettings, port: int | None = None, *, is_shared: bool = 
         listener.bind((settings.host, port))
     except OSError as error:
         listener.close()
-        advice = ", give another one with --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-        problem = f"{error.strerror or error}{advice}"
-        raise BindError(f"cannot listen on {settings.host} port {port}: {problem}") from error
+        raise BindError(f"cannot listen on {settings.host} port {port}: {error.strerror or error}") from error
     return listener
 
 

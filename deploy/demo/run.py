@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -51,8 +49,6 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
     Without `once` the server stays up until Ctrl-C.
     """
     console = Console()
-    for number in (signal.SIGHUP, signal.SIGTERM):  # else the server would stay, with the port and a folder
-        signal.signal(number, _leave)
     with _server(model, encoder, host, port, console) as url:
         for name in ROUTERS:
             _add_router(url, name)
@@ -71,10 +67,6 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
         if not once:
             _stay(url, console)
     return 1 if failures else 0
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

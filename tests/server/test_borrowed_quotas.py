@@ -1,6 +1,7 @@
 """Several front ends and one quota: together they never use more than it allows, and none keeps it from another."""
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from adapters_store.registry import (
     RegistryUnavailable,
     TenantRow,
 )
-from server.borrowed_bucket import BUDGET_SECONDS
+from server.borrowed_bucket import BUDGET_SECONDS, RETRY_SECONDS
 from server.errors import TooManyRequests
 from server.lender import Lender
 from server.quotas import QuotaGate
@@ -132,6 +133,45 @@ def test_all_together_never_use_more_than_the_quota(
                 assert last - first + 1 <= allowed + rate * BUDGET_SECONDS + 1e-6
 
     asyncio.run(simulate())
+
+
+async def test_who_leaves_while_it_is_asked_for_gains_nothing(clock: Clock) -> None:
+    """What such a request gives back and what it gets are counted as if it had stayed."""
+
+    class Slow(Shared):
+        def __init__(self) -> None:
+            super().__init__(clock)
+            self.may_answer, self.is_asked = threading.Event(), threading.Event()
+            self.may_answer.set()
+
+        def exchange(
+            self, wishes: Sequence[BudgetWish], place_wishes: Sequence[PlaceWish] = ()
+        ) -> tuple[list[BudgetGrant], list[int]]:
+            self.is_asked.set()
+            assert self.may_answer.wait(60)
+            return super().exchange(wishes, place_wishes)
+
+    ledger, used = Slow(), 0
+    front = Front(ledger, clock, Quotas(tokens_per_minute=6000))
+    for tokens in (10, 5900, 10):  # the third borrows all that is left, and uses a part of it
+        assert await front.reserve(tokens)
+        used += tokens
+    for _ in range(3):
+        ledger.may_answer.clear()
+        ledger.is_asked.clear()
+        leaving = asyncio.create_task(front.gate.fund("acme", tokens=5000))
+        assert await asyncio.to_thread(ledger.is_asked.wait, 60)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        ledger.may_answer.set()
+        assert front.lender._asking is not None
+        await front.lender._asking
+        async with front.gate._meter("acme")._funding:  # behind what was on its way
+            pass
+        clock.now += RETRY_SECONDS
+    while await front.reserve(5):
+        used += 5
+    assert 6000 - 5 <= used <= 6000 + 100 * 3 * RETRY_SECONDS
 
 
 async def test_who_idles_does_not_hold_back_who_works(clock: Clock) -> None:
