@@ -33,11 +33,25 @@ app.add_typer(cli_chat.app)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of models, adapters and the registry.")]
 Model = Annotated[str | None, typer.Option(help="Model folder, pulled model or hub id.")]
-Size = Annotated[str | None, typer.Option(metavar="auto|SIZE", help="Bytes, such as 2GiB.")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
+def _size(of: str) -> Any:
+    return typer.Option(metavar="auto|SIZE", help=f"Memory for {of}, such as 2GiB [auto].")
 
 
 @app.callback()
-def _before_all(context: typer.Context) -> None:
+def _before_all(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     if context.invoked_subcommand != "version":
         refuse_kernels_distribution()
 
@@ -75,8 +89,13 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 takes a free one [8000].")] = None,
     data_dir: DataDir = None,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="auto|float32|bfloat16")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="auto|cpu|cuda", help="What computes [a GPU, if there is one].")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="auto|float32|bfloat16", help="Of weights and KV [float32 on a CPU, else the model's]."),
+    ] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="A key that clients may use; repeatable.")] = None,
     admin_key: Annotated[str | None, typer.Option(help="The key that may do everything.")] = None,
     metrics_key: Annotated[str | None, typer.Option(help="A key that may only read /metrics.")] = None,
@@ -86,9 +105,11 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in a batch [64].")] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Token rows of a step [512].")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens [the model's].")] = None,
-    kv_memory: Size = None,
-    page_memory: Size = None,
-    host_memory: Size = None,
+    kv_memory: Annotated[str | None, _size("keys and values of sequences")] = None,
+    page_memory: Annotated[str | None, _size("adapters on the device")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for adapters beside the device [4GiB].")
+    ] = None,
     gate_slots: Annotated[int | None, typer.Option(help="GPU: token-level routers that run at a time [4].")] = None,
     max_layered_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt for routers that decide layer by layer [4096].")
@@ -109,7 +130,9 @@ def serve(
         typer.Option(help="Silent seconds until /health/decode fails; after twice that the engine is replaced [60]."),
     ] = None,
     log_format: Annotated[str | None, typer.Option(metavar="text|json", help="Lines of the log [text].")] = None,
-    log_level: Annotated[str | None, typer.Option(metavar="debug|info|warning|error")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="debug|info|warning|error", help="Least of the log [info].")
+    ] = None,
     log_prompts: Annotated[bool | None, typer.Option("--log-prompts", help="The log has prompts, too.")] = None,
     otlp_endpoint: Annotated[
         str | None, typer.Option(help="Traces go to this OpenTelemetry collector: http://HOST:4318.")

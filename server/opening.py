@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 
 from adapters_store.blobs import BlobError
-from adapters_store.registry import DEFAULT_TENANT, NamedAdapter
+from adapters_store.registry import DEFAULT_TENANT, NamedAdapter, RegistryUnavailable
 from adapters_store.store import AdapterStore, StoreConfig, UnknownAdapter
 from adapters_store.types import LinearShape
 from server.accounts import REFRESH_SECONDS
@@ -74,6 +74,8 @@ async def open_services(
         is_shared = part.shares_registry(settings.serve)
         async with accounting(services), upkeep(services, follows_pins=is_shared):
             try:
+                if engines is None:
+                    logger.info("starting engines for %s", model.folder)  # nothing else is heard for long
                 await services.routers.start()  # the encoder loads while the engine does
                 await engine.start()
                 await services.catalog.start()
@@ -129,9 +131,17 @@ async def upkeep(services: Services, *, follows_pins: bool = False) -> AsyncIter
             await services.catalog.refresh()
 
     async def count() -> None:
-        services.metrics.registered(await services.store.count())
+        try:
+            services.metrics.registered(await services.store.count())
+        except RegistryUnavailable as error:
+            logger.warning("adapters are not counted: %s", error)
 
-    sweep = partial(services.store.sweep, SWEEP_GRACE)
+    async def sweep() -> None:
+        try:
+            await services.store.sweep(SWEEP_GRACE)
+        except (BlobError, RegistryUnavailable) as error:
+            logger.warning("files that nothing needs stay for now: %s", error)
+
     async with (
         repeating(sweep, SWEEP_SECONDS),
         repeating(count, COUNT_SECONDS),

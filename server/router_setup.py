@@ -36,7 +36,7 @@ def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
         folder = locate(routing.encoder, settings.data_dir)
     except CheckpointError as error:
         if routing.encoder != DEFAULT_ENCODER:
-            raise
+            raise CheckpointError(f"the encoder is not here: {error}") from error
         return None, str(error)
     process = EncoderProcess(
         folder,

@@ -1,6 +1,7 @@
 """A running server: binds its address, opens the services, serves, and ends without cutting streams off."""
 
 import asyncio
+import errno
 import gc
 import socket
 from collections.abc import Callable, Coroutine
@@ -106,7 +107,9 @@ def bind(settings: ServeSettings, port: int | None = None, *, is_shared: bool = 
         listener.bind((settings.host, port))
     except OSError as error:
         listener.close()
-        raise BindError(f"cannot listen on {settings.host} port {port}: {error.strerror or error}") from error
+        advice = ", give another one with --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+        problem = f"{error.strerror or error}{advice}"
+        raise BindError(f"cannot listen on {settings.host} port {port}: {problem}") from error
     return listener
 
 

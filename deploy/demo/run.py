@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import httpx
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -49,6 +51,8 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
     Without `once` the server stays up until Ctrl-C.
     """
     console = Console()
+    for number in (signal.SIGHUP, signal.SIGTERM):  # else the server would stay, with the port and a folder
+        signal.signal(number, _leave)
     with _server(model, encoder, host, port, console) as url:
         for name in ROUTERS:
             _add_router(url, name)
@@ -67,6 +71,10 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
         if not once:
             _stay(url, console)
     return 1 if failures else 0
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,12 @@ import httpx
 
 from loadtests.soak.adapter_faults import PRIVATE
 from loadtests.soak.answers import PROMPTS, Answers, greedy
+from loadtests.soak.leaks import Sample, left
 from loadtests.soak.seen import Seen
 from loadtests.soak.told import Told
 
 IDLE_SECONDS = 180.0
+REST_SECONDS = 60.0
 BILL_SECONDS = 60.0
 """What cannot be written at once is written a while later."""
 
@@ -40,6 +42,17 @@ def _held(state: Mapping[str, Any]) -> list[str]:
         if engine["pages"].get("used"):
             held.append(f"are pages {engine['pages']}")
     return held
+
+
+async def check_rest(pid: int, before: Sample, seen: Seen, seconds: float = REST_SECONDS) -> Sample:
+    """The front end holds what it held before, `seconds` later at the latest: connections take a while to close."""
+    deadline = time.monotonic() + seconds
+    while found := left(before, after := Sample.of(pid)):
+        if time.monotonic() > deadline:
+            seen.broken += found
+            break
+        await asyncio.sleep(0.5)
+    return after
 
 
 async def check_leases(admin: httpx.AsyncClient, tenants: Iterable[str], told: Told, seen: Seen) -> None:

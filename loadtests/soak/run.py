@@ -14,7 +14,7 @@ import httpx
 from loadtests.process import KEY, ServerProcess
 from loadtests.soak.adapter_faults import AdapterFaults
 from loadtests.soak.answers import Answers
-from loadtests.soak.checks import check_answers, check_bill, check_leases, until_idle
+from loadtests.soak.checks import check_answers, check_bill, check_leases, check_rest, until_idle
 from loadtests.soak.client_faults import ClientFaults
 from loadtests.soak.engine_faults import STALL_SECONDS, EngineFaults
 from loadtests.soak.faults import Fault, Injector, Report
@@ -70,6 +70,7 @@ class Soak:
         self._seen = Seen()
         self._told = Told()
         self._samples: list[Sample] = []
+        self._at_rest: list[Sample] = []
 
     async def run(self) -> Json:
         """The document; `broken` is empty if everything held. What fails on the way is told there, too."""
@@ -118,6 +119,7 @@ class Soak:
             self._told.possible[name] = frozenset((digest,))
         by_digest = {digest: self._adapters[name] for name, digest in digests.items()}
         faults = AdapterFaults(admin, owner, by_digest, self._told, self._seen, self._plan.seed, frozenset(digests))
+        self._at_rest.append(Sample.of(server.pid))
         stop = asyncio.Event()
         traffic = [
             Client(http, keys[tenant], TENANTS[tenant], world, f"{self._plan.seed} {tenant} {place}").run(stop)
@@ -169,16 +171,18 @@ class Soak:
     async def _finish(self, server: ServerProcess) -> None:
         """Nobody asks any more, and no client is connected but this one."""
         self._say("the time is over: what is left behind?")
+        self._seen.broken += grown(self._samples)
         async with client(server.url, bearer(KEY)) as admin:
             with self._seen.telling("the wait for the last request"):
                 await until_idle(admin, self._seen)
+            with self._seen.telling("the look at what the front end holds"):
+                self._at_rest.append(await check_rest(server.pid, self._at_rest[0], self._seen))
             with self._seen.telling("the look at engines"):
                 self._engines.check()
             with self._seen.telling("the look at leases"):
                 await check_leases(admin, (*TENANTS, "default"), self._told, self._seen)
             with self._seen.telling("the look at the ledger"):
                 await check_bill(admin, "patient", self._seen)
-        self._seen.broken += grown(self._samples)
 
     async def _look_again(self, server: ServerProcess, adapters: AdapterFaults, answers: Answers) -> None:
         """What was told is there for those who come after."""
@@ -203,7 +207,6 @@ class Soak:
 
     def _document(self) -> Json:
         report, seen = self._report, self._seen
-        first, last = (self._samples[0], self._samples[-1]) if self._samples else (Sample(0, 0, 0, 0),) * 2
         recoveries = sorted(report.recoveries)
         return {
             "minutes": self._plan.minutes,
@@ -221,9 +224,9 @@ class Soak:
                 "median": round(median(recoveries), 2) if recoveries else None,
                 "worst": round(recoveries[-1], 2) if recoveries else None,
             },
-            "memory_mb": [round(each.memory / 2**20) for each in (first, last)],
-            "descriptors": [first.descriptors, last.descriptors],
-            "threads": [first.threads, last.threads],
+            "memory_mb": [round(each.memory / 2**20) for each in self._at_rest],
+            "descriptors": [each.descriptors for each in self._at_rest],
+            "threads": [each.threads for each in self._at_rest],
             "growth": {name: round(more) for name, more in growth(self._samples).items()},
             "broken": seen.broken,
         }

@@ -1,11 +1,7 @@
 """The engine on its Triton backend, under Triton's interpreter where there is no GPU, against the reference backend."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -145,80 +141,6 @@ def test_preemption_and_late_stops_on_triton(micro_model: Path) -> None:
     assert texts(found) == texts(expected)
     assert len(texts(found)["1"]) == text.index(text[2])
     assert tight.stats().preemptions > 0
-
-
-class FakeStream:
-    def wait_stream(self, other: object) -> None:
-        """Work on a CPU is done when it is launched."""
-
-
-class FakeGraph:
-    """A graph on a CPU: it keeps the call that was made while it was being captured, and makes it again."""
-
-    capturing: "FakeGraph | None" = None
-    broken = False
-
-    def __init__(self) -> None:
-        self.work: Callable[[], None] = lambda: None
-        self.replays = 0
-
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        assert pool is not None
-        assert capture_error_mode == "thread_local"
-        if FakeGraph.broken:
-            raise RuntimeError("out of memory")
-        FakeGraph.capturing = self
-
-    def capture_end(self) -> None:
-        FakeGraph.capturing = None
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.work()
-
-
-@pytest.fixture
-def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = GraphSteps._run
-
-    def captured(steps: GraphSteps, *arguments: Any) -> None:
-        if FakeGraph.capturing is None:
-            run(steps, *arguments)
-        else:
-            FakeGraph.capturing.work = partial(run, steps, *arguments)
-
-    monkeypatch.setattr(GraphSteps, "_run", captured)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream())
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-
-
-@interpreted
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # padding rows compute with memory that nothing was written to
-@pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs of its own")
-@pytest.mark.usefixtures("fake_graphs")
-@pytest.mark.parametrize("broken", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.slow
-def test_capturing_a_graph_between_steps_changes_nothing(
-    micro_model: Path, micro: Registered, broken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each step needs another graph than the one before, whose tokens the host does not know; or cannot have one."""
-    monkeypatch.setattr(FakeGraph, "broken", broken)
-    requests = [
-        Request("0", (5, 9, 11), replace(GREEDY, max_tokens=5)),
-        Request("1", (6, 4), replace(GREEDY, max_tokens=4)),
-        Request("2", (8, 2, 7), replace(GREEDY, max_tokens=2), micro.mix({"qv20": 1.0}), micro.paths, b"qv"),
-    ]
-    engine = micro_engine(micro_model, "triton", max_num_seqs=3, max_batch_tokens=12)
-    steps = engine.runner.steps
-    assert isinstance(steps, GraphSteps)
-    steps.use_graphs = True
-    found = texts(outputs_of(engine, requests))
-    assert steps.num_graphs == 0 if broken else steps.num_graphs >= 4
-    assert steps.eager_steps == 0
-    assert found == texts(outputs_of(micro_engine(micro_model, "reference"), requests))
 
 
 # A router inside the model.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from loadtests.shifted_clock import ShiftedClock
 from loadtests.small_disk import FileLimit
 from loadtests.soak.adapter_faults import AdapterFaults
 from loadtests.soak.answers import PROMPTS, Answers
-from loadtests.soak.checks import check_bill, check_leases
+from loadtests.soak.checks import check_bill, check_leases, check_rest
 from loadtests.soak.engine_faults import children
 from loadtests.soak.faults import Injector, Report
 from loadtests.soak.key_faults import Keys
-from loadtests.soak.leaks import Sample, grown, slope
+from loadtests.soak.leaks import Sample, grown, left, slope
 from loadtests.soak.places import Place
 from loadtests.soak.run import Plan, Soak
 from loadtests.soak.seen import Seen
@@ -268,9 +269,27 @@ def test_a_slope_is_that_of_most_points() -> None:
 
 @pytest.mark.parametrize(("each", "named"), [(0, []), (1, ["descriptors"])])
 def test_growth_is_seen(each: int, named: list[str]) -> None:
-    samples = [Sample(2.0 * number, 10**9, 30 + each * number, 12) for number in range(60)]
+    samples = [Sample(2.0 * number, 10**9, 30 + each * number, 12) for number in range(90)]
     found = grown(samples)
     assert [name for name in ("memory", "descriptors", "threads") if any(name in one for one in found)] == named
+
+
+def test_a_short_time_says_nothing_about_growth() -> None:
+    assert grown([Sample(2.0 * number, 10**9, 30 + 9 * number, 12) for number in range(30)]) == []
+    assert grown([]) == []
+
+
+def test_what_is_left_at_rest_is_seen() -> None:
+    before = Sample(0.0, 10**9, 30, 12)
+    assert left(before, Sample(60.0, 10**9 + 2**26, 54, 28)) == []
+    found = left(before, Sample(60.0, 10**9 + 2**26 + 1, 55, 29))
+    assert found[1:] == ["at rest the front end has 25 more descriptors", "at rest the front end has 17 more threads"]
+
+
+async def test_what_a_process_holds_at_rest_is_told() -> None:
+    seen = Seen()
+    after = await check_rest(os.getpid(), Sample(0.0, 10**12, 10**6, -1000), seen, 0.0)
+    assert seen.broken == [f"at rest the front end has {after.threads + 1000} more threads"]
 
 
 def test_children_are_found_by_their_command_line() -> None:

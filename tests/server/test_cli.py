@@ -43,6 +43,7 @@ def test_help_needs_no_heavy_imports() -> None:
 def test_version() -> None:
     done = runner.invoke(cli.app, ["version"])
     assert (done.exit_code, done.output) == (0, f"loramux {importlib.metadata.version('loramux')}\n")
+    assert runner.invoke(cli.app, ["--version"]).output == done.output
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[
         raise LocalEntryNotFoundError("no network\nand much more to say about it")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setenv("LORAMUX_SERVE__PORT", "0")  # the usual one may be taken
     done = runner.invoke(cli.app, [*arguments])
     assert done.exit_code == code, done.output
     assert done.stdout == ""
@@ -94,6 +96,7 @@ def test_a_taken_port(tmp_path: Path) -> None:
         done = runner.invoke(cli.app, ["serve", "--model", str(tmp_path), "--port", port])
     assert done.exit_code == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
+    assert "another one with --port" in done.stderr
 
 
 def test_every_setting_is_an_option() -> None:
@@ -101,6 +104,9 @@ def test_every_setting_is_an_option() -> None:
     parameters = inspect.signature(cli.serve).parameters
     assert set(parameters) - {"data_dir", "config", "encoder"} == set(ServeSettings.model_fields)
     assert all(parameter.default is None for parameter in parameters.values())
+    options = [option for parameter in parameters.values() for option in parameter.annotation.__metadata__]
+    assert len(options) == len(parameters)
+    assert all(option.help for option in options)
 
 
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from server import router_setup
+from server.checkpoint import CheckpointError
 from server.config import RoutingSettings, ServeSettings, Settings
 
 
@@ -26,3 +27,11 @@ def test_the_encoder_is_where_the_engine_is_unless_the_settings_say_otherwise(
     serve, routing = ServeSettings(device=engine), RoutingSettings(device=encoder, gpu_share=0.1)
     router_setup.encoder_process(Settings(data_dir=tmp_path, serve=serve, routing=routing))
     assert started == [(chosen, 0.1)]
+
+
+def test_of_an_encoder_that_is_not_here_the_message_says_that_it_is_the_encoder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the encoder is not here: .*'nothing' does not exist"):
+        router_setup.encoder_process(Settings(data_dir=tmp_path, routing=RoutingSettings(encoder="nothing")))
+    process, absent = router_setup.encoder_process(Settings(data_dir=tmp_path))
+    assert process is None
+    assert "loramux pull all-minilm-l6-v2" in absent
