@@ -1,5 +1,6 @@
 """How adapters enter the store: read and checked, their files stored, then named by one transaction."""
 
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,8 @@ from adapters_store.samples_file import read_samples
 from adapters_store.stored_form import write_stored
 from adapters_store.types import AdapterError, AdapterLimits, LinearShape
 from adapters_store.work_folder import WorkFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -230,5 +233,7 @@ def find_adapters(folder: Path) -> tuple[Path, ...]:
         raise AdapterError(
             "adapter_incomplete", f"{str(folder)!r} is itself an adapter: expected the folder that holds adapters"
         )
-    found = (path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
-    return tuple(sorted(path for path in found if not path.name.startswith(".")))
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}") if not path.parent.name.startswith("."))
+    if not found:
+        logger.warning("no folder in %s has an %s: it holds no adapters", folder, CONFIG_NAME)
+    return tuple(found)

@@ -118,4 +118,12 @@ def _score(score: object) -> str:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """What is said in a line of it; what lies deeper, such as figures by task or by layer, is in `--json`."""
+    if isinstance(value, dict):
+        flat = ((name, each) for name, each in value.items() if not isinstance(each, dict | list))
+        return ", ".join(f"{name} {_plain(each)}" for name, each in flat)
+    if isinstance(value, list):
+        return ", ".join(_plain(each) for each in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)

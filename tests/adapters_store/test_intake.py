@@ -234,6 +234,13 @@ class TestRegisterFolder:
         with pytest.raises(AdapterError, match="is itself an adapter"):
             await store.register_folder(stores.write(1, "source"))
 
+    async def test_a_folder_without_adapters_is_told_of(
+        self, store: AdapterStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "empty" / "deep" / "down").mkdir(parents=True)
+        assert await store.register_folder(tmp_path / "empty") == ()
+        assert f"no folder in {tmp_path / 'empty'} has an adapter_config.json" in caplog.text
+
 
 class TestSamples:
     async def test_a_folder_brings_its_samples(self, stores: Stores, store: AdapterStore, tmp_path: Path) -> None:

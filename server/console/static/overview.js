@@ -48,7 +48,11 @@ function show(state, now) {
     card("Oldest waiting", waited === null ? "–" : `${waited.toFixed(1)} s`, state.draining ? "draining: takes no new requests" : `${count(state.requests)} requests open`),
     card("Preemptions", count(state.engines.reduce((total, engine) => total + engine.preemptions, 0)), state.engines.length > 1 ? "since each engine started" : "since the engine started"),
   );
-  find("meters").replaceChildren(...state.engines.flatMap((engine) => meters(engine, state.engines.length > 1)));
+  const several = state.engines.length > 1;
+  find("meters").replaceChildren(...state.engines.flatMap((engine) => [
+    ...(several ? [heading(engine)] : []),
+    ...(several && !engine.alive ? [] : meters(engine)),
+  ]));
   find("by-adapter").replaceChildren(byAdapter(now.metrics));
   find("server").textContent = serverLine(state);
 }
@@ -71,22 +75,23 @@ function serverLine(state) {
   return `${number}${devices}, ${living[0].dtype}, up ${duration(state.uptime_seconds)}`;
 }
 
-function meters(engine, isOneOfSeveral) {
-  const prefix = isOneOfSeveral ? `Engine ${engine.id}: ` : "";
-  if (isOneOfSeveral && !engine.alive) {
-    return [element("div", { className: "meter" }, element("span", {}, `Engine ${engine.id}`), element("span", {}, "is down, and is being restarted"))];
-  }
+function heading(engine) {
+  const does = engine.alive ? `${count(engine.running)} running, ${count(engine.waiting)} waiting` : "is down, and is being restarted";
+  return element("h4", {}, `Engine ${engine.id} `, element("small", {}, does));
+}
+
+function meters(engine) {
   const pages = engine.pages;
   const all = Object.values(pages).reduce((total, value) => total + value, 0);
   const kv = engine.kv_used_blocks;
   return [
-    meter(`${prefix}KV cache`, [[kv, ""]], engine.kv_blocks, `${count(kv)} of ${count(engine.kv_blocks)} blocks`),
-    meter(`${prefix}Adapter pages`, [[pages.used ?? 0, ""], [pages.cached ?? 0, "cached"]], all,
+    meter("KV cache", [[kv, ""]], engine.kv_blocks, `${count(kv)} of ${count(engine.kv_blocks)} blocks`),
+    meter("Adapter pages", [[pages.used ?? 0, ""], [pages.cached ?? 0, "cached"]], all,
       `${count(pages.used ?? 0)} used, ${count(pages.cached ?? 0)} cached, ${count(pages.free ?? 0)} free`),
-    element("div", { className: "meter" }, element("span", {}, `${prefix}Adapters`),
+    element("div", { className: "meter" }, element("span", {}, "Adapters"),
       element("span", {}, `${count(engine.adapters.device ?? 0)} on the device, ${count(engine.adapters.host ?? 0)} in host memory`)),
-    element("div", { className: "meter" }, element("span", {}, `${prefix}Planned`),
-      element("span", {}, Object.entries(engine.memory).map(([name, size]) => `${name} ${bytes(size)}`).join(", "))),
+    element("div", { className: "meter" }, element("span", {}, "Planned"),
+      element("span", {}, Object.entries(engine.memory).filter(([, size]) => size).map(([name, size]) => `${name} ${bytes(size)}`).join(", "))),
   ];
 }
 

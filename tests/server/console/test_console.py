@@ -64,7 +64,7 @@ def served(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("adapters-to-serve")
     shutil.copytree(adapters["all4"], folder / "all4")
     data = tmp_path_factory.mktemp("data")
-    served = Served(model, data, "--adapters", str(folder), "--admin-key", KEY, key=KEY)
+    served = Served(model, data, "--adapters", str(folder), "--admin-key", KEY, "--engines", "2", key=KEY)
     yield served
     assert served.stop() == 0
 
@@ -91,7 +91,9 @@ def test_a_wrong_key_is_refused_and_the_right_one_shows_what_the_server_does(rea
     reader.log_in("wrong")
     reader.until(lambda: "does not know this key" in reader.text("#login-error"))
     reader.log_in()
-    reader.until(lambda: "cpu, float32" in reader.text("#server"))
+    reader.until(lambda: "2 engines, cpu, float32" in reader.text("#server"))
+    engines = [heading.text for heading in reader.driver.find_elements(By.CSS_SELECTOR, "#meters h4")]
+    assert engines == ["Engine 0 0 running, 0 waiting", "Engine 1 0 running, 0 waiting"]
     with served.client() as client:
         client.post("/v1/completions", json={"model": "all4", "prompt": "ab", "max_tokens": 5}).raise_for_status()
     line = reader.until(lambda: next(row for row in reader.text("#by-adapter").splitlines() if row.startswith("all4")))
@@ -185,7 +187,14 @@ def test_at_phone_width_in_light_and_dark(scheme: str, reader: Reader) -> None:
         reader.open(f"#{tab}")
         reader.until(lambda tab=tab: reader.find(f"#{tab}").is_displayed())
         assert reader.driver.execute_script("return document.documentElement.scrollWidth") == 390
+        reader.until(lambda: reader.driver.execute_script("return scrollY") == 0)  # with the header in sight
+    leave = reader.find("#leave").rect
+    assert leave["y"] < reader.find("nav").rect["y"]
+    assert leave["x"] + leave["width"] <= 390
     ground = reader.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    on_colour = """const mark = document.createElement("mark"); mark.className = "c0"; document.body.append(mark);
+        return getComputedStyle(mark).color === getComputedStyle(document.body).color;"""
+    assert reader.driver.execute_script(on_colour)
     assert (sum(map(int, ground.removeprefix("rgb(").removesuffix(")").split(","))) > 380) == (scheme == "light")
 
 
