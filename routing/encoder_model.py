@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from routing.card_file import CHANGE_FILE, RouterFolderError, file_sha256
+from routing.encoder_graphs import EncoderGraphs
 from routing.router_folder import RouterCard, read_router
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class EncoderError(Exception):
 class EncoderModel:
     """Embeds texts. `id` names what decides the embeddings, `width` their size, `max_tokens` what is read of a text."""
 
-    def __init__(self, model: Any, *, prefix: str, identity: str) -> None:
+    def __init__(self, model: Any, *, prefix: str, identity: str, graphs: EncoderGraphs | None = None) -> None:
         self.id = identity
+        self.graphs = graphs
         self.prefix = prefix
         self.model = model
         self.width = int(model.get_embedding_dimension())
@@ -66,7 +68,11 @@ class EncoderModel:
 
     def plain(self) -> EncoderModel:
         """The same encoder without an instruction before the texts, which shares its weights."""
-        return EncoderModel(self.model, prefix="", identity=plain_id(self.id))
+        return EncoderModel(self.model, prefix="", identity=plain_id(self.id), graphs=self.graphs)
+
+    def use_graphs(self) -> None:
+        """From now on passes on a GPU are captured. The weights have to stay where they are."""
+        self.graphs = EncoderGraphs(self.model)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of `texts`, (n, width) float32, L2-normalised; a text of no length is the prefix alone."""
@@ -86,11 +92,14 @@ class EncoderModel:
             model.eval()
         prompt = None if model.default_prompt_name is None else model.prompts[model.default_prompt_name]
         features = model.preprocess(given, prompt=prompt)
-        for name, value in features.items():
-            if isinstance(value, torch.Tensor):
-                features[name] = value.to(model.device, non_blocking=True)
         with torch.inference_mode():
-            found: np.ndarray = model(features)["sentence_embedding"].float().cpu().numpy()
+            output = None if self.graphs is None else self.graphs.embed(features)
+            if output is None:
+                for name, value in features.items():
+                    if isinstance(value, torch.Tensor):
+                        features[name] = value.to(model.device, non_blocking=True)
+                output = model(features)["sentence_embedding"]
+            found: np.ndarray = output.float().cpu().numpy()
         return found
 
 

@@ -52,6 +52,8 @@ class Model(Protocol):
 
     def plain(self) -> "Model": ...
 
+    def use_graphs(self) -> None: ...
+
 
 class ChangedOnDisk(Exception):
     """A folder no longer holds the encoder that was asked for."""
@@ -175,6 +177,8 @@ def load_models(start: Start, device: str) -> Models:
 
     def load(change: str | None) -> Model:
         model: Model = loader(Path(start.folder), None if change is None else Path(change), device=device)
+        if device != "cpu":
+            model.use_graphs()
         return model
 
     return Models(load)

@@ -190,4 +190,5 @@ def recorded_graphs() -> Iterator[None]:
         patch.setattr(torch.cuda, "Stream", lambda _: _Stream())
         patch.setattr(torch.cuda, "current_stream", _Stream)
         patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: RecordedGraph.recorder is not None)
         yield
