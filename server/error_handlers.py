@@ -67,7 +67,8 @@ async def _on_bad_query(_: Request, error: Exception) -> JSONResponse:
         return error_response(
             BadRequest(f"{param}: there is no such query parameter here", param=param, code="unknown_parameter")
         )
-    message = str(first["msg"]).removeprefix("Value error, ")
+    is_day = str(first["type"]).startswith("date_")
+    message = "expected a day such as 2026-01-31" if is_day else str(first["msg"]).removeprefix("Value error, ")
     return error_response(BadRequest(f"{param}: {message}", param=param))
 
 

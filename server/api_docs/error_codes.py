@@ -21,7 +21,7 @@ ERROR_CODES = tuple(
                 "missing_required_parameter": "A field is missing.",
                 "unsupported_parameter": "A known field that would change the answer and is not served.",
                 "unsupported_value": "A value that others serve, and this model does not.",
-                "unknown_parameter": "There is no such field or query parameter; admin calls only.",
+                "unknown_parameter": "There is no such field or query parameter; in `lora` and admin calls only.",
                 "duplicate_field": "A JSON object has a key twice.",
                 "invalid_json": "The body is no JSON object.",
                 "invalid_http": "What the connection sends is no request; it is closed.",

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -150,7 +151,7 @@ class EngineProcess:
             if not first.done():
                 await asyncio.wait((first,), timeout=0.5)  # the last words of a process may arrive after its end
             if not first.done():
-                raise EngineStartError(f"the engine process ended with code {process.returncode} while it was starting")
+                raise EngineStartError(f"the engine's process {how_it_ended(process.returncode)} while it was starting")
             message = first.result()
         finally:
             first.cancel()
@@ -168,7 +169,7 @@ class EngineProcess:
             if self.pid is not None and self._process is not None:
                 code = await self._process.wait()
                 if not self.is_stopping:
-                    logger.error("the engine's process ended with code %d; another one follows", code)
+                    logger.error("the engine's process %s; another one follows", how_it_ended(code))
             if self.is_stopping:
                 return
             await self._lost("the inference engine stopped unexpectedly; please retry")
@@ -190,6 +191,14 @@ class EngineProcess:
             self._socket.close()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def how_it_ended(code: int | None) -> str:
+    """What the exit code of a process means: that of one which a signal ended is negative."""
+    if code is None or code >= 0:
+        return f"ended with code {code}"
+    cause = ", perhaps by the system because memory ran out," if code == -signal.SIGKILL else ""
+    return f"was ended by signal {-code} ({signal.strsignal(-code)}){cause}"
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

@@ -68,7 +68,14 @@ IGNORED: Mapping[str, str] = {
 }
 """Fields that clients send, that change no answer and that are not even looked at, and why."""
 
-INSTEAD: Mapping[str, str] = {"functions": "tools", "function_call": "tool_choice"}
+INSTEAD: Mapping[str, str] = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+}
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 

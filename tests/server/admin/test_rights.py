@@ -162,7 +162,9 @@ async def test_unknown_fields_and_parameters(world: World) -> None:
         response = await world.admin.get(f"{V1}/adapters?{query}")
         assert (response.status_code, error_of(response)["param"]) == (400, param)
     assert error_of(await world.admin.delete(f"{V1}/adapters/sql?wait=perhaps"))["param"] == "wait"
-    assert error_of(await world.admin.get(f"{V1}/usage?since=soon"))["param"] == "since"
+    for day in ("soon", "2026-02-30", "2026-01-01T01:00"):
+        error = error_of(await world.admin.get(f"{V1}/usage?since={day}"))
+        assert (error["param"], error["message"]) == ("since", "since: expected a day such as 2026-01-31")
     assert error_of(await world.admin.get(f"{V1}/usage?cursor=x"))["param"] == "cursor"
     assert (await world.admin.get(f"{V1}/adapters/sql")).status_code == 200
     assert (await world.admin.get(f"{V1}/tenants/x")).status_code == 404

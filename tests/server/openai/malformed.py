@@ -349,6 +349,9 @@ LORA = [
     lora("lora.adapters.0.weight", "invalid_type", adapters=[{"name": "sql", "weight": True}]),
     lora("lora.adapters.0.weight", adapters=[{"name": "sql", "weight": 1e39}]),
     lora("lora.adapters", adapters=[{"name": "sql"}] * 257),
+    lora("lora.adapter", "unknown_parameter", adapter=[{"name": "sql"}]),
+    lora("lora.topk", "unknown_parameter", topk=1),
+    lora("lora.adapters.0.wieght", "unknown_parameter", adapters=[{"name": "sql", "wieght": 0.5}]),
     lora(
         "lora.adapters", adapters=[{"name": "sql", "weight": 1}, {"name": "pirate", "weight": -1}], composition="fusion"
     ),

@@ -26,6 +26,13 @@ def digest(harness: Harness) -> Callable[[str], str]:
     return harness.digests.__getitem__
 
 
+async def test_what_an_answer_says_of_its_adapters_can_be_asked_for(client: httpx.AsyncClient) -> None:
+    adapters = [{"name": "sql", "weight": 0.7}, {"name": "pirate", "weight": -0.25}]
+    said = (await complete(client, lora={"adapters": adapters})).json()["lora"]["adapters"]
+    again = [entry | {"score": 0.5, "share": 0.25} for entry in said]  # as routers say
+    assert (await complete(client, lora={"adapters": again})).json()["lora"]["adapters"] == said
+
+
 async def test_model_names_an_adapter(
     client: httpx.AsyncClient, harness: Harness, digest: Callable[[str], str]
 ) -> None:

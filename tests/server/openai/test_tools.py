@@ -233,7 +233,8 @@ async def test_who_names_a_function_gets_one_call(official: AsyncOpenAI, harness
 
 async def test_the_older_form_is_refused_and_says_what_to_use(live: str) -> None:
     async with httpx.AsyncClient(base_url=live, timeout=60) as client:
-        for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        instead_of = {"functions": "tools", "function_call": "tool_choice", "guided_json": "structured_outputs.json"}
+        for field, instead in instead_of.items():
             body = {"model": "tiny", "messages": [USER], field: [{"name": "f"}]}
             error = (await client.post("/v1/chat/completions", json=body)).json()["error"]
             assert error["code"] == "unsupported_parameter"
