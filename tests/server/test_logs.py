@@ -77,11 +77,36 @@ def test_tracebacks() -> None:
         assert KEY not in told
 
 
-@given(st.text(max_size=60), st.text(max_size=20))
+PARTS = (
+    "?",
+    "a=b",
+    '"',
+    "\\",
+    "\n",
+    "://",
+    "u:p",
+    "@",
+    "Bearer ",
+    "bearer",
+    KEY,
+    "hf_" + "a" * 16,
+    "\x85",
+    "é",
+    " ",
+    "'",
+    "<",
+)
+TEXTS = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PARTS), max_size=12).map("".join))
+
+
+@given(TEXTS, TEXTS)
 def test_nobody_begins_a_line_of_their_own(message: str, value: str) -> None:
     told = text_of(record("%s", message, field=value))
     assert len(told.splitlines()) == 1
-    assert json_of(record("%s", message))["message"] == Redaction()(message)
+    assert KEY not in told
+    read = json_of(record("%s", message, field=value, fields=[value]))
+    assert read["message"] == Redaction()(message)
+    assert (read["field"], read["fields"]) == (Redaction()(value), [Redaction()(value)])
 
 
 @pytest.mark.parametrize(
