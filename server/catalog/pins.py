@@ -76,14 +76,10 @@ class Pins:
 
     async def keep(self, adapter: Resolved) -> bool:
         """`pin` for what is registered already: that is not undone because an engine restarts, but logged."""
-        reason: object = "no room"
-        try:
-            if await self.pin(adapter):
-                return True
-        except NOT_NOW as error:
-            reason = error
-        logger.warning("adapter %r of tenant %r is not pinned: %s", adapter.name, adapter.tenant, reason)
-        return False
+        reason = await self._problem(adapter)
+        if reason is not None:
+            logger.warning("adapter %r of tenant %r is not pinned: %s", adapter.name, adapter.tenant, reason)
+        return reason is None
 
     async def unpin(self, owner: str, name: str) -> None:
         async with self._changing:
@@ -108,8 +104,10 @@ class Pins:
             pin, this = self._pins.get(key), (*key, adapter.digest)
             if this in self._without_room or (pin is not None and pin.digest == adapter.digest):
                 continue
-            if not await self.keep(adapter):  # tried, and logged, once until another pin goes
-                self._without_room.add(this)
+            reason = await self._problem(adapter)
+            if reason is not None and not isinstance(reason, EngineUnavailable):  # that one is back soon
+                logger.warning("adapter %r of tenant %r is not pinned: %s", adapter.name, adapter.tenant, reason)
+                self._without_room.add(this)  # tried, and logged, once until another pin goes
 
     async def close(self) -> None:
         """Give the leases back; the registry knows what is pinned."""
@@ -117,6 +115,13 @@ class Pins:
             for pin in self._pins.values():
                 self._store.release(pin.lease)
             self._pins.clear()
+
+    async def _problem(self, adapter: Resolved) -> object | None:
+        """Why an adapter is not pinned, None when it is."""
+        try:
+            return None if await self.pin(adapter) else "no room"
+        except NOT_NOW as error:
+            return error
 
     async def _pin(self, digest: str, path: str, old: _Pin | None) -> bool:
         """Only if both do not fit together the old adapter makes room first, and comes back if that is not enough."""

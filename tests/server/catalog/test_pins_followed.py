@@ -6,6 +6,7 @@ from typing import Any
 
 from adapters_store.registry import Resolved
 from server.catalog.pins import Pins
+from server.engine.adapter_calls import EngineUnavailable
 
 
 class World:
@@ -16,6 +17,7 @@ class World:
         self.pinned: set[str] = set()
         self.leased = 0
         self.tries = 0
+        self.is_down = False
 
     async def lease(self, _: str, adapters: Sequence[Resolved]) -> Any:
         self.leased += 1
@@ -26,6 +28,8 @@ class World:
 
     async def pin(self, digest: str, _: str) -> bool:
         self.tries += 1
+        if self.is_down:
+            raise EngineUnavailable("it is being restarted")
         if len(self.pinned) >= self.room:
             return False
         self.pinned.add(digest)
@@ -49,6 +53,18 @@ async def test_what_another_process_pins_and_unpins() -> None:
     await pins.follow([named("b", "d2")])
     await pins.follow([named("b", "d2")])
     assert (world.pinned, world.leased) == ({"d2"}, 1)
+
+
+async def test_an_engine_that_is_being_restarted_is_asked_again() -> None:
+    world = World()
+    pins = Pins(world, world)  # type: ignore[arg-type]
+    world.is_down = True
+    for _ in range(2):
+        await pins.follow([named("a", "d1")])
+    assert (world.tries, world.leased) == (2, 0)
+    world.is_down = False
+    await pins.follow([named("a", "d1")])
+    assert (world.pinned, world.leased) == ({"d1"}, 1)
 
 
 async def test_a_pin_that_the_registry_does_not_know_yet_stays_for_a_look() -> None:
