@@ -138,7 +138,7 @@ class EngineConversation(AdapterCalls):
         if not self._requests:
             self._heard = asyncio.get_running_loop().time()  # before it had nothing to say
         self._streams[request.id], self._requests[request.id] = stream, request
-        ended = False
+        ended = has_begun = False
         try:
             self._send(Submit(request))
             while not ended:
@@ -146,6 +146,7 @@ class EngineConversation(AdapterCalls):
                 ended = isinstance(item, RequestError) or item.finish_reason is not None
                 if isinstance(item, RequestError):
                     raise item
+                has_begun = has_begun or bool(item.tokens)
                 yield item
         finally:
             self._streams.pop(request.id, None)
@@ -153,6 +154,8 @@ class EngineConversation(AdapterCalls):
             self._taken.discard(request.id)
             if not ended:
                 self.abort(request.id)
+                if has_begun:  # it may have come to a stop string: the front end ends those, and they are answered
+                    self._suspects.cleared(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream, if somebody still reads it, gets its ending."""

@@ -103,6 +103,18 @@ async def test_a_suspect_that_is_answered_gives_its_turn_on_whoever_reads_it(tol
         assert (await second)[-1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("tokens", [(), (5,)])
+async def test_a_suspect_whose_reader_has_enough_is_none_any_more(told: Told, tokens: tuple[int, ...]) -> None:
+    """As after a stop string. Of one that leaves before the first token nothing is known."""
+    told.suspects.crashed([FIRST])
+    async with aclosing(told.talk.submit(FIRST)) as outputs:
+        begun = asyncio.ensure_future(anext(outputs))
+        await told.asked()
+        await told.say(Update([Output("first", tokens)]))
+        await begun
+    assert told.suspects.is_suspect(FIRST) == (not tokens)
+
+
 async def test_the_time_of_a_suspect_passes_while_it_waits_for_its_turn(told: Told) -> None:
     told.suspects.crashed([FIRST, SECOND])
     first = asyncio.create_task(collect(told.talk, FIRST))
