@@ -11,7 +11,7 @@ PORT ?= 8000
 # Shorter spinning of OpenMP threads, as `loramux serve` gives its engine (server/engine/client.py says why).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup model tools demo test test-slow test-clients test-lm-eval soak gpu-test check bench bench-gpu study lock clean
+.PHONY: setup model tools demo test test-slow test-clients test-lm-eval soak gpu-test check bench bench-gpu load-gpu study lock clean
 
 setup: $(VENV)/.ready
 
@@ -107,7 +107,25 @@ bench-gpu: setup
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario grammar --adapters 0 --rows 64 --out docs/results/grammar-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario gated --repeats 1 --out docs/results/gated-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
+	$(RUN)/python -m kernels.bench --model 8b --ops meteora --adapters 28 --top-k 2 --rows 8,64,4096 --out docs/results/meteora-8b.json
+	$(RUN)/python -m routing.bench_prompt --model 8b
+
+# The 8B shape behind HTTP, on this machine's GPU: S-LoRA's and Punica's workloads, and what automatic choice costs.
+LOADS ?= loads
+LARGE = $(LOADS)/8b --rank 8 --targets q_proj,v_proj --serve=--encoder=none
+load-gpu: model
+	$(RUN)/python -m loadtests.random_model --shape 8b --tokenizer $$($(RUN)/loramux pull $(MODEL) | tail -1) --out $(LOADS)/8b
+	for adapters in 64 1000; do \
+	  $(RUN)/python -m loadtests.run slora --model $(LARGE) --adapters $$adapters --rate 20 --out $(LOADS)/slora-$$adapters || exit 1; \
+	done
+	for popularity in distinct uniform skewed identical; do \
+	  $(RUN)/python -m loadtests.run punica --model $(LARGE) --popularity $$popularity --requests 256 --longest 1024 \
+	    --out $(LOADS)/punica-$$popularity || exit 1; \
+	done
+	$(RUN)/python -m loadtests.routing --model $(LOADS)/8b --encoder $$($(RUN)/loramux pull $(ENCODER) | tail -1) --adapters 60 \
+	  --requests 96 --at-once 32 --tokens 64 --rounds 3 --page-memory 4GiB --out $(LOADS)/routing.json
 
 # Trains and evaluates the routers inside the model on tasks of your own, in groups `small` and `medium`; after LIMIT seconds
 # it stops, and the same command goes on. `make study TASKS=FOLDER SCALE=cuda JOBS=11`

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_BLOCK = {target: "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn" for target in TARGETS}
+BLOCK = {target: "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn" for target in TARGETS}
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,18 @@ def write_adapter(
     targets: Sequence[str] = TARGETS,
     layers: int | None = None,
     scale: float = 0.01,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A PEFT folder of normal random factors of deviation `scale` in fp32, on the first `layers` layers (None: all)."""
+    """A PEFT folder of normal random factors of deviation `scale`, on the first `layers` layers (None: all)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(sizes.layers if layers is None else layers):
         for target in targets:
             inputs, outputs = sizes.features[target]
-            name = f"base_model.model.model.layers.{layer}.{_BLOCK[target]}.{target}"
-            tensors[f"{name}.lora_A.weight"] = scale * torch.randn(rank, inputs, generator=generator)
-            tensors[f"{name}.lora_B.weight"] = scale * torch.randn(outputs, rank, generator=generator)
+            name = f"base_model.model.model.layers.{layer}.{BLOCK[target]}.{target}"
+            tensors[f"{name}.lora_A.weight"] = (scale * torch.randn(rank, inputs, generator=generator)).to(dtype)
+            tensors[f"{name}.lora_B.weight"] = (scale * torch.randn(outputs, rank, generator=generator)).to(dtype)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0}
     config |= {"bias": "none", "target_modules": list(targets)}

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from loadtests import workloads
 from loadtests.churn import churn
 from loadtests.open_loop import Target, play_trace
 from loadtests.page import html_page, markdown, split_rows, summary_rows
 from loadtests.process import KEY, ServerProcess
-from loadtests.random_adapter import LinearSizes, write_adapter
+from loadtests.random_adapter import TARGETS, LinearSizes, write_adapter
 from loadtests.records import read_records, write_records
 from loadtests.report import FIRST_TOKEN_GOAL, compare, report
 from loadtests.trace import Trace, TraceError
@@ -85,7 +86,10 @@ def _run(asked: argparse.Namespace, trace: Trace) -> Json:
             sizes = LinearSizes.of(model)
             with server.client() as client:
                 for seed, name in enumerate(trace.adapters):
-                    upload(client, name, write_adapter(work / "adapter", sizes, asked.rank, seed), public="true")
+                    written = write_adapter(
+                        work / "adapter", sizes, asked.rank, seed, asked.targets, dtype=torch.bfloat16
+                    )
+                    upload(client, name, written, public="true")
                 keys = _tenants(client, trace)
             return asyncio.run(_play(asked, trace, server.url, model.name, KEY, keys, work / "adapter"))
 
@@ -164,6 +168,13 @@ def _pair(text: str) -> tuple[str, str]:
     return tenant, key
 
 
+def _targets(text: str) -> tuple[str, ...]:
+    targets = tuple(text.split(","))
+    if not set(targets) <= set(TARGETS):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(TARGETS)}")
+    return targets
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtests.run", description=(__doc__ or "").split(":")[0])
     kinds = parser.add_subparsers(dest="workload", required=True, metavar="WORKLOAD")
@@ -213,8 +224,11 @@ def _workload(kinds: Any, name: str, about: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="the base model's name there, or the folder to serve")
     parser.add_argument("--key", help="for all tenants without one of their own")
     parser.add_argument("--tenant-key", type=_pair, action="append", default=[], metavar="TENANT=KEY")
-    parser.add_argument("--serve", nargs="*", default=[], metavar="OPTION", help="for the server that is started")
+    parser.add_argument(
+        "--serve", action="append", default=[], metavar="OPTION", help="for the server that is started; repeatable"
+    )
     parser.add_argument("--rank", type=int, default=8, help="of the adapters that it gets [8]")
+    parser.add_argument("--targets", type=_targets, default=TARGETS, metavar="LINEARS", help="of theirs [all seven]")
     parser.add_argument("--vocab-size", type=int, default=32_000, help="prompts are random ids below it [32000]")
     parser.add_argument("--goal", type=float, default=FIRST_TOKEN_GOAL, help="seconds to a first token in time [6]")
     parser.add_argument("--timeout", type=float, default=600.0)

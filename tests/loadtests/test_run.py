@@ -16,6 +16,7 @@ from loadtests.run import main
         (["slora"], "--model"),
         (["replay", "nowhere.jsonl", "--model", "m"], "nowhere.jsonl"),
         (["flood", "--model", "m", "--tenant-key", "acme"], "expected TENANT=KEY"),
+        (["flood", "--model", "m", "--targets", "q_proj,head"], "expected some of q_proj,k_proj"),
     ],
 )
 def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
