@@ -21,10 +21,20 @@ from routing.prompt_router import LayerRouter, RouterForm
 from server.engine.prompt_routers import PromptUse
 from server.engine.sequence import Request, SamplingParams
 from server.model.config import ModelConfig
-from tests.engine.test_engine import Registered
+from tests.engine.tiny_engine import Registered
 
 Weights = Mapping[tuple[int, str], list[float]]
 """By layer and target the factor of each of the router's adapters."""
+MILORA: dict[str, Any] = {
+    "kind": "milora",
+    "experts": "modules",
+    "decision": "layer",
+    "pooling": "attention",
+    "activation": "rational",
+    "norm": "rms",
+    "top_k": 3,
+}
+ADAPTERS = MILORA | {"experts": "adapters", "top_k": 2}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.prompt_routers import PromptUse
 from server.engine.sequence import Output, Request
+from tests.engine.gated_world import FACTORY as GATES
+from tests.engine.gated_world import make_router
+from tests.engine.gated_world import request as gated
 from tests.engine.plain_routing import Made, Plain, routed
-from tests.engine.test_engine import GREEDY, PROMPTS, SMALL, Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY as GATES
-from tests.engine.test_gated_engine import make_router
-from tests.engine.test_gated_engine import request as gated
+from tests.engine.tiny_engine import GREEDY, PROMPTS, SMALL, Registered, drain, tokens_of
 
 FACTORY = "routing.prompt_serving:PromptRouterFactory"
 SCORED = replace(GREEDY, logprobs=0, max_tokens=6)
@@ -24,11 +24,6 @@ TOLERANCE = 1e-3
 
 Asked = tuple[str, tuple[int, ...], PromptUse]
 """A router's name, a prompt, and how the router is used for it."""
-
-
-@pytest.fixture
-def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
-    return Registered(tiny_model, adapters)
 
 
 @pytest.fixture

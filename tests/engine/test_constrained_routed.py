@@ -13,15 +13,14 @@ from server.engine.constraint import Constraint
 from server.engine.engine import Engine
 from server.engine.masks import MaskThreads
 from server.engine.sequence import FinishReason, Request, SamplingParams
-from tests.engine.plain_routing import make_prompt_router, routed
+from tests.engine.constrained_requests import BLOCK_BYTES, CHOICE, REGEX, SCHEMA, LazyMasks, matches, text_of
+from tests.engine.gated_world import FACTORY as GATES
+from tests.engine.gated_world import make_router
+from tests.engine.gated_world import request as gated
+from tests.engine.plain_routing import MILORA, make_prompt_router, routed
 from tests.engine.routed_world import routed_engine
 from tests.engine.spoken import spoken, tokenizer
-from tests.engine.test_constrained import BLOCK_BYTES, CHOICE, REGEX, SCHEMA, LazyMasks, matches, text_of, texts
-from tests.engine.test_engine import PROMPTS, Registered, drain
-from tests.engine.test_gated_engine import FACTORY as GATES
-from tests.engine.test_gated_engine import make_router
-from tests.engine.test_gated_engine import request as gated
-from tests.engine.test_layered_engine import MILORA
+from tests.engine.tiny_engine import PROMPTS, Registered, drain, texts
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
 CONSTRAINTS: tuple[Constraint | None, ...] = (SCHEMA, REGEX, CHOICE, None)

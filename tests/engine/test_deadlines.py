@@ -11,8 +11,8 @@ from server.engine.config import EngineConfig
 from server.engine.deadlines import SPARE, Deadlines
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Sequence
-from tests.engine.test_engine import PROMPTS, Registered, drain, run
-from tests.engine.test_lookahead import CPU, DelayedSteps
+from tests.engine.delayed_steps import CPU, DelayedSteps
+from tests.engine.tiny_engine import PROMPTS, Registered, drain, run
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 

@@ -129,7 +129,6 @@ def staged(chunks: list[Chunk], spare: int, block_rows: int = 16) -> tuple[StepV
     return StepViews.of(torch.from_numpy(out[:filled]), shape, 16, 64), dict(tiles.plans)
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 @settings(max_examples=16, deadline=None)
 @given(chunks=steps(), spare=st.integers(0, 3), number=st.integers(0, 3))
 def test_captured_steps_route_as_eager_ones(slots: TokenSlots, chunks: list[Chunk], spare: int, number: int) -> None:

@@ -7,9 +7,7 @@ import pytest
 from server.engine.engine import Engine
 from server.engine.plan import Plan
 from server.engine.sequence import FinishReason, Output
-from tests.engine.routed_world import outputs_with_aborts
-from tests.engine.test_engine import PROMPTS, Registered, drain
-from tests.engine.test_gated_engine import (
+from tests.engine.gated_world import (
     SCORED,
     Plain,
     Routed,
@@ -17,12 +15,13 @@ from tests.engine.test_gated_engine import (
     engine,
     gated_engine,
     plain,
-    registered,
     request,
     router,
 )
+from tests.engine.routed_world import outputs_with_aborts
+from tests.engine.tiny_engine import PROMPTS, Registered, drain
 
-__all__ = ["engine", "plain", "registered", "router"]
+__all__ = ["engine", "plain", "router"]
 
 
 @pytest.mark.parametrize("budget", [8, 16, 512])

@@ -22,7 +22,7 @@ from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, Grammar
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from tests.engine.spoken import spoken, tokenizer
-from tests.engine.test_engine import drain
+from tests.engine.tiny_engine import drain
 
 EOS = 1
 VOCABULARY = 512

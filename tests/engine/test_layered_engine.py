@@ -11,7 +11,7 @@ from server.engine.engine import Engine
 from server.engine.plan import Plan
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request
 from tests.conftest import MakeAdapter
-from tests.engine.plain_routing import Made, Plain, make_prompt_router, routed
+from tests.engine.plain_routing import ADAPTERS, MILORA, Made, Plain, make_prompt_router, routed
 from tests.engine.routed_world import (
     SCORED,
     Asked,
@@ -19,23 +19,11 @@ from tests.engine.routed_world import (
     assert_mixed_traffic_equals_plain,
     engine,
     outputs_with_aborts,
-    registered,
     routed_engine,
 )
-from tests.engine.test_engine import GREEDY, PROMPTS, Registered, drain, tokens_of
+from tests.engine.tiny_engine import GREEDY, PROMPTS, Registered, drain, tokens_of
 
-__all__ = ["engine", "registered"]
-
-MILORA: dict[str, Any] = {
-    "kind": "milora",
-    "experts": "modules",
-    "decision": "layer",
-    "pooling": "attention",
-    "activation": "rational",
-    "norm": "rms",
-    "top_k": 3,
-}
-ADAPTERS = MILORA | {"experts": "adapters", "top_k": 2}
+__all__ = ["engine"]
 
 
 @pytest.fixture

@@ -1,95 +1,18 @@
 """Steps launched before the tokens of the step before are known: nothing that a client can see may change."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from server.engine.batch import BatchBuilder
-from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.fairness import OUTPUT_PRICE
-from server.engine.plan import Chunk
-from server.engine.pooling import pool, rows_to_pool
-from server.engine.runner import Runner
-from server.engine.scoring import score, spans_to_score
-from server.engine.sequence import FinishReason, Output, Request, SamplingParams, Sequence
-from server.engine.steps import Computed
-from tests.engine.test_engine import PROMPTS, Registered, drain, tokens_of
+from server.engine.sequence import FinishReason, Output, Request, Sequence
+from tests.engine.delayed_steps import DelayedSteps, Make
+from tests.engine.tiny_engine import GREEDY, PROMPTS, Registered, drain, outputs_of, texts, tokens_of
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, seed=7)
-CPU = {"device": "cpu", "kv_memory": 1 << 22, "page_memory": 1 << 22}
-
-
-class DelayedSteps:
-    """The reference backend as a device that alone knows the tokens of the last launch, by row."""
-
-    lookahead = True
-
-    def __init__(self, runner: Runner, block_size: int) -> None:
-        self.runner = runner
-        self.builder = BatchBuilder(block_size, runner.device)
-        self.sampled = torch.full((64,), -1)
-        self.rows = 0
-
-    @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> Computed:
-        pending = [chunk.sequence for chunk in chunks if chunk.start >= len(chunk.sequence.tokens)]
-        for sequence in pending:
-            sequence.tokens.append(max(0, int(self.sampled[sequence.sampled_row])))
-        batch = self.builder.build(chunks)
-        for sequence in pending:
-            sequence.tokens.pop()
-        self.rows += len(batch.ids)
-        self.sampled.fill_(-1)
-        decoder, spans = self.runner.decoder, spans_to_score(chunks)
-        hidden = decoder.hidden(batch, self.runner.kv_cache, self.runner.pool.tensors)
-        scores = score(decoder, hidden, spans) if spans else None
-        rows = rows_to_pool(chunks)
-        pooled = pool(decoder, hidden, rows) if rows else None
-        return Computed(decoder.logits(hidden, batch.logit_rows), None, None, scores, pooled)
-
-    def remember(self, tokens: Tensor) -> None:
-        self.sampled[: len(tokens)] = tokens
-
-
-Make = Callable[..., Engine]
-
-
-def make_engine(model: Path, ahead: bool = True, **options: object) -> Engine:
-    """An engine on the CPU, whose host is one step ahead or not."""
-    config = EngineConfig(str(model), **{**CPU, **options})  # type: ignore[arg-type]
-    made = Engine.from_config(config)
-    if ahead:
-        made.runner.steps = DelayedSteps(made.runner, config.block_size)
-    return made
-
-
-@pytest.fixture
-def make(tiny_model: Path) -> Make:
-    """`make(ahead, **settings)`."""
-    return partial(make_engine, tiny_model)
-
-
-@pytest.fixture
-def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
-    return Registered(tiny_model, adapters)
-
-
-def outputs_of(engine: Engine, requests: list[Request]) -> dict[str, list[Output]]:
-    for request in requests:
-        engine.add_request(request)
-    return drain(engine)
-
-
-def texts(outputs: dict[str, list[Output]]) -> dict[str, tuple[int, ...]]:
-    return {name: tokens_of(own) for name, own in outputs.items()}
 
 
 def count_charges(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

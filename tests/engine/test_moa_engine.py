@@ -19,12 +19,11 @@ from tests.engine.routed_world import (
     assert_mixed_traffic_equals_plain,
     engine,
     outputs_with_aborts,
-    registered,
     routed_engine,
 )
-from tests.engine.test_engine import GREEDY, PROMPTS, SMALL, Registered, drain, tokens_of
+from tests.engine.tiny_engine import GREEDY, PROMPTS, SMALL, Registered, drain, tokens_of
 
-__all__ = ["engine", "registered"]
+__all__ = ["engine"]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Sums of prompts' last hidden states, against `transformers` and `peft`, whatever the steps look like."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +10,10 @@ from peft import PeftModel
 from adapters_store.types import BASE
 from server.engine.plan import Plan
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, SamplingParams
-from tests.engine.test_engine import PROMPTS, Registered, base_model, drain
-from tests.engine.test_lookahead import Make, make_engine
+from tests.engine.delayed_steps import Make
+from tests.engine.tiny_engine import PROMPTS, Registered, base_model, drain
 
 POOLED = SamplingParams(max_tokens=0, pooled=True)
-
-
-@pytest.fixture
-def make(tiny_model: Path) -> Make:
-    """`make(ahead, **settings)`: an engine on the CPU, whose host is one step ahead or not."""
-    return partial(make_engine, tiny_model)
-
-
-@pytest.fixture
-def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
-    return Registered(tiny_model, adapters)
 
 
 def check(outputs: list[Output], model: torch.nn.Module, prompt: tuple[int, ...]) -> None:

@@ -16,23 +16,21 @@ from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps
 from server.engine.sequence import Output, Request, SamplingParams
 from tests.conftest import HAS_GPU
-from tests.engine.plain_routing import make_prompt_router, routed
+from tests.engine.constrained_requests import CHOICE, REGEX
+from tests.engine.gated_world import FACTORY as GATES
+from tests.engine.gated_world import make_router
+from tests.engine.gated_world import request as gated
+from tests.engine.micro_engine import micro, micro_engine, micro_model
+from tests.engine.plain_routing import ADAPTERS, MILORA, make_prompt_router, routed
 from tests.engine.recorded_graph import RecordedGraph, recorded_graphs
 from tests.engine.routed_world import FACTORY as ROUTERS
 from tests.engine.spoken import spoken, tokenizer
-from tests.engine.test_constrained import CHOICE, REGEX
-from tests.engine.test_engine import Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY as GATES
-from tests.engine.test_gated_engine import make_router
-from tests.engine.test_gated_engine import request as gated
-from tests.engine.test_layered_engine import ADAPTERS, MILORA
-from tests.engine.test_triton_engine import interpreted, micro, micro_engine, micro_model
+from tests.engine.tiny_engine import Registered, drain, tokens_of
 
 __all__ = ["micro", "micro_model"]
 
 pytestmark = [
     pytest.mark.slow,
-    interpreted,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # padding rows compute with what was never written
     pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs of its own"),
 ]

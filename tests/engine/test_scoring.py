@@ -1,7 +1,6 @@
 """Log-probabilities of prompts, against `transformers` and `peft`, whatever the steps look like that compute them."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,12 @@ from server.engine.engine import Engine
 from server.engine.plan import Plan
 from server.engine.scoring import SCORED_ROWS, spans_to_score
 from server.engine.sequence import NOT_FINITE, FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from tests.engine.test_engine import PROMPTS, Registered, base_model, dense, drain, merged_model, run, tokens_of
-from tests.engine.test_lookahead import Make, make_engine
+from tests.engine.delayed_steps import Make
+from tests.engine.tiny_engine import PROMPTS, Registered, base_model, dense, drain, merged_model, run, tokens_of
 
 SCORED = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=3)
 ONLY = replace(SCORED, max_tokens=0)
 LONG = tuple((11 * column * column + 5 * column + 3) % 500 + 2 for column in range(2 * SCORED_ROWS + 9))
-
-
-@pytest.fixture
-def make(tiny_model: Path) -> Make:
-    """`make(ahead, **settings)`: an engine on the CPU, whose host is one step ahead or not."""
-    return partial(make_engine, tiny_model)
-
-
-@pytest.fixture
-def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
-    return Registered(tiny_model, adapters)
 
 
 def scores_of(outputs: list[Output]) -> tuple[TokenLogprobs, ...]:

@@ -12,7 +12,7 @@ from server.engine.config import EngineConfig
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, Request, SamplingParams
-from tests.engine.test_engine import drain
+from tests.engine.tiny_engine import drain
 
 TIMES = 20
 

@@ -9,9 +9,9 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, Output, Request, SamplingParams
 from server.model.config import ModelConfig
+from tests.engine.delayed_steps import CPU
 from tests.engine.test_deadlines import Clock, last
-from tests.engine.test_engine import PROMPTS, Registered
-from tests.engine.test_lookahead import CPU
+from tests.engine.tiny_engine import PROMPTS, Registered
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 

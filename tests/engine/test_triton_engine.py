@@ -5,68 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adapters_store.page_lease import PageLease
 from adapters_store.types import BASE, GROUPS
 from kernels.ops import Mapping, select_ops
 from server.engine.batch import BatchBuilder
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps
 from server.engine.plan import Chunk
 from server.engine.planner import TilePlanner
 from server.engine.sequence import Request, SamplingParams, Sequence
 from server.engine.staging import StepShape, StepViews, fill
 from server.model.decoder import Decoder, ForwardBatch
-from tests.conftest import HAS_GPU, SEVEN
-from tests.engine.test_engine import Registered
-from tests.engine.test_lookahead import outputs_of, texts
+from tests.conftest import HAS_GPU
+from tests.engine.micro_engine import DEVICE, micro, micro_engine, micro_model
+from tests.engine.tiny_engine import Registered, outputs_of, texts
+
+__all__ = ["micro", "micro_model"]
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, seed=7)
-
-
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-MICRO = {"kv_memory": 1 << 17, "page_memory": 1 << 19, "max_num_seqs": 4, "max_batch_tokens": 16}
-interpreted = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-"""The interpreter makes its run-time loop bounds of arrays with one element."""
-
-
-@pytest.fixture(scope="module")
-def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So small that the interpreter takes a fraction of a second for a step."""
-    folder = tmp_path_factory.mktemp("model") / "micro"
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False}
-    LlamaForCausalLM(LlamaConfig(**sizes, **layers, **tokens)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def micro(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Registered:
-    """Two adapters that differ in rank and targets."""
-    folders = {}
-    for name, rank, targets in (("all4", 4, SEVEN), ("qv20", 20, ["q_proj", "v_proj"])):
-        torch.manual_seed(rank)
-        base = AutoModelForCausalLM.from_pretrained(micro_model, dtype=torch.float32)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        folders[name] = tmp_path_factory.mktemp("adapters") / name
-        model.save_pretrained(folders[name])
-    return Registered(micro_model, folders)
-
-
-def micro_engine(folder: Path, backend: str, **settings: object) -> Engine:
-    options = {**MICRO, "device": DEVICE.type, "backend": backend, "cuda_graphs": "lazy", **settings}
-    return Engine.from_config(EngineConfig(str(folder), **options))  # type: ignore[arg-type]
 
 
 def micro_requests(micro: Registered) -> list[Request]:
@@ -83,7 +41,6 @@ def micro_requests(micro: Registered) -> list[Request]:
     ]
 
 
-@interpreted
 def test_the_triton_backend_equals_the_reference(micro_model: Path, micro: Registered) -> None:
     """A prompt longer than a step's budget is cut, and rows that decode share steps with it."""
     engine = micro_engine(micro_model, "triton")
@@ -101,7 +58,6 @@ def test_the_triton_backend_equals_the_reference(micro_model: Path, micro: Regis
         assert engine.runner.steps.eager_steps == 4
 
 
-@interpreted
 def test_prompts_are_scored_and_pooled_on_triton(micro_model: Path, micro: Registered) -> None:
     """In chunks, beside rows that decode."""
     prompt = tuple(range(2, 29))
@@ -126,7 +82,6 @@ def test_prompts_are_scored_and_pooled_on_triton(micro_model: Path, micro: Regis
     assert [[token for token, _ in s.top] for s in found] == [[token for token, _ in s.top] for s in expected]
 
 
-@interpreted
 def test_preemption_and_late_stops_on_triton(micro_model: Path) -> None:
     """KV for two short sequences; the text of one ends before max_tokens."""
     params = replace(GREEDY, max_tokens=5)
@@ -218,7 +173,6 @@ class Gated:
         return decoder, ForwardBatch(ids, views.positions, views.attention, views.mappings, views.logit_rows, self.gate)
 
 
-@interpreted
 @torch.inference_mode()
 def test_a_gate_in_device_memory_equals_the_reference(micro_model: Path) -> None:
     gated = Gated.random(micro_model)

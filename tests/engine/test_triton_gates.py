@@ -9,9 +9,9 @@ from kernels import triton_ops
 from server.engine.config import RequestError
 from server.engine.sequence import Output, Request
 from server.model.config import ModelError
-from tests.engine.test_engine import Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY, SCORED, make_router, request
-from tests.engine.test_triton_engine import interpreted, micro, micro_engine, micro_model
+from tests.engine.gated_world import FACTORY, SCORED, make_router, request
+from tests.engine.micro_engine import micro, micro_engine, micro_model
+from tests.engine.tiny_engine import Registered, drain, tokens_of
 
 __all__ = ["micro", "micro_model"]
 
@@ -25,7 +25,6 @@ def assert_equal(found: dict[str, list[Output]], expected: dict[str, list[Output
             assert one.shares == pytest.approx(other.shares, abs=1e-3)
 
 
-@interpreted
 def test_gated_rows_beside_others(micro_model: Path, micro: Registered, tmp_path: Path) -> None:
     router = make_router(tmp_path / "router", micro_model, micro, ("all4", "qv20"), 3, True)
     params = replace(SCORED, max_tokens=3)
@@ -41,7 +40,6 @@ def test_gated_rows_beside_others(micro_model: Path, micro: Registered, tmp_path
     assert all(sum(output.shares) == pytest.approx(1.0) for output in found["triton"]["long"])
 
 
-@interpreted
 def test_routers_change_slots_and_share_steps(micro_model: Path, micro: Registered, tmp_path: Path) -> None:
     """Three routers on two slots, a mask, temperatures at both ends, and rows that use no gates."""
     params = replace(SCORED, max_tokens=2)
@@ -60,7 +58,6 @@ def test_routers_change_slots_and_share_steps(micro_model: Path, micro: Register
     assert_equal(found["triton"], found["reference"])
 
 
-@interpreted
 def test_rows_of_prompts_take_the_dense_way(
     micro_model: Path, micro: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

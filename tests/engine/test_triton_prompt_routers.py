@@ -9,19 +9,17 @@ import torch
 from server.engine.decided_memory import MOST_PAGES, DecidedMemory
 from server.engine.decided_rows import PLACES, DecidedRows
 from server.engine.sequence import Request
-from tests.engine.plain_routing import make_prompt_router, routed
+from tests.engine.gated_world import FACTORY as GATES
+from tests.engine.gated_world import make_router
+from tests.engine.gated_world import request as gated
+from tests.engine.micro_engine import micro, micro_engine, micro_model
+from tests.engine.plain_routing import ADAPTERS, MILORA, make_prompt_router, routed
 from tests.engine.routed_world import FACTORY, SCORED
-from tests.engine.test_engine import Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY as GATES
-from tests.engine.test_gated_engine import make_router
-from tests.engine.test_gated_engine import request as gated
-from tests.engine.test_layered_engine import ADAPTERS, MILORA
-from tests.engine.test_triton_engine import interpreted, micro, micro_engine, micro_model
+from tests.engine.tiny_engine import Registered, drain, tokens_of
 
 __all__ = ["micro", "micro_model"]
 
 
-@interpreted
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_decided_rows_beside_others(micro_model: Path, micro: Registered, tmp_path: Path, everything: bool) -> None:
     """Prompts in several parts, rows of gates among them, and steps launched before the one before them has decided."""

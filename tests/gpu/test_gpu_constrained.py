@@ -7,8 +7,10 @@ import pytest
 
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from tests.engine.constrained_requests import batch
+from tests.engine.delayed_steps import CPU
 from tests.engine.spoken import spoken
-from tests.engine.test_constrained import SMALL, batch, outputs_of, texts
+from tests.engine.tiny_engine import outputs_of, texts
 from tests.gpu.test_gpu_engine import no_waiting, tiny_engine
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +23,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, tuple[int, ...]]:
-    return texts(outputs_of(Engine.from_config(EngineConfig(str(model), **SMALL)), batch()))  # type: ignore[arg-type]
+    return texts(outputs_of(Engine.from_config(EngineConfig(str(model), **CPU)), batch()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("graphs", ["capture", "eager"])

@@ -21,7 +21,7 @@ from server.engine.graphs import GraphSteps
 from server.engine.plan import Chunk
 from server.engine.sequence import Request, SamplingParams, Sequence
 from tests.conftest import MakeAdapter
-from tests.engine.test_engine import Registered, run
+from tests.engine.tiny_engine import Registered, run
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,8 @@ from server.engine import capacity
 from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps
 from server.engine.sequence import Output, Request
-from tests.engine.test_engine import Registered, drain, tokens_of
-from tests.engine.test_gated_engine import FACTORY, Routed, make_router, request
+from tests.engine.gated_world import FACTORY, Routed, make_router, request
+from tests.engine.tiny_engine import Registered, drain, tokens_of
 from tests.gpu.test_gpu_engine import GREEDY, no_waiting, prompt, registered, tiny_engine
 
 __all__ = ["registered"]

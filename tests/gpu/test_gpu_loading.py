@@ -23,7 +23,7 @@ from server.engine.graphs import GraphSteps
 from server.engine.sequence import Output, Request
 from server.model.config import ModelConfig
 from tests.conftest import MakeAdapter
-from tests.engine.test_engine import Registered, run, tokens_of
+from tests.engine.tiny_engine import Registered, run, tokens_of
 from tests.gpu.test_gpu_engine import GREEDY, no_waiting, prompt, real_engine, tiny_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]

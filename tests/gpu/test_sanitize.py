@@ -27,7 +27,7 @@ from server.engine.engine import Engine
 from server.engine.graphs import GraphSteps
 from server.engine.planner import StepTiles, no_tiles
 from server.engine.sequence import Request, SamplingParams
-from tests.engine.test_engine import run
+from tests.engine.tiny_engine import run
 
 pytestmark = pytest.mark.gpu
 

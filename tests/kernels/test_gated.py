@@ -22,7 +22,6 @@ from tests.kernels.test_gates import FIRST_TARGET, GATES, GROUP, inputs, ints, s
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
 
 SLICES, INPUTS = (40, 24, 24), 72

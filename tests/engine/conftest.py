@@ -1,0 +1,20 @@
+"""Fixtures of tests of the whole engine."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.engine.delayed_steps import Make, make_engine
+from tests.engine.tiny_engine import Registered
+
+
+@pytest.fixture
+def registered(tiny_model: Path, adapters: dict[str, Path]) -> Registered:
+    return Registered(tiny_model, adapters)
+
+
+@pytest.fixture
+def make(tiny_model: Path) -> Make:
+    """`make(ahead, **settings)`: an engine on the CPU, whose host is one step ahead or not."""
+    return partial(make_engine, tiny_model)
