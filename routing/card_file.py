@@ -60,6 +60,15 @@ def read_kind(folder: Path) -> str:
     return str(kind)
 
 
+def parse_common(fields: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
+    """`sha256`, `name` and `training`, which the cards of all kinds have. Raises RouterFolderError."""
+    expect(is_hex(fields["sha256"], 64), "sha256", "64 lower-case hex digits")
+    name, training = fields.get("name"), fields.get("training", {})
+    expect(name is None or is_text(name, 1, 200), "name", "a text of 1 to 200 characters")
+    expect(isinstance(training, dict), "training", "an object")
+    return fields["sha256"], name, training
+
+
 def write_fields(folder: Path, fields: Mapping[str, Any]) -> None:
     """Replaces the card, in one step. Equal fields give equal bytes."""
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -24,10 +24,9 @@ from routing.card_file import (
     RouterFolderError,
     check_names,
     expect,
-    is_hex,
     is_number,
-    is_text,
     is_whole,
+    parse_common,
     read_fields,
 )
 from routing.card_tensors import check_tensor, finite_values, open_tensors, write_both
@@ -147,11 +146,7 @@ def _parse(fields: Mapping[str, Any]) -> GateCard:
     expect(is_whole(fields["top_k"], 1, most), "top_k", f"a whole number from 1 to {most}")
     temperature = fields["temperature"]
     expect(is_number(temperature) and temperature > 0, "temperature", "a number above 0")
-    expect(is_hex(fields["sha256"], 64), "sha256", "64 lower-case hex digits")
-    name = fields.get("name")
-    expect(name is None or is_text(name, 1, 200), "name", "a text of 1 to 200 characters")
-    training = fields.get("training", {})
-    expect(isinstance(training, dict), "training", "an object")
+    sha256, name, training = parse_common(fields)
     return GateCard(
         base_fingerprint=fingerprint,
         base_name=base_name,
@@ -160,7 +155,7 @@ def _parse(fields: Mapping[str, Any]) -> GateCard:
         top_k=fields["top_k"],
         temperature=float(temperature),
         has_null=fields["has_null"],
-        sha256=fields["sha256"],
+        sha256=sha256,
         name=name,
         training=training,
     )

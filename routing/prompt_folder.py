@@ -31,9 +31,8 @@ from routing.card_file import (
     RouterFolderError,
     check_names,
     expect,
-    is_hex,
-    is_text,
     is_whole,
+    parse_common,
     read_fields,
 )
 from routing.card_tensors import check_tensor, finite_values, open_tensors, write_both
@@ -195,13 +194,7 @@ def _parse(fields: Mapping[str, Any]) -> PromptCard:
     expect(not (modules and fields["has_null"]), "has_null", "false: linears need no row for none of them")
     count = len(TARGETS) if modules else len(adapters) + fields["has_null"]
     form = _form(fields, count)
-    expect(is_hex(fields["sha256"], 64), "sha256", "64 lower-case hex digits")
-    name, training = fields.get("name"), fields.get("training", {})
-    expect(name is None or is_text(name, 1, 200), "name", "a text of 1 to 200 characters")
-    expect(isinstance(training, dict), "training", "an object")
-    return PromptCard(
-        kind, fingerprint, base_name, adapters, form, fields["has_null"], fields["sha256"], name, training
-    )
+    return PromptCard(kind, fingerprint, base_name, adapters, form, fields["has_null"], *parse_common(fields))
 
 
 def _form(fields: Mapping[str, Any], num_experts: int) -> RouterForm:

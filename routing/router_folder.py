@@ -23,6 +23,7 @@ from routing.card_file import (
     is_number,
     is_text,
     is_whole,
+    parse_common,
     read_fields,
     write_fields,
 )
@@ -118,24 +119,20 @@ def _parse(fields: Mapping[str, Any]) -> RouterCard:
     width = fields["width"]
     expect(is_whole(width, 1, MAX_WIDTH), "width", f"a whole number from 1 to {MAX_WIDTH}")
     expect(is_text(fields["prefix"], 0, MAX_PREFIX), "prefix", f"a text of at most {MAX_PREFIX} characters")
-    expect(is_hex(fields["sha256"], 64), "sha256", "64 lower-case hex digits")
     base = fields["base"]
     expect(isinstance(base, dict) and base.keys() == {"id", "name"}, "base", "an object of id and name")
     expect(is_hex(base["id"], 16), "base.id", "16 lower-case hex digits")
     expect(is_text(base["name"], 1, 200), "base.name", "a text of 1 to 200 characters")
-    name = fields.get("name")
-    expect(name is None or is_text(name, 1, 200), "name", "a text of 1 to 200 characters")
+    sha256, name, training = parse_common(fields)
     score = fields.get("min_score")
     expect(score is None or (is_number(score) and -1 <= score <= 1), "min_score", "a number from -1 to 1, or null")
-    training = fields.get("training", {})
-    expect(isinstance(training, dict), "training", "an object")
     return RouterCard(
         base_id=base["id"],
         base_name=base["name"],
         mode=fields["mode"],
         prefix=fields["prefix"],
         width=width,
-        sha256=fields["sha256"],
+        sha256=sha256,
         name=name,
         min_score=None if score is None else float(score),
         training=training,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from routing.evaluate.bootstrap import by_task, interval, resampled
+from routing.evaluate.markdown import percent, percent_range, table_head, table_row
 
 Json = dict[str, Any]
 
@@ -64,33 +65,21 @@ def markdown(result: Mapping[str, Json], metrics: Mapping[str, str], rows: Mappi
     """Three tables: all settings with intervals, by cluster, and by task. Figures are percent."""
     settings = list(result)
     groups, clusters = (list(result[settings[0]][kind]) for kind in ("groups", "clusters"))
-    lines = _head(["setting", "mean", "95 % interval", "above selection", *groups])
+    lines = table_head(["setting", "mean", "95 % interval", "above selection", *groups])
     for name in settings:
         own, above = result[name], result[name]["above_selection"]
-        better = "" if above is None else f"{100 * above['mean']:+.1f} ({_range(above['interval'], '+')})"
-        shown = [_percent(own["mean"]), _range(own["interval"]), better, *(_percent(own["groups"][g]) for g in groups)]
-        lines.append(_row([name, *shown]))
-    lines += ["", *_head(["cluster", *settings])]
-    lines += [_row([c, *(_percent(result[name]["clusters"][c]) for name in settings)]) for c in clusters]
-    lines += ["", *_head(["task", "metric", "rows", *settings])]
+        better = "" if above is None else f"{100 * above['mean']:+.1f} ({percent_range(above['interval'], '+')})"
+        shown = [
+            percent(own["mean"]),
+            percent_range(own["interval"]),
+            better,
+            *(percent(own["groups"][g]) for g in groups),
+        ]
+        lines.append(table_row([name, *shown]))
+    lines += ["", *table_head(["cluster", *settings])]
+    lines += [table_row([c, *(percent(result[name]["clusters"][c]) for name in settings)]) for c in clusters]
+    lines += ["", *table_head(["task", "metric", "rows", *settings])]
     for task in result[settings[0]]["tasks"]:
-        shown = [_percent(result[name]["tasks"][task]) for name in settings]
-        lines.append(_row([task, metrics[task], str(rows[task]), *shown]))
+        shown = [percent(result[name]["tasks"][task]) for name in settings]
+        lines.append(table_row([task, metrics[task], str(rows[task]), *shown]))
     return "\n".join(lines) + "\n"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _range(interval: Sequence[float], sign: str = "") -> str:
-    low, high = (f"{100 * value:{sign}.1f}" for value in interval)
-    return f"{low} to {high}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_row(cells), "|" + "---|" * len(cells)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from routing.evaluate.gate_scores import ORACLE, Lines, apart, composite_scores, loss_scores, task_scores
+from routing.evaluate.markdown import percent, percent_range, table_head, table_row
 from routing.evaluate.prompt_report import plots as prompt_plots
 from routing.evaluate.prompt_report import routed_scores
 from routing.evaluate.prompt_report import tables as prompt_tables
@@ -102,13 +103,14 @@ def _best(fixed: Mapping[str, float], points: int) -> dict[str, list[float]]:
 
 
 def _methods(tasks: Mapping[str, Json]) -> list[str]:
-    lines = _head(["method", "mean", "95 % interval", "above the oracle adapters", "exact match", "share of the own"])
+    lines = table_head(
+        ["method", "mean", "95 % interval", "above the oracle adapters", "exact match", "share of the own"]
+    )
     for name, own in tasks.items():
         above = own["above_oracle"]
-        better = "" if above is None else f"{100 * above['mean']:+.1f} ({_range(above['interval'], '+')})"
-        share = "" if own["share"] is None else _percent(own["share"])
-        cells = [name, _percent(own["mean"]), _range(own["interval"]), better, _percent(own["exact_match"]), share]
-        lines.append(_row(cells))
+        better = "" if above is None else f"{100 * above['mean']:+.1f} ({percent_range(above['interval'], '+')})"
+        shown = [percent(own["mean"]), percent_range(own["interval"]), better]
+        lines.append(table_row([name, *shown, percent(own["exact_match"]), percent(own["share"])]))
     return lines
 
 
@@ -118,36 +120,38 @@ def _curve(found: Json) -> list[str]:
     points = [found["tasks"][point["method"]] for point in found["curve"]]
     return [
         "",
-        *_head(["training rows a task", *(str(point["rows"]) for point in found["curve"])]),
-        _row(["mean", *(_percent(point["mean"]) for point in points)]),
-        _row(["95 % interval", *(_range(point["interval"]) for point in points)]),
+        *table_head(["training rows a task", *(str(point["rows"]) for point in found["curve"])]),
+        table_row(["mean", *(percent(point["mean"]) for point in points)]),
+        table_row(["95 % interval", *(percent_range(point["interval"]) for point in points)]),
     ]
 
 
 def _new(new: Mapping[str, Json]) -> list[str]:
     lines: list[str] = []
     for task, methods in new.items():
-        lines += ["", *_head(["method", task, "the other tasks"])]
+        lines += ["", *table_head(["method", task, "the other tasks"])]
         for name, own in methods.items():
-            others = "" if own["others"] is None else _percent(own["others"])
-            lines.append(_row([name, _percent(own["own"]), others]))
+            lines.append(table_row([name, percent(own["own"]), percent(own["others"])]))
     return lines
 
 
 def _perplexity(methods: Mapping[str, Json]) -> list[str]:
     if not methods:
         return []
-    lines = ["", *_head(["method", "perplexity of the targets", "95 % interval"])]
-    return [*lines, *(_row([m, f"{own['perplexity']:.3f}", _plain(own["interval"])]) for m, own in methods.items())]
+    lines = ["", *table_head(["method", "perplexity of the targets", "95 % interval"])]
+    return [
+        *lines,
+        *(table_row([m, f"{own['perplexity']:.3f}", _plain(own["interval"])]) for m, own in methods.items()),
+    ]
 
 
 def _composites(part: str, methods: Mapping[str, Json]) -> list[str]:
     names = list(next(iter(methods.values()))["tasks"])
-    lines = ["", *_head([part, "attempts", "95 % interval", "correct", "95 % interval", *names])]
+    lines = ["", *table_head([part, "attempts", "95 % interval", "correct", "95 % interval", *names])]
     for name, own in methods.items():
         counts = [f"{own['attempts']:.2f}", _plain(own["attempts_interval"])]
         counts += [f"{own['correct']:.2f}", _plain(own["correct_interval"])]
-        lines.append(_row([name, *counts, *(_percent(own["tasks"][task]) for task in names)]))
+        lines.append(table_row([name, *counts, *(percent(own["tasks"][task]) for task in names)]))
     return lines
 
 
@@ -155,26 +159,12 @@ def _tasks(tasks: Mapping[str, Json]) -> list[str]:
     if not tasks:
         return []
     names = list(next(iter(tasks.values()))["tasks"])
-    lines = ["", *_head(["method", *names])]
-    return [*lines, *(_row([name, *(_percent(own["tasks"][task]) for task in names)]) for name, own in tasks.items())]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _range(values: Sequence[float], sign: str = "") -> str:
-    low, high = (f"{100 * value:{sign}.1f}" for value in values)
-    return f"{low} to {high}"
+    lines = ["", *table_head(["method", *names])]
+    return [
+        *lines,
+        *(table_row([name, *(percent(own["tasks"][task]) for task in names)]) for name, own in tasks.items()),
+    ]
 
 
 def _plain(values: Sequence[float]) -> str:
     return f"{values[0]:.2f} to {values[1]:.2f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_row(cells), "|" + "---|" * len(cells)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapters_store.types import TARGETS
+from routing.evaluate.markdown import percent, table_head, table_row
 from routing.evaluate.prompt_methods import CURVE, EvaluatedPromptRouter
 from routing.evaluate.svg import curve_chart, line_chart
 from routing.prompt_router import MODULES
@@ -72,20 +73,20 @@ def tables(routers: Mapping[str, Json], routed: Mapping[str, Json]) -> list[str]
     if not routers:
         return []
     columns = ["prompt-level router", "experts", "pooling", "activation", "decision", "k", "right (valid)", "agreement"]
-    lines = ["", *_head(columns)]
+    lines = ["", *table_head(columns)]
     for label, own in routers.items():
         form = [own[key] for key in ("experts", "pooling", "activation", "decision", "top_k")]
-        metrics = [_percent(own["metrics"].get(key)) for key in ("accuracy", "agreement")]
-        lines.append(_row([label, *map(str, form), *metrics]))
+        metrics = [percent(own["metrics"].get(key)) for key in ("accuracy", "agreement")]
+        lines.append(table_row([label, *map(str, form), *metrics]))
     if routed:
-        lines += ["", *_head(["on test rows", "entropy", "as the layer before", "experts by use"])]
+        lines += ["", *table_head(["on test rows", "entropy", "as the layer before", "experts by use"])]
         for method, use in routed.items():
             names = routers.get(method.partition(", k = ")[0], {}).get("names", [])
             shares = sorted(enumerate(use["usage"]), key=lambda item: -item[1])
             shown = ", ".join(
-                f"{names[expert] if expert < len(names) else expert} {_percent(s)}" for expert, s in shares
+                f"{names[expert] if expert < len(names) else expert} {percent(s)}" for expert, s in shares
             )
-            lines.append(_row([method, _percent(use["entropy"]), _percent(use["steady"]), shown]))
+            lines.append(table_row([method, percent(use["entropy"]), percent(use["steady"]), shown]))
     return lines
 
 
@@ -106,15 +107,3 @@ def plots(routers: Mapping[str, Json]) -> dict[str, str]:
             name = re.sub("[^a-z0-9]+", "-", label.lower()).strip("-")
             charts[f"activation-{name}.svg"] = curve_chart(f"Learned activations, {label}", CURVE, curves)
     return charts
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_row(cells), "|" + "---|" * len(cells)]
