@@ -43,13 +43,6 @@ def check_header(path: Path) -> None:
         )
 
 
-def tensor_names(path: Path) -> tuple[str, ...]:
-    """Names of the file's tensors, unsorted. Raises what `MappedTensors` raises."""
-    check_header(path)
-    with safe_open(path, framework="pt") as file:
-        return tuple(file.keys())
-
-
 class MappedTensors:
     """The tensors of one file; `headers` are sorted by name.
 

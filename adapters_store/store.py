@@ -9,7 +9,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from adapters_store.blobs import BlobMissing, BlobStore, Fault, no_fault
 from adapters_store.deletion import AdapterInUse, Deletions
@@ -45,9 +44,6 @@ __all__ = [
     "StoreOpenError",
     "UnknownAdapter",
 ]
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class UnknownAdapter(LookupError):

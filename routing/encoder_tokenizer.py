@@ -17,7 +17,6 @@ class EncoderTokenizer:
         self._backend = backend
         self.max_tokens = max_tokens
         self.vocab_size = int(backend.get_vocab_size())
-        self.longest_token = max(map(len, backend.get_vocab()), default=1)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "EncoderTokenizer":

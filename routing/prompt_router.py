@@ -8,7 +8,6 @@ fp32, whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -252,11 +251,6 @@ def expert_weights(chosen: Tensor, experts: str) -> Tensor:
     """
     weights = chosen.float()
     return weights if experts == MODULES else weights / weights.sum(dim=-1, keepdim=True)
-
-
-def stacked(layers: Sequence[LayerRouter], pooled: Tensor) -> Tensor:
-    """Logits (..., C, N) of the first C layers for their pooled hidden states (..., C, d)."""
-    return torch.stack([layer.logits(each) for layer, each in zip(layers, pooled.unbind(-2), strict=False)], dim=-2)
 
 
 def _highest(scores: Tensor, top_k: int) -> Tensor:

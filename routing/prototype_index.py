@@ -82,15 +82,6 @@ class PrototypeIndex:
         self._count_change(tenant, rows is self._public)
         return True
 
-    def set_public(self, tenant: str, name: str, public: bool) -> bool:
-        """Make an adapter public or private; whether it is there."""
-        rows = self._rows_of((tenant, name))
-        if rows is None:
-            return False
-        if (rows is self._public) != public:
-            self.put(tenant, name, public, rows.get((tenant, name)))
-        return True
-
     def count(self, tenant: str, candidates: Collection[str] | None = None) -> int:
         """How many adapters a search looks at, hidden ones included; 0 only if there are none."""
         if candidates is not None:

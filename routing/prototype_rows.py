@@ -96,9 +96,6 @@ class RowsByCount:
     def __contains__(self, key: Key) -> bool:
         return key in self._counts
 
-    def get(self, key: Key) -> Vectors:
-        return self._rows[self._counts[key]].get(key)
-
     def put(self, key: Key, vectors: Vectors) -> None:
         count = len(vectors)
         if self._counts.get(key, count) != count:

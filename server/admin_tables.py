@@ -1,10 +1,9 @@
 """What the administration's commands print: tables, sizes and times for people."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
-from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -12,8 +11,6 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
-
-Json = Mapping[str, Any]
 
 DIGITS = 12
 """Of a digest, in tables."""

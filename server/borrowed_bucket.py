@@ -1,7 +1,5 @@
 """A part of a tenant's budget that this process has borrowed: it is used up here without asking anybody."""
 
-from dataclasses import dataclass
-
 from adapters_store.registry import BudgetGrant, BudgetWish
 
 BUDGET_SECONDS = 1.0
@@ -83,14 +81,6 @@ class BorrowedBucket:
     def failed(self, wish: BudgetWish) -> None:
         """Nothing was given back, as far as is known."""
         self._held += wish.back
-
-
-@dataclass
-class Places:
-    """How many sequences this process may run of one tenant."""
-
-    granted: int = 0
-    ask_again: float = 0.0
 
 
 _TOLERANCE = 1e-9

@@ -64,11 +64,6 @@ class EncoderChange:
         return found
 
 
-def _is_trained(name: str, mode: str) -> bool:
-    """BERT's own pooler is not part of a sentence embedding."""
-    return ".lora_" in name if mode == "lora" else "pooler" not in name
-
-
 def _inject_lora(inner: nn.Module, rank: int, alpha: int, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -100,10 +100,6 @@ def accepts(grammar: Grammar, text: str, words: Tokenizer) -> bool:
     return EOS in matching.allowed()
 
 
-CHOICES = ["a b", 'q"\\\n', "", "é漢"]
-NESTED = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}
-
-
 @pytest.mark.parametrize(
     ("constraint", "good", "bad"),
     [

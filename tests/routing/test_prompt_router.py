@@ -21,7 +21,6 @@ from routing.prompt_router import (
     expert_weights,
     pool_rows,
     rational,
-    stacked,
     top_experts,
 )
 
@@ -127,8 +126,6 @@ def test_logits_are_activation_then_matrix() -> None:
     h, w, a, b = torch.randn(2, 5), torch.randn(3, 5), torch.randn(7), torch.randn(5)
     torch.testing.assert_close(LayerRouter(w).logits(h), h @ w.T)
     torch.testing.assert_close(LayerRouter(w, a=a, b=b).logits(h), rational(h, a, b) @ w.T)
-    layers = [LayerRouter(w), LayerRouter(2 * w)]
-    torch.testing.assert_close(stacked(layers, torch.stack((h, h), dim=1)), torch.stack((h @ w.T, 2 * h @ w.T), dim=1))
 
 
 def test_a_router_gives_pools_of_its_layers() -> None:

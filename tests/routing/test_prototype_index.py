@@ -68,12 +68,6 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.remove(tenant, name) == ((tenant, name) in self.model)
         self.model.pop((tenant, name), None)
 
-    @rule(tenant=tenants, name=names, public=st.booleans())
-    def set_public(self, tenant: str, name: str, public: bool) -> None:
-        assert self.index.set_public(tenant, name, public) == ((tenant, name) in self.model)
-        if (tenant, name) in self.model:
-            self.model[tenant, name] = (public, self.model[tenant, name][1])
-
     @rule(tenant=tenants, seed=seeds, k=st.integers(1, 6), candidates=st.none() | st.lists(names))
     def search(self, tenant: str, seed: int, k: int, candidates: list[str] | None) -> None:
         query = drawn(seed, 1)[0]

@@ -69,11 +69,6 @@ def evaluated(chat_model: Path, root: Path, adapters: Path, rankings: Path, tmp_
     return out
 
 
-def given(out: Path, setting: str) -> dict[tuple[str, int], str]:
-    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    return {(line["task"], line["row"]): line["settings"][setting]["answer"] for line in lines}
-
-
 @pytest.mark.slow
 def test_the_right_adapter_is_worth_everything_and_another_one_nothing(evaluated: Path) -> None:
     document = json.loads((evaluated / "result.json").read_text())
