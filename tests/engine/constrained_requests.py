@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import jsonschema
 from tokenizers import Tokenizer
 
 from server.engine.constraint import Constraint, ConstraintKind
+from server.engine.engine import Engine
 from server.engine.masks import MaskThreads
 from server.engine.matching import Matching
 from server.engine.sequence import Output, Request, SamplingParams
@@ -77,6 +78,19 @@ def batch() -> list[Request]:
             requests.append(Request(name, prompt, constrained(params, constraint)))
             requests.append(Request(f"{name} free", prompt, replace(params, max_tokens=20)))
     return requests
+
+
+def compile_all(engine: Engine, requests: Iterable[Request]) -> None:
+    """Their grammars are there before they come: no thread decides which of them run side by side."""
+    bank, wanted = engine.arrivals.grammars, {request.params.constraint for request in requests} - {None}
+    assert bank is not None
+    for constraint in wanted:
+        bank.enter(constraint)
+    while bank.compiling:
+        bank.wait(60.0)
+        bank.poll()
+    for constraint in wanted:
+        bank.leave(constraint)
 
 
 class LazyMasks(MaskThreads):

@@ -13,14 +13,23 @@ from server.engine.constraint import Constraint
 from server.engine.engine import Engine
 from server.engine.masks import MaskThreads
 from server.engine.sequence import FinishReason, Request, SamplingParams
-from tests.engine.constrained_requests import BLOCK_BYTES, CHOICE, REGEX, SCHEMA, LazyMasks, matches, text_of
+from tests.engine.constrained_requests import (
+    BLOCK_BYTES,
+    CHOICE,
+    REGEX,
+    SCHEMA,
+    LazyMasks,
+    compile_all,
+    matches,
+    text_of,
+)
 from tests.engine.gated_world import FACTORY as GATES
 from tests.engine.gated_world import make_router
 from tests.engine.gated_world import request as gated
 from tests.engine.plain_routing import MILORA, make_prompt_router, routed
 from tests.engine.routed_world import routed_engine
 from tests.engine.spoken import spoken, tokenizer
-from tests.engine.tiny_engine import PROMPTS, Registered, drain, texts
+from tests.engine.tiny_engine import PROMPTS, Registered, drain, run, texts
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
 CONSTRAINTS: tuple[Constraint | None, ...] = (SCHEMA, REGEX, CHOICE, None)
@@ -83,12 +92,6 @@ def engine_of(model: Path, **settings: Any) -> Engine:
     return routed_engine(model, device="cpu", gates=GATES, **settings)
 
 
-def said(engine: Engine, requests: list[Request]) -> dict[str, tuple[int, ...]]:
-    for request in requests:
-        engine.add_request(request)
-    return texts(drain(engine))
-
-
 @pytest.fixture(scope="module")
 def together(model: Path, kinds: dict[str, Ask], words: Tokenizer) -> dict[str, tuple[int, ...]]:
     """What comes of them all at once, each of its language."""
@@ -109,7 +112,7 @@ def together(model: Path, kinds: dict[str, Ask], words: Tokenizer) -> dict[str, 
 def test_each_is_what_it_is_alone(model: Path, kinds: dict[str, Ask], together: dict[str, tuple[int, ...]]) -> None:
     alone = engine_of(model)
     for request in batch(kinds):
-        assert said(alone, [request])[request.id] == together[request.id], request.id
+        assert run(alone, [request])[request.id] == together[request.id], request.id
     assert len(set(together.values())) > len(together) // 2, "routing shows in the texts"
 
 
@@ -118,8 +121,9 @@ def test_preemption_and_late_masks_change_nothing(
     model: Path, kinds: dict[str, Ask], together: dict[str, tuple[int, ...]], late: bool
 ) -> None:
     engine = engine_of(model, kv_memory=12 * BLOCK_BYTES, max_model_len=192, max_num_seqs=24)
+    compile_all(engine, batch(kinds))
     engine.masks = LazyMasks(1) if late else MaskThreads(2)
-    assert said(engine, batch(kinds)) == together
+    assert run(engine, batch(kinds)) == together
     assert engine.scheduler.preemptions > 0
 
 
