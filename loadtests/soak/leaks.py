@@ -29,8 +29,8 @@ class Sample:
         """Of a process. Raises OSError when it is gone."""
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         memory, threads = (re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE) for name in ("VmRSS", "Threads"))
-        assert memory is not None
-        assert threads is not None
+        if memory is None or threads is None:  # nobody has asked yet how it ended
+            raise ProcessLookupError(f"process {pid} has ended")
         opened = len(os.listdir(f"/proc/{pid}/fd"))
         return cls(time.monotonic(), int(memory[1]) * 1024, opened, int(threads[1]))
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -158,7 +158,8 @@ class Soak:
             if server.exit_code is not None:
                 self._seen.breaks(f"the front end ended with code {server.exit_code} in the middle")
                 return
-            self._samples.append(Sample.of(server.pid))
+            with suppress(OSError):  # it has just ended: its code is there in a moment
+                self._samples.append(Sample.of(server.pid))
             if now - told >= TOLD_SECONDS:
                 told = now
                 self._tell(now - started)

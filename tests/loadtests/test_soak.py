@@ -191,6 +191,21 @@ async def test_what_a_process_holds_at_rest_is_told() -> None:
     assert seen.broken == [f"at rest the front end has {after.threads + 1000} more threads"]
 
 
+def test_a_process_that_has_ended_holds_nothing() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    process.communicate()
+    with pytest.raises(OSError, match="No such file"):
+        Sample.of(process.pid)
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as output:
+        output.read()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still listed
+    with pytest.raises(ProcessLookupError, match="has ended"):
+        Sample.of(process.pid)
+    process.wait()
+
+
 def test_children_are_found_by_their_command_line() -> None:
     program = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'input() # the-engine'], stdin=-1);"
     program += "print(p.pid, flush=True); input(); p.communicate()"
