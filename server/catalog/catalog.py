@@ -18,7 +18,7 @@ from server.catalog.engine import TieredEngine, engine_errors
 from server.catalog.pins import Pins
 from server.catalog.records import Added, Changes, Policies, Recipe, Shown, resolved, revision_of
 from server.catalog.residency import Residency
-from server.catalog.rights import check_change, check_changes, check_new
+from server.catalog.rights import as_allowed, check_change, check_changes, check_new
 from server.catalog.slots import Slots
 from server.catalog.touched import Touched, touched
 from server.errors import Conflict, Forbidden
@@ -97,7 +97,7 @@ class Catalog:
         before = await self._before(caller, new)
         with self._counting_rejections(new.tenant):
             if not new.pinned:
-                done = await self.store.register(folder, _as_allowed(caller, new))
+                done = await self.store.register(folder, as_allowed(caller, new))
                 return await self._added(caller, new, before, done, folder)
             # Whether there is room is known before anything is registered.
             digest = (await self.in_thread(read_summary, folder, self.store.shape)).digest
@@ -115,7 +115,7 @@ class Catalog:
         check_new(caller, new)
         async with self.slots.take(caller):
             before = await self._before(caller, new)
-            new = _as_allowed(caller, new)
+            new = as_allowed(caller, new)
             how = recipe.method, recipe.rank, recipe.density, recipe.seed
             with self._counting_rejections(new.tenant):
                 done = await self.store.merge(new, recipe.entries, *how)
@@ -316,14 +316,6 @@ class Catalog:
 
 async def _nobody(_tenant: str, _name: str) -> None:
     """Nobody listens."""
-
-
-def _as_allowed(caller: Caller, new: NewAdapter) -> NewAdapter:
-    """A tenant's replacement of a pinned adapter may be of any size, and so does not inherit the pin.
-
-    Nor does it replace what has become public meanwhile.
-    """
-    return new if caller.admin else replace(new, pinned=False, may_be_public=False)
 
 
 def _no_room(name: str) -> Conflict:

@@ -1,5 +1,7 @@
 """What a caller may do with adapters: a tenant's key what concerns its own tenant alone, the admin key everything."""
 
+from dataclasses import replace
+
 from adapters_store.registry import NamedAdapter
 from adapters_store.store import NewAdapter
 from server.catalog.records import Changes
@@ -25,6 +27,14 @@ def check_new(caller: Caller, new: NewAdapter) -> None:
     for field in ADMINS:
         if not caller.admin and getattr(new, field):
             raise Forbidden(f"{field}: only the admin key may decide it", param=field)
+
+
+def as_allowed(caller: Caller, new: NewAdapter) -> NewAdapter:
+    """A tenant's replacement of a pinned adapter may be of any size, and so does not inherit the pin.
+
+    Nor does it replace what has become public meanwhile.
+    """
+    return new if caller.admin else replace(new, pinned=False, may_be_public=False)
 
 
 def check_changes(caller: Caller, changes: Changes) -> None:

@@ -21,3 +21,11 @@ def commands(url: str, admin_key: str) -> Loramux:
         return done
 
     return run
+
+
+def line_of(done: Result) -> str:
+    """The one line of a command that failed."""
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("loramux: ")
+    return line

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import pty
-import socket
 import subprocess
 import sys
 import tarfile
@@ -15,15 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
-from commands import Loramux, commands
+from commands import Loramux, commands, line_of
 from fakes import MODEL, Harness, make_store, wait_for, write_adapter
-from typer.testing import CliRunner, Result
 
 from adapters_store.store import AdapterStore
-from server import cli
 
 ADMIN = "admin-key"
-runner = CliRunner()
 
 
 @pytest.fixture
@@ -53,14 +49,6 @@ def loramux(live: str) -> Loramux:
 def folder(tmp_path: Path) -> Path:
     write_adapter(tmp_path / "new", 100)
     return tmp_path / "new"
-
-
-def line_of(done: Result) -> str:
-    """The one line of a command that failed."""
-    assert done.stdout == ""
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("loramux: ")
-    return line
 
 
 async def get(url: str) -> Any:
@@ -276,66 +264,6 @@ async def test_a_large_upload_with_a_wrong_key(loramux: Loramux, folder: Path) -
     with (folder / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(100 << 20)
     assert "(invalid_api_key)" in line_of(await loramux("adapters", "add", "x", str(folder), key="wrong", code=1))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["adapters"],
-        ["adapters", "add", "x"],
-        ["adapters", "fly"],
-        ["tenants", "add", "x", "--max-bytes", "lots"],
-        ["tenants", "add", "x", "--concurrency", "-1"],
-        ["keys", "add"],
-    ],
-)
-def test_wrong_usage(arguments: list[str]) -> None:
-    assert runner.invoke(cli.app, arguments).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "adapters add",
-        "adapters list",
-        "adapters show",
-        "adapters rm",
-        "adapters pin",
-        "adapters rollback",
-        "adapters prefetch",
-        "adapters merge",
-        "tenants add",
-        "tenants list",
-        "tenants show",
-        "tenants set",
-        "tenants rm",
-        "keys add",
-        "keys list",
-        "keys revoke",
-        "usage",
-        "state",
-        "routers add",
-        "routers list",
-        "routers show",
-        "routers rm",
-        "routers default",
-        "explain",
-    ],
-)
-def test_help_has_examples(command: str) -> None:
-    done = runner.invoke(cli.app, [*command.split(), "--help"], env={"COLUMNS": "120"})
-    assert done.exit_code == 0
-    assert f"loramux {command} " in done.stdout.partition("Examples:")[2] + " "
-    assert "LORAMUX_URL" in done.stdout
-
-
-def test_no_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = runner.invoke(cli.app, ["state", "--url", url])
-    assert done.exit_code == 1
-    assert f"no server at {url}" in line_of(done)
-    assert "loramux serve --model" in line_of(done)
 
 
 async def in_process(arguments: list[str], url: str, **options: object) -> "subprocess.CompletedProcess[bytes]":

@@ -9,9 +9,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from commands import Loramux, commands
+from commands import Loramux, commands, line_of
 from fakes import Harness
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 from word_encoder import WordEncoder
 from world import ADMIN_KEY, files_of, form
 
@@ -82,14 +82,6 @@ def folder(tmp_path: Path) -> Path:
     )
     write_router(tmp_path / "router", card, {"head": torch.eye(2)})
     return tmp_path / "router"
-
-
-def line_of(done: Result) -> str:
-    """The one line of a command that failed."""
-    assert done.stdout == ""
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("loramux: ")
-    return line
 
 
 def cells(text: str) -> list[list[str]]:
