@@ -100,7 +100,7 @@ async def test_a_router_from_its_folder_to_its_end(loramux: Loramux, adapters: N
     assert ["min", "score", "0.250"] in cells(done.stdout)
     assert "retriever, trained head" in shown[2]
     shown = (await loramux("routers", "show", "support")).stdout
-    assert 'training tasks  ["sql", "sea"]' in shown
+    assert "training tasks  sql, sea" in shown
     assert "training steps  7" in shown
     listed = {line[0] for line in cells((await loramux("routers", "list")).stdout)[1:]}
     assert listed == {"retriever", "support"}
