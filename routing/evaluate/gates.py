@@ -160,13 +160,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def labelled(texts: Sequence[str], what: str) -> dict[str, str]:
-    """`name=folder`, or a folder that is called by its own name. Raises AnswerError for a name that comes twice."""
+    """`name=folder`, or a folder that is called by its own name.
+
+    Raises AnswerError for a name that comes twice, and for a folder that is not there.
+    """
     found: dict[str, str] = {}
     for text in texts:
         name, equals, folder = text.partition("=")
         name, folder = (name, folder) if equals else (Path(text).resolve().name, text)
         if not name or name in found:
             raise AnswerError(f"{what} {text}: expected a name of its own, as in name=folder")
+        if not Path(folder).is_dir():
+            raise AnswerError(f"{what} {name}: there is no folder {folder}")
         found[name] = folder
     return found
 

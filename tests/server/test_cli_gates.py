@@ -68,3 +68,4 @@ def test_what_cannot_be_is_one_line(given: list[str], tmp_path: Path) -> None:
     unread = "router.json: expected a readable file (No such file or directory)"
     fails(unread, "train", "extend", "--router", str(tmp_path), "--add", "spell")
     fails("none: expected one of the evaluated tasks, minus, plus, spell", "eval", "gates", "--new", "none")
+    fails("router two: there is no folder nowhere", "eval", "gates", "--router", "two=nowhere")
