@@ -109,7 +109,7 @@ async def test_a_source_that_is_not_there_now_is_one_line_of_the_log(
 
 async def test_what_can_be_no_name_is_not_remembered(world: World) -> None:
     await world.added(world.admin, "sql", 0, public=True)
-    entries = world.harness.store._names._entries
+    entries = world.harness.store.names._cache._entries
     before = len(entries)
     for name in ("x" * 60_000, "x" * 129, "a b", "sql@", "sql@xyzw", "sql@" + "0" * 65, "../sql", "sql\0"):
         assert (await world.b.get(f"/v1/models/{quote(name)}")).status_code == 404
