@@ -52,7 +52,8 @@ def main(model: Path, encoder: Path, *, once: bool, host: str = "127.0.0.1", por
     """
     console = Console()
     for number in (signal.SIGHUP, signal.SIGTERM):  # else the server would stay, with the port and a folder
-        signal.signal(number, _leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _leave)
     with _server(model, encoder, host, port, console) as url:
         for name in ROUTERS:
             _add_router(url, name)

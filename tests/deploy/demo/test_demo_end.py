@@ -29,11 +29,21 @@ run.main(Path("model"), Path("encoder"), once=True)
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_takes_the_server_along(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True) as demo:
+    _ended([sys.executable, "-c", CHILD], [number], number)
+
+
+def test_nohup_holds() -> None:
+    _ended(["nohup", sys.executable, "-c", CHILD], [signal.SIGHUP, signal.SIGTERM], signal.SIGTERM)
+
+
+def _ended(command: list[str], signals: list[signal.Signals], number: signal.Signals) -> None:
+    """The demo that was sent these ended by this one, and its server is gone."""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         lines = (line.strip() for line in demo.stdout)
         server = next(int(line) for line in lines if line.isdigit())
-        demo.send_signal(number)
+        for each in signals:
+            demo.send_signal(each)
         assert demo.wait(60) == 128 + number
     deadline = time.monotonic() + 60
     while _lives(server):
