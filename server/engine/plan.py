@@ -1,6 +1,7 @@
 """One step as the scheduler plans it: chunks of sequences under a budget of tokens."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from server.engine.config import RequestError
@@ -103,6 +104,11 @@ class Plan:
         if count:
             self.chunks.append(Chunk.of(sequence, count))
             self.budget -= count
+
+    def has_tokens_without(self, sequences: Collection[Sequence]) -> bool:
+        """Whether there is budget left, or would be if these were dropped."""
+        own = any(chunk.sequence in sequences for chunk in self.chunks)
+        return self.budget > 0 or own or (self.layers is not None and self.layers.sequence in sequences)
 
     def drop(self, sequence: Sequence) -> None:
         if self.layers is not None and self.layers.sequence is sequence:

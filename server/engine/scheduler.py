@@ -241,6 +241,7 @@ class Scheduler:
     def _take_blocks(self, sequence: Sequence, plan: Plan) -> bool:
         """Hold the cached prefix and fresh blocks for all the other tokens, preempting whoever owes them or the row.
 
+        Not where that leaves no token of the step for the sequence: a row that waits for its own token is in no step.
         The tenants of the preempted start nothing else, so that their next ones do not overtake them.
         """
         cached, root = self.blocks.match(sequence.tokens, sequence.cache_root, sequence.num_reusable)
@@ -249,7 +250,7 @@ class Scheduler:
         victims: list[Sequence] | None = []
         if self._full or lacking > 0:
             victims = self._victims(sequence, plan, lacking)
-        if victims is None:
+        if victims is None or not plan.has_tokens_without(victims):
             self.blocks.release(cached)
             return False
         for victim in victims:

@@ -235,6 +235,19 @@ def test_no_row_is_idle_and_none_goes_to_and_fro(
     assert simulation.computed <= 2 * prompts + 3 * outputs
 
 
+def test_no_row_is_taken_in_a_step_that_has_no_token_for_it() -> None:
+    """Rows that wait for their own token, because of a penalty, are in every other step, and give it nothing back."""
+    sizes = ((21, 3, 14, "b"), (8, 4, 43, "b"), (1, 28, 38, "b"), (19, 17, 15, "b"), (35, 15, 13, "a"))
+    sizes += ((15, 25, 60, "b"), (0, 13, 24, "b"), (14, 28, 49, "c"), (24, 23, 11, "c"), (12, 28, 38, "b"))
+    planned = []
+    for number, (step, prompt, tokens, tenant) in enumerate(sizes):
+        weight, penalty = 0.5 if tenant == "b" else 1.0, float(number in (6, 7))
+        asked = {"max_tokens": tokens, "tenant": tenant, "weight": weight, "penalty": penalty}
+        planned.append(Arrival(step, request(f"r{number}", text(number, prompt), **asked)))
+    simulation = serve(planned, max_num_seqs=2, max_batch_tokens=6, patience=1.0, quantum=8, lookahead=True)
+    assert simulation.scheduler.yielded > 0
+
+
 @given(planned=arrivals("a"), rows=st.integers(1, 3), lookahead=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_a_single_tenant_never_yields(planned: list[Arrival], rows: int, lookahead: bool) -> None:
