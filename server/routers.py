@@ -101,6 +101,9 @@ class RouterService:
                 self._routers.absent = str(error)
                 logger.warning("no router compares prompts: %s", error)
         await self.refresh()
+        default = self._routers.default
+        if default not in (None, RETRIEVER) and not self.exists(default):
+            logger.warning("there is no router %r: until it is registered `auto` is refused", default)
 
     async def ready(self, seconds: float) -> None:
         """Wait, for so long at most, until all adapters that are there can be chosen."""

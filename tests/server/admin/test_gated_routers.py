@@ -290,3 +290,15 @@ async def test_an_unknown_kind_is_refused(gated: World) -> None:
     answer = await gated.admin.post(f"{V1}/routers", data={"name": "gate"}, files=files)
     assert (answer.status_code, error_of(answer)["code"]) == (422, "router_bad_folder")
     assert "field kind: expected one of retriever, meteora" in error_of(answer)["message"]
+
+
+async def test_a_default_router_that_is_not_there_is_told_of_at_the_start(
+    gated: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await served(gated)
+    routers = gated.harness.services.routers
+    for default, told in (("gate", 0), ("retriever", 0), ("gaet", 1)):
+        caplog.clear()
+        routers._routers.default = default
+        await routers.start()
+        assert caplog.text.count(f"there is no router {default!r}") == told
