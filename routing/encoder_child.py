@@ -21,7 +21,7 @@ from routing.encoder_messages import (
     decode_from_encoder,
     encode,
 )
-from server.engine.engine_process import OPENMP
+from server.openmp import OPENMP
 
 LONGEST_BACKOFF = 30.0
 LAST_WORDS_SECONDS = 0.5

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from server.cli_session import fail
+from server.openmp import spin_briefly
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
 _EXTRAS = {"peft": "train", "sentence_transformers": "routing"}
 
-train = typer.Typer(no_args_is_help=True, help="Train adapters and routers.")
-evaluate = typer.Typer(no_args_is_help=True, help="Measure routers.")
+train = typer.Typer(no_args_is_help=True, help="Train adapters and routers.", callback=spin_briefly)
+evaluate = typer.Typer(no_args_is_help=True, help="Measure routers.", callback=spin_briefly)
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of models, adapters and the registry.")]
 Tasks = Annotated[Path, typer.Option(help="Folder of folders with train.jsonl, valid.jsonl and test.jsonl.")]

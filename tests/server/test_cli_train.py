@@ -1,7 +1,10 @@
 """`loramux train` and `loramux eval routing`: what they write, and one clear line for what cannot be."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +38,21 @@ def test_help_is_there(command: tuple[str, str]) -> None:
     done = runner.invoke(cli.app, [*command, "--help"])
     assert done.exit_code == 0
     assert "--out" in done.output
+
+
+@pytest.mark.parametrize("command", [("train", "adapter"), ("eval", "routing")])
+def test_threads_are_told_how_long_to_spin_before_torch_is_loaded(command: tuple[str, str]) -> None:
+    program = (
+        "import os, sys; from typer.testing import CliRunner; from server import cli\n"
+        "assert 'torch' not in sys.modules\n"
+        f"CliRunner().invoke(cli.app, {[*command]})\n"
+        "print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    for given, found in ((None, "10000"), ("7", "7")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+        environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == (f"{found}\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("command", [("train", "retriever"), ("eval", "routing")])
