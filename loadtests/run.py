@@ -168,8 +168,8 @@ def _pair(text: str) -> tuple[str, str]:
     return tenant, key
 
 
-def _targets(text: str) -> tuple[str, ...]:
-    targets = tuple(text.split(","))
+def _targets(text: str) -> list[str]:
+    targets = text.split(",")
     if not set(targets) <= set(TARGETS):
         raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(TARGETS)}")
     return targets
@@ -228,7 +228,9 @@ def _workload(kinds: Any, name: str, about: str) -> argparse.ArgumentParser:
         "--serve", action="append", default=[], metavar="OPTION", help="for the server that is started; repeatable"
     )
     parser.add_argument("--rank", type=int, default=8, help="of the adapters that it gets [8]")
-    parser.add_argument("--targets", type=_targets, default=TARGETS, metavar="LINEARS", help="of theirs [all seven]")
+    parser.add_argument(
+        "--targets", type=_targets, default=list(TARGETS), metavar="LINEARS", help="of theirs [all seven]"
+    )
     parser.add_argument("--vocab-size", type=int, default=32_000, help="prompts are random ids below it [32000]")
     parser.add_argument("--goal", type=float, default=FIRST_TOKEN_GOAL, help="seconds to a first token in time [6]")
     parser.add_argument("--timeout", type=float, default=600.0)
