@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -21,7 +21,7 @@ from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
 from server.engine.sequence import FinishReason, Request, SamplingParams
-from tests.engine.spoken import spoken, tokenizer
+from tests.engine.spoken import SPECIAL, spoken, tokenizer
 from tests.engine.tiny_engine import drain
 
 EOS = 1
@@ -322,7 +322,8 @@ REGEXES = st.recursive(
 
 
 def text_of(engine: Engine, words: Tokenizer, constraint: Constraint, seed: int) -> str | None:
-    """What the random model says under the constraint; None if it came to no end."""
+    """What the random model says under the constraint; None if it came to no end. See the test of special tokens."""
+    assume(not any(special in constraint.source for special in SPECIAL))
     params = SamplingParams(seed=seed, max_tokens=400, constraint=constraint)
     engine.add_request(Request("r", (7, 8, 9), params))
     outputs = drain(engine)["r"]
@@ -353,3 +354,10 @@ def test_random_regular_expressions_hold(engine: Engine, words: Tokenizer, patte
 def test_random_choices_hold(engine: Engine, words: Tokenizer, choices: list[str], seed: int) -> None:
     text = text_of(engine, words, Constraint(ConstraintKind.CHOICE, json.dumps(choices)), seed)
     assert text in choices
+
+
+def test_what_is_but_the_spelling_of_a_special_token_is_refused(engine: Engine) -> None:
+    """The library reads the token in the text that it forces, and that is none that the grammar takes."""
+    engine.add_request(Request("r", (7, 8, 9), SamplingParams(max_tokens=20, constraint=regex("<s>"))))
+    (output,) = drain(engine)["r"]
+    assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "invalid_constraint")

@@ -72,10 +72,11 @@ async def make(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 async def busy(folder: Folder, process: EncoderProcess) -> Awaitable[np.ndarray]:
-    """A first pass that does not end before `hold` is dropped."""
+    """A next pass that does not end before `hold` is dropped."""
     folder.put("hold")
+    before = len(folder.passes)
     first = asyncio.create_task(process.encoder().embed(["first"]))
-    await folder.until(lambda: folder.passes)
+    await folder.until(lambda: len(folder.passes) > before)
     return first
 
 
@@ -211,6 +212,7 @@ async def test_a_text_that_fails_fails_alone(make: Make, folder: Folder, text: s
 async def test_killed_in_the_middle_of_a_pass(make: Make, folder: Folder) -> None:
     """Everybody in flight is told once, and the next text starts the encoder again."""
     process = make()
+    await process.encoder().embed(["warm-up"])  # else it may be in a pass before it is known to have started
     first = await busy(folder, process)
     encoder = process.encoder()
     others = [asyncio.create_task(encoder.embed([f"text {n}"], bulk=n % 2 == 0)) for n in range(20)]
