@@ -114,14 +114,15 @@ class EncoderGraphs:
         return Captured(graph, inputs, staged, others, output)
 
     def _stage(self, staged: Mapping[str, Tensor], inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Tokens that are not there are masked; texts that are not there are the first once more."""
-        tokenizer = self._model.tokenizer
+        """Tokens that are not there come last, so that no other changes its place, and are masked; texts that are not
+        there are the first once more.
+        """
+        pad = self._model.tokenizer.pad_token_id
         for name, tensor in tensors.items():
             rows, length = tensor.shape
             host = staged[name]
-            columns = slice(host.shape[1] - length, None) if tokenizer.padding_side == "left" else slice(length)
-            host.fill_(tokenizer.pad_token_id if name == "input_ids" else 0)
-            host[:rows, columns] = tensor
+            host.fill_(pad if name == "input_ids" else 0)
+            host[:rows, :length] = tensor
             host[rows:] = host[0]
             inputs[name].copy_(host, non_blocking=True)
 

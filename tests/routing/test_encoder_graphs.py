@@ -54,6 +54,8 @@ def test_padding_on_the_left(folder: Path, encoder: EncoderModel) -> None:
     for each in (plain, encoder):
         each.model.tokenizer.padding_side = "left"
     np.testing.assert_allclose(encoder.embed(TEXTS[:3]), plain.embed(TEXTS[:3]), atol=1e-5)
+    assert encoder.graphs is not None
+    assert encoder.graphs.num_graphs == 1
 
 
 def test_an_encoder_that_a_graph_cannot_hold_does_without(

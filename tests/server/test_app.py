@@ -195,6 +195,9 @@ async def test_keys(make_harness: Callable[..., Harness]) -> None:
         for key, status in (("user", 200), ("boss", 200), ("meter", 401), ("nobody", 401)):
             response = await client.get("/v1/models", headers=bearer(key))
             assert response.status_code == status
+        assert (await client.get("/v1/models", headers={"Authorization": "bearer user"})).status_code == 200
+        for header in ("Basic user", "user", "Bearer", "Bearer  "):
+            assert (await client.get("/v1/models", headers={"Authorization": header})).status_code == 401
         for url in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
             response = await client.post(url, content=b"{")
             assert response.status_code == 401

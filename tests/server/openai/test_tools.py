@@ -222,6 +222,20 @@ async def test_a_forced_call(official: AsyncOpenAI, harness: Harness, choice: An
     assert {name for name in ("weather", "now") if f'{{"const": "{name}"}}' in constraint.source} == names
 
 
+async def test_a_form_of_the_answer_leaves_room_for_calls(official: AsyncOpenAI, harness: Harness) -> None:
+    for tools, has_call in (([TOOL], True), (None, False)):
+        await official.chat.completions.create(
+            model="tiny",
+            messages=[USER],
+            response_format={"type": "json_object"},
+            max_tokens=40,
+            **({"tools": tools} if tools else {}),
+        )
+        constraint = harness.engine.requests[-1].params.constraint
+        assert constraint is not None
+        assert (HERMES.opening in constraint.source) is has_call
+
+
 async def test_who_names_a_function_gets_one_call(official: AsyncOpenAI, harness: Harness) -> None:
     """As OpenAI does it, and clients count on it that read their answer from the arguments."""
     await ask(official, tool_choice="required")
