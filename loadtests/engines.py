@@ -21,10 +21,10 @@ from loadtests import workloads
 from loadtests.open_loop import Target, play_trace
 from loadtests.page import markdown
 from loadtests.process import KEY, ServerProcess
-from loadtests.random_adapter import LinearSizes, write_adapter
+from loadtests.random_adapter import LinearSizes
 from loadtests.report import report
 from loadtests.trace import Trace
-from loadtests.upload import upload
+from loadtests.upload import upload_random
 
 Json = dict[str, Any]
 
@@ -93,8 +93,7 @@ def _run(asked: argparse.Namespace, trace: Trace, engines: int) -> Json:
         with ServerProcess(model, work / "data", *options) as server:
             sizes = LinearSizes.of(model)
             with server.client() as client:
-                for seed, name in enumerate(trace.adapters):
-                    upload(client, name, write_adapter(work / "adapter", sizes, asked.rank, seed), public="true")
+                upload_random(client, trace.adapters, work, sizes, asked.rank)
             return asyncio.run(_play(asked, trace, server.url, model.name))
 
 

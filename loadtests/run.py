@@ -27,7 +27,7 @@ from loadtests.random_adapter import TARGETS, LinearSizes, write_adapter
 from loadtests.records import read_records, write_records
 from loadtests.report import FIRST_TOKEN_GOAL, compare, report
 from loadtests.trace import Trace, TraceError
-from loadtests.upload import upload
+from loadtests.upload import upload_random
 
 Json = dict[str, Any]
 
@@ -85,13 +85,10 @@ def _run(asked: argparse.Namespace, trace: Trace) -> Json:
         with ServerProcess(model, work / "data", *asked.serve) as server:
             sizes = LinearSizes.of(model)
             with server.client() as client:
-                for seed, name in enumerate(trace.adapters):
-                    written = write_adapter(
-                        work / "adapter", sizes, asked.rank, seed, asked.targets, dtype=torch.bfloat16
-                    )
-                    upload(client, name, written, public="true")
+                upload_random(client, trace.adapters, work, sizes, asked.rank, asked.targets, torch.bfloat16)
                 keys = _tenants(client, trace)
-            return asyncio.run(_play(asked, trace, server.url, model.name, KEY, keys, work / "adapter"))
+            spare = write_adapter(work / "spare", sizes, asked.rank, -1, asked.targets, dtype=torch.bfloat16)
+            return asyncio.run(_play(asked, trace, server.url, model.name, KEY, keys, spare))
 
 
 def _tenants(client: httpx.Client, trace: Trace) -> dict[str, str]:

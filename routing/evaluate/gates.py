@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,20 +27,20 @@ from routing.evaluate.prompt_report import described
 from routing.train.data import TaskDataError
 from routing.train.many import task_names
 from routing.train.progress import say
-from server.engine.config import EngineConfig, RequestError
+from server.engine.config import GIB, EngineConfig, RequestError
 from server.engine.engine import Engine
 from server.engine.memory import CPU_KV_MEMORY
 from server.engine.runner import choose_device, choose_dtype
 from server.model.config import ModelConfig, ModelError
-
-if TYPE_CHECKING:
-    pass
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
 
 FAILURES = (AnswerError, ModelError, RequestError, RouterFolderError, TaskDataError)
 """What `evaluate` raises for input that does not fit."""
+
+PAGE_MEMORY = 4 * GIB
+"""Of a GPU, at most: hundreds of adapters of a small model."""
 
 
 def evaluate(asked: GateEvaluation, out: Path, say: Say = lambda _: None) -> Json:
@@ -115,6 +115,7 @@ def _engine_config(asked: GateEvaluation, plan: GatePlan, config: ModelConfig) -
         max_batch_tokens=max(asked.batch_tokens, asked.batch),
         max_model_len=plan.longest,
         kv_memory=min(most, needed),  # what is used: other evaluations may run beside this one
+        page_memory=min(most // 4, PAGE_MEMORY) if device.type == "cuda" else None,
         load_threads=asked.load_threads,
         cuda_graphs="lazy",
         gates="routing.token_router:TokenGateFactory",

@@ -1,4 +1,4 @@
-"""Trains and evaluates all routers inside the model, stage by stage; the same command goes on where one was stopped:
+"""Trains and evaluates all routers inside the model; the same command goes on where one was stopped:
 
 python -m routing.evaluate.study --model DIR --tasks ROOT --out DIR --scale cuda
 """
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from routing.evaluate.study_plan import Places, Stage, Step, plan
+from routing.evaluate.study_plan import Places, Step, plan
 from routing.evaluate.study_scale import SCALES
 from routing.train.adapter import TrainError, check_out
 from routing.train.data import TaskDataError
@@ -55,24 +55,19 @@ class Study:
 
 
 def carry_out(study: Study, say: Say) -> int:
-    """Runs what is missing, and writes study.json and study.md into `out` after every stage; the exit code.
+    """Runs what is missing, and writes study.json and study.md into `out` after every step; the exit code.
 
-    A step that fails does not stop those beside it, but the stages after it are not begun.
+    A step begins once what it needs is done. One that fails stops what needs it, and nothing else.
     """
     deadline = None if study.seconds is None else time.monotonic() + study.seconds
-    stages = plan(study.places, SCALES[study.scale])
-    for stage in stages:
-        missing = [step for step in stage.steps if not _known(study, step)]
-        if missing:
-            say(f"{stage.name}: {', '.join(step.name for step in missing)}")
-        failed = _run(study, missing, deadline, say)
-        write_report(study, stages)
-        if failed:
-            say(f"failed: {', '.join(failed)}; see {study.log(missing[0]).parent}")
-            return FAILED
-        if not all(_known(study, step) for step in stage.steps):
-            say("the time is up; the same command goes on from here")
-            return MORE
+    steps = plan(study.places, SCALES[study.scale])
+    failed = _run(study, steps, deadline, say)
+    if failed:
+        say(f"failed: {', '.join(failed)}; see {study.log(steps[0]).parent}")
+        return FAILED
+    if not all(_known(study, step) for step in steps):
+        say("the time is up; the same command goes on from here")
+        return MORE
     return DONE
 
 
@@ -87,34 +82,45 @@ def _known(study: Study, step: Step) -> Json | None:
 
 def _run(study: Study, steps: Sequence[Step], deadline: float | None, say: Say) -> list[str]:
     """The names of those that failed. At the deadline the others are stopped and leave no record."""
-    waiting, failed = list(steps), list[str]()
+    done = {step.name for step in steps if _known(study, step)}
+    waiting, failed = [step for step in steps if step.name not in done], list[str]()
     running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
+    write_report(study, steps)
     try:
-        while running or (waiting and not _late(deadline)):
-            while waiting and len(running) < study.jobs and not _late(deadline):
-                step = waiting.pop(0)
+        while not _late(deadline):
+            ready = [step for step in waiting if step.needs <= done][: study.jobs - len(running)]
+            for step in ready:
+                waiting.remove(step)
+                say(f"{step.name} begins")
                 running[step.name] = (step, _start(study, step), time.monotonic())
-            for step, process, started in list(running.values()):
-                ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # says what the step itself has used
-                if not ended:
-                    continue
-                del running[step.name]
-                process.returncode = os.waitstatus_to_exitcode(status)
-                spent = {"seconds": time.monotonic() - started, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-                say(f"{step.name}: exit code {process.returncode}, {spent['seconds']:.0f} s")
-                if process.returncode:
-                    failed.append(step.name)
-                    say(_last_line(study.log(step)))
-                else:
-                    _write_record(study, step, spent)
-            if _late(deadline):
+            if not running:
                 break
+            for step, process, started in list(running.values()):
+                if _ended(study, step, process, started, say):
+                    del running[step.name]
+                    (failed.append if process.returncode else done.add)(step.name)
+                    write_report(study, steps)
             time.sleep(POLL)
     finally:
         for _, process, _ in running.values():
             process.terminate()
             process.wait()
     return failed
+
+
+def _ended(study: Study, step: Step, process: subprocess.Popen[bytes], started: float, say: Say) -> bool:
+    """Whether it has; its record is written then, unless it failed."""
+    ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # says what the step itself has used
+    if not ended:
+        return False
+    process.returncode = os.waitstatus_to_exitcode(status)
+    spent = {"seconds": time.monotonic() - started, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    say(f"{step.name}: exit code {process.returncode}, {spent['seconds']:.0f} s")
+    if process.returncode:
+        say(_last_line(study.log(step)))
+    else:
+        _write_record(study, step, spent)
+    return True
 
 
 def _last_line(log: Path) -> str:
@@ -153,10 +159,10 @@ def _write_record(study: Study, step: Step, spent: Mapping[str, float]) -> None:
     _write(path, json.dumps(found, indent=1) + "\n")
 
 
-def write_report(study: Study, stages: Sequence[Stage]) -> None:
+def write_report(study: Study, steps: Sequence[Step]) -> None:
     """study.json: circumstances, and what each finished step took; study.md: that, and the tables of all that asks."""
     out = study.places.out
-    found = {step.name: known for stage in stages for step in stage.steps if (known := _known(study, step))}
+    found = {step.name: known for step in steps if (known := _known(study, step))}
     document = {"scale": study.scale, **circumstances(), "steps": found}
     _write(out / "study.json", json.dumps(document, indent=1) + "\n")
     _write(out / "study.md", markdown(document, {name: out / name / "gates.md" for name in found}))

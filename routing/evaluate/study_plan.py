@@ -1,4 +1,4 @@
-"""What a study of all routers inside the model trains and asks, as commands in stages, on a GPU or on a CPU."""
+"""What a study of all routers inside the model trains and asks, as commands that need each other's results."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ SMALL, MEDIUM = "small", "medium"
 
 @dataclass(frozen=True)
 class Step:
-    """`python -m module arguments`; `links` (link to target) are made before."""
+    """`python -m module arguments`, once the steps in `needs` are done; `links` (link to target) are made before."""
 
     name: str
     module: str
     arguments: tuple[str, ...]
     links: Mapping[Path, Path] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
 
+    @property
+    def made(self) -> frozenset[Path]:
+        """Folders that are there once it is done."""
+        out = Path(self.arguments[self.arguments.index("--out") + 1])
+        return frozenset({out, *(link.parent for link in self.links)})
 
-@dataclass(frozen=True)
-class Stage:
-    """Steps that may run side by side, after those of the stages before."""
-
-    name: str
-    steps: tuple[Step, ...]
+    def reads(self, folder: Path) -> bool:
+        """Whether one of its arguments, or what it links to, lies in `folder`."""
+        named = {Path(text.rpartition("=")[2]) for text in self.arguments}
+        return any(path.is_relative_to(folder) for path in named | set(self.links.values()))
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,16 @@ class Places:
         return self.given or self.out / "adapters"
 
 
-def plan(places: Places, scale: Scale) -> tuple[Stage, ...]:
-    """All stages, in order."""
+def plan(places: Places, scale: Scale) -> tuple[Step, ...]:
+    """All steps, each behind those whose results it needs. Side by side, the first ones matter most."""
     maker = _Maker(places, scale)
-    stages = [
-        Stage("adapters", tuple(maker.adapters())),
-        Stage("gates", tuple(maker.gates())),
-        Stage("joining", tuple(maker.joining())),
-        Stage("tasks", tuple(maker.tasks())),
-        Stage("moa", (maker.moa(),)),
-        Stage("decisions", tuple(maker.decisions())),
-        Stage("asked", (maker.asked_moa(), maker.composites())),
-        Stage("milora", tuple(maker.milora())),
-        Stage("modules", (maker.asked_milora(),)),
-    ]
-    return tuple(stage for stage in stages if stage.steps)
+    steps = [*maker.adapters(), *maker.gates(), *maker.joining(), *maker.tasks(), maker.composites(), maker.moa()]
+    steps += [*maker.decisions(), maker.asked_moa(), *maker.milora(), maker.asked_milora()]
+    return tuple(replace(step, needs=_needs(step, steps[:number])) for number, step in enumerate(steps))
+
+
+def _needs(step: Step, before: Iterable[Step]) -> frozenset[str]:
+    return frozenset(other.name for other in before if any(step.reads(folder) for folder in other.made))
 
 
 @dataclass(frozen=True)

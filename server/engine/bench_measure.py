@@ -44,7 +44,8 @@ class Steps(Protocol):
 class Served:
     """One workload from the first arrival to the last token. Times are seconds.
 
-    ttft: from the moment at which a request was due, to its first token. gaps: between tokens of one request.
+    ttft: from the moment at which a request was due, to its first token; warm: those of it whose adapters were on the
+    device when it came. gaps: between tokens of one request.
     """
 
     elapsed: float = 0.0
@@ -55,6 +56,7 @@ class Served:
     evictions: int = 0
     preemptions: int = 0
     ttft: list[float] = field(default_factory=list)
+    warm: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
     @property
@@ -63,7 +65,11 @@ class Served:
 
 
 def serve(
-    engine: Steps, workload: Workload, clock: Clock = time.perf_counter, sleep: Callable[[float], None] = time.sleep
+    engine: Steps,
+    workload: Workload,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+    is_warm: Callable[[Request], bool] = lambda _: True,
 ) -> Served:
     """Run a workload, adding every request when it is due. Raises BenchError unless every request gave all its tokens.
 
@@ -72,11 +78,15 @@ def serve(
     before = engine.stats()
     pending = deque(zip(workload.arrivals, workload.requests, strict=True))
     times: dict[str, list[float]] = defaultdict(list)
+    warm: set[str] = set()
     start = clock()
     while pending or engine.has_work:
         now = clock() - start
         while pending and pending[0][0] <= now:
-            engine.add_request(pending.popleft()[1])
+            request = pending.popleft()[1]
+            if is_warm(request):
+                warm.add(request.id)
+            engine.add_request(request)
         if not engine.has_work:
             sleep(max(0.0, pending[0][0] - now))
             continue
@@ -91,6 +101,8 @@ def serve(
             raise BenchError(f"{request.id} gave {len(own)} tokens, expected {request.params.max_tokens}")
         served.output_tokens += len(own)
         served.ttft.append(own[0] - due)
+        if request.id in warm:
+            served.warm.append(served.ttft[-1])
         served.gaps += [after - earlier for earlier, after in pairwise(own)]
     return served
 

@@ -91,6 +91,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
     ),
     "many_adapters": (
         Column("popularity", "traffic"),
+        Column("load", "load", _percent),
         Column("adapters used", "adapters", _count),
         Column("requests", "requests", _count),
         Column("output tokens/s", "tokens_per_second", _count),
@@ -99,6 +100,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("evictions", "evictions", _count),
         Column("first token p50 ms", "ttft_p50_ms", _one),
         Column("p99", "ttft_p99_ms", _one),
+        Column("p99 of warm ones", "ttft_warm_p99_ms", _one),
     ),
     "loads": (
         Column("adapters/s asked", "rate", _count),
@@ -164,7 +166,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], Mapping[str, bool]]] = {
     "throughput": (("traffic",), {"tokens_per_second": True}),
     "decode": (("rows", "traffic"), {"ms": False}),
     "latency": (("traffic", "load"), {"ttft_p50_ms": False, "gap_p50_ms": False}),
-    "many_adapters": (("traffic",), {"tokens_per_second": True}),
+    "many_adapters": (("traffic", "load"), {"tokens_per_second": True}),
     "loads": (("rate",), {"ms": False}),
     "grammar": (("rows", "traffic"), {"ms": False}),
     "gated": (("what", "rows", "traffic"), {"ms": False, "tokens_per_second": True}),

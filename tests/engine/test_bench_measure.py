@@ -56,10 +56,12 @@ def test_serve_measures_from_when_a_request_was_due(session: Session) -> None:
     def sleep(seconds: float) -> None:
         engine.now += seconds
 
-    served = serve(engine, work, lambda: engine.now, sleep)
+    second = work.requests[1].id
+    served = serve(engine, work, lambda: engine.now, sleep, is_warm=lambda request: request.id == second)
     assert served.output_tokens == 8
     # the first is there after two steps; the second was due within the third and got in with the fourth
     assert served.ttft == [2.0, 2.5]
+    assert served.warm == [2.5]
     assert served.gaps == [1.0] * 6
     assert served.elapsed == 8.0
 

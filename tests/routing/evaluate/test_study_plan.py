@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from routing.evaluate.study_plan import Places, Stage, Step, plan
+from routing.evaluate.study_plan import Places, Step, plan
 from routing.evaluate.study_scale import SCALES, Loop, Scale
 from routing.train.data import Task, TaskRow, write_task
 from routing.train.recipe_command import KINDS, _parser, _recipe_type
@@ -43,8 +43,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
 
 @pytest.mark.parametrize("scale", sorted(SCALES))
 def test_every_command_is_understood(scale: str, tasks: Path, tmp_path: Path) -> None:
-    stages = plan(Places(tmp_path / "model", tasks, tmp_path / "out"), SCALES[scale])
-    for step in (step for stage in stages for step in stage.steps):
+    for step in plan(Places(tmp_path / "model", tasks, tmp_path / "out"), SCALES[scale]):
         asked = vars(parser_of(step.module).parse_args(step.arguments))
         assert asked["out"].is_relative_to(tmp_path / "out"), step
 
@@ -55,26 +54,34 @@ def paths(step: Step, root: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("scale", sorted(SCALES))
-def test_a_stage_needs_only_what_those_before_it_made(scale: str, tasks: Path, tmp_path: Path) -> None:
+def test_a_step_needs_those_before_it_that_made_what_it_reads(scale: str, tasks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made: set[Path] = set()
-    for stage in plan(Places(tmp_path / "model", tasks, out), SCALES[scale]):
-        ours: set[Path] = set()
-        for step in stage.steps:
-            own = Path(step.arguments[step.arguments.index("--out") + 1])
-            assert own not in made | ours, f"{step.name} overwrites what another step made"
-            wanted = (paths(step, out) | set(step.links.values())) - {own} - {link.parent for link in step.links}
-            for path in (path for path in wanted if path.is_relative_to(out)):
-                assert any(path.is_relative_to(there) for there in made), f"{step.name}: {path}"
-            ours |= {own, *(link.parent for link in step.links)}
-        made |= ours
-    assert made
+    made: dict[Path, str] = {}
+    for step in plan(Places(tmp_path / "model", tasks, out), SCALES[scale]):
+        own = Path(step.arguments[step.arguments.index("--out") + 1])
+        assert own not in made, f"{step.name} overwrites what {made[own]} made"
+        wanted = (paths(step, out) | set(step.links.values())) - {own} - {link.parent for link in step.links}
+        found = {path: [made[there] for there in made if path.is_relative_to(there)] for path in wanted}
+        assert all(found.values()), f"{step.name}: {found}"
+        assert step.needs == {name for names in found.values() for name in names}
+        made |= dict.fromkeys([own, *(link.parent for link in step.links)], step.name)
+
+
+def test_what_is_needed_by_an_evaluation(tasks: Path, tmp_path: Path) -> None:
+    needs = {step.name: step.needs for step in plan(Places(tmp_path, tasks, tmp_path / "out"), SCALES["cuda"])}
+    assert not needs["adapters"] | needs["milora"]
+    assert needs["small"] == {"adapters"}
+    assert needs["row-swapped"] == {"small", "adapters", "swapped"}
+    assert needs["eval-swapped"] == {"row-swapped"}
+    assert needs["eval-medium"] == {"adapters", "medium", "joint-medium"}
+    assert needs["eval-moa"] == {"adapters", "moa", "moa-last", "moa-layer"}
 
 
 def test_adapters_that_are_given_are_not_trained(tasks: Path, tmp_path: Path) -> None:
-    stages = plan(Places(tmp_path / "model", tasks, tmp_path / "out", tmp_path / "given"), SCALES["cpu"])
-    assert [stage.name for stage in stages] == ["gates", "tasks", "moa", "decisions", "asked", "milora", "modules"]
-    options = stages[0].steps[0].arguments
+    steps = plan(Places(tmp_path / "model", tasks, tmp_path / "out", tmp_path / "given"), SCALES["cpu"])
+    names = ["small", "eval-tasks", "eval-composites", "moa", "moa-last", "moa-layer", "eval-moa"]
+    assert [step.name for step in steps] == [*names, "milora", "plain", "eval-milora"]
+    options = steps[0].arguments
     assert options[options.index("--adapters") + 1] == str(tmp_path / "given")
 
 
@@ -93,16 +100,10 @@ def run(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 0, step
 
 
-def small_joint(stage: Stage) -> tuple[Step, ...]:
-    """Its steps, with fewer of training where one LoRA learns all tasks."""
-
-    def shorter(step: Step) -> Step:
-        arguments = list(step.arguments)
-        if step.module == "routing.train.many":
-            arguments += ["--steps", "2"]
-        return replace(step, arguments=tuple(arguments))
-
-    return tuple(shorter(step) for step in stage.steps)
+def shorter(step: Step) -> Step:
+    """With fewer steps of training where one LoRA learns all tasks."""
+    more = ("--steps", "2") if step.module == "routing.train.many" else ()
+    return replace(step, arguments=(*step.arguments, *more))
 
 
 @pytest.mark.slow
@@ -111,9 +112,8 @@ def test_the_whole_study_runs_on_a_tiny_model(
     chat_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = Places(chat_model, tasks, tmp_path / "out")
-    for stage in plan(places, tiny(SCALES["cuda"])):
-        for step in small_joint(stage):
-            run(step, monkeypatch)
+    for step in plan(places, tiny(SCALES["cuda"])):
+        run(shorter(step), monkeypatch)
     found: dict[str, Any] = json.loads((places.out / "eval-tasks" / "gates.json").read_text())
     assert {"oracle", "MeteoRA, top 1", "MeteoRA, top 2", "row for xyz, top 2", "2 rows a task, top 2"} <= set(
         found["tasks"]
