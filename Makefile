@@ -106,6 +106,7 @@ bench-gpu: setup
 	done
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters --many 10000 --rank 8 --seconds 8 --out docs/results/many-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario grammar --adapters 0 --rows 64 --out docs/results/grammar-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario gated --repeats 1 --out docs/results/gated-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
@@ -114,7 +115,8 @@ bench-gpu: setup
 
 # The 8B shape behind HTTP, on this machine's GPU: S-LoRA's and Punica's workloads, and what automatic choice costs.
 LOADS ?= loads
-LARGE = $(LOADS)/8b --rank 8 --targets q_proj,v_proj --serve=--encoder=none
+LARGE = $(LOADS)/8b --rank 8 --targets q_proj,v_proj --serve=--encoder=none --serve=--host-memory=16GiB \
+  --serve=--kernel-cache=$(abspath $(LOADS))/kernels
 load-gpu: model
 	$(RUN)/python -m loadtests.random_model --shape 8b --tokenizer $$($(RUN)/loramux pull $(MODEL) | tail -1) --out $(LOADS)/8b
 	for adapters in 64 1000; do \
