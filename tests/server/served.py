@@ -61,14 +61,17 @@ class Served:
         os.kill(killed, signal.SIGKILL)
         # The new one is started after the death was noticed, so that `/ready` speaks of it.
         self.until(lambda: any(pid != killed for pid in self.engine_pids))
-        self.until(lambda: httpx.get(f"{self.url}/ready").status_code == 200)
+        self.until(lambda: self.get("/ready").status_code == 200)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=120)
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=120)
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""
-        lines = httpx.get(f"{self.url}/metrics", headers=self.headers).text.splitlines()
+        lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line))
 
     def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -81,7 +84,11 @@ class Served:
     def stop(self, how: int = signal.SIGTERM) -> int:
         """End the process and return its exit code."""
         self.process.send_signal(how)
-        code = self.process.wait(60)
+        return self.ended()
+
+    def ended(self) -> int:
+        """The exit code of a process that was told to end. Told twice, it can die of the second signal."""
+        code = self.process.wait(120)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code

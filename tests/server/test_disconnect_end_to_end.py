@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from fakes import byte_level_tokenizer
 from served import Served
 
 pytestmark = pytest.mark.slow
-LONG = {"prompt": [5] * 20, "max_tokens": 480, "ignore_eos": True}
-PREFILL = {"prompt": list(range(5, 305)), "max_tokens": 200, "ignore_eos": True}
+N = 16
+"""Choices of a request: with one row it lasts until a client leaves, however long this process has to wait."""
+LONG = {"prompt": [5] * 20, "max_tokens": 480, "ignore_eos": True, "n": N}
+PREFILL = {"prompt": list(range(5, 305)), "max_tokens": 200, "ignore_eos": True, "n": N}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,7 @@ def check_nothing_is_left(served: Served) -> None:
     with served.client() as client:
         state = client.get("/admin/v1/state").json()
         assert "error" not in state
-        for adapter in client.get("/admin/v1/adapters?limit=10").json()["data"]:
-            assert adapter["leases"] == 0, adapter
+        served.until(lambda: not any(row["leases"] for row in client.get("/admin/v1/adapters?limit=10").json()["data"]))
         answer = client.post("/v1/completions", json={"model": "tiny", "prompt": [5, 6], "max_tokens": 2})
     assert answer.status_code == 200
 
@@ -75,9 +75,9 @@ def test_while_it_waits_for_the_row_and_while_it_has_it(served: Served, stream: 
     first = Leaver(served, "/v1/completions", {"model": "all4", "stream": True, **LONG})
     assert first.read().startswith(b"HTTP/1.1 200")
     waiting = Leaver(served, "/v1/completions", {"model": "qv16", "stream": stream, **LONG})
-    served.until(lambda: served.metric("loramux_requests_waiting") == 1)
+    served.until(lambda: served.metric("loramux_requests_waiting") >= N)  # those of the first are N - 1 at most
     waiting.leave()
-    served.until(lambda: served.metric("loramux_requests_waiting") == 0)
+    served.until(lambda: served.get("/admin/v1/state").json()["requests"] == 1)
     first.leave()
     check_nothing_is_left(served)
 
@@ -86,7 +86,7 @@ def test_while_it_waits_for_the_row_and_while_it_has_it(served: Served, stream: 
 @pytest.mark.parametrize("model", ["tiny", "wide24"])
 def test_in_the_prompt_and_while_its_adapter_comes(served: Served, path: str, model: str) -> None:
     before = served.metric("loramux_request_success_total")
-    fields = PREFILL if path == "/v1/completions" else {"input": [PREFILL["prompt"]] * 20}
+    fields = PREFILL if path == "/v1/completions" else {"input": [PREFILL["prompt"]] * 100}
     leaver = Leaver(served, path, {"model": model, **fields})
     served.until(lambda: served.metric("loramux_requests_running") == 1)
     leaver.leave()
@@ -95,9 +95,9 @@ def test_in_the_prompt_and_while_its_adapter_comes(served: Served, path: str, mo
 
 
 def test_many_at_once(served: Served) -> None:
-    leavers = [Leaver(served, "/v1/completions", {"model": "qv16", "n": 3, "stream": True, **LONG}) for _ in range(12)]
+    leavers = [Leaver(served, "/v1/completions", {"model": "qv16", "stream": True, **LONG}) for _ in range(12)]
     served.until(lambda: served.metric("loramux_requests_waiting") >= 12)
     for leaver in leavers:
         leaver.leave()
     check_nothing_is_left(served)
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert served.get("/health").status_code == 200

@@ -156,7 +156,7 @@ def test_clients_that_leave_free_their_sequences(served: Served) -> None:
 
 
 def test_an_engine_killed_under_load_comes_back(served: Served) -> None:
-    body = {"model": "wide24", "messages": MESSAGES, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"model": "wide24", "messages": MESSAGES, "max_tokens": 400, "n": 8, "ignore_eos": True, "stream": True}
 
     async def read(client: httpx.AsyncClient) -> list[str]:
         async with client.stream("POST", f"{served.base_url}/chat/completions", json=body) as answer:
@@ -164,7 +164,7 @@ def test_an_engine_killed_under_load_comes_back(served: Served) -> None:
 
     async def kill_under_load() -> tuple[list[list[str]], int]:
         """What the streams said, and the engine that was killed."""
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=120) as client:
             streams = [asyncio.create_task(read(client)) for _ in range(12)]
             await asyncio.to_thread(served.until, lambda: served.metric("loramux_requests_running") > 0)
             killed = served.engine_pid
@@ -172,9 +172,13 @@ def test_an_engine_killed_under_load_comes_back(served: Served) -> None:
             return await asyncio.gather(*streams), killed
 
     streams, killed = asyncio.run(kill_under_load())
-    for lines in streams:
-        assert "error" in json.loads(lines[-1] if lines[-1] != "[DONE]" else lines[-2])
-    served.until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
+    endings = [json.loads([line for line in lines if line.startswith("{")][-1]) for lines in streams]
+    cut = ["error" in ending for ending in endings]
+    assert any(cut)
+    # Where this process had to wait for long, a stream may have come to its end before the engine was killed.
+    whole = [ending["choices"][0] for ending, is_cut in zip(endings, cut, strict=True) if not is_cut]
+    assert {choice["finish_reason"] for choice in whole} <= {"length"}
+    served.until(lambda: served.get("/health").status_code == 200)
     assert served.engine_pid != killed
     with OpenAI(base_url=served.base_url, api_key="none", max_retries=0) as client:
         answer = client.chat.completions.create(model="wide24", messages=MESSAGES, max_tokens=4)  # type: ignore[arg-type]
@@ -203,7 +207,7 @@ def test_a_mix_too_large_is_a_clear_400_and_sigterm_lets_streams_finish(
         small.process.terminate()
         rest = [chunk for chunk in stream if chunk.choices]
     assert rest[-1].choices[0].finish_reason == "length"
-    assert small.stop() == 0
+    assert small.ended() == 0
 
 
 @pytest.mark.parametrize(

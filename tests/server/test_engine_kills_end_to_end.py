@@ -104,7 +104,7 @@ def test_kills_under_load(served: Served) -> None:
         seen += sum(reader.tokens for reader in readers)
         # Computed and not seen: what answers in one piece had come to, and of a stream a token without its text yet.
         unseen += sum(1 if reader.is_streamed else reader.body["max_tokens"] for reader in readers)
-        served.until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
+        served.until(lambda: served.get("/health").status_code == 200)
         again = [Reader(number) for number in range(9)]
         asyncio.run(ask(served, again, kill=False))
         assert [reader.endings for reader in again] == [["finished"]] * 9

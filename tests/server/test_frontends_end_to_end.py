@@ -47,7 +47,11 @@ def served(model: Path, tmp_path: Path, adapters: dict[str, Path]) -> Iterator[S
 def front_pids(served: Served) -> list[int]:
     """The front ends, oldest first."""
     children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
-    found = [int(pid) for pid in children if b"frontends.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in children:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may end while one looks
+            if b"frontends.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
     return sorted(found)
 
 
@@ -65,16 +69,23 @@ def pid_of(served: Served, port: int) -> int:
 
 @asynccontextmanager
 async def each_front(served: Served, count: int = 1) -> AsyncIterator[dict[int, list[httpx.AsyncClient]]]:
-    """So many clients for every front end: each has one connection, which goes there."""
+    """So many clients for every front end: each has one connection, which goes there.
+
+    A front end that has just been started listens only after a while, and all connections go to the others until then.
+    """
     found: dict[int, list[httpx.AsyncClient]] = {pid: [] for pid in front_pids(served)}
     async with AsyncExitStack() as stack:
         while min(map(len, found.values())) < count:
             one = httpx.Limits(max_connections=1)
             client = httpx.AsyncClient(base_url=served.url, headers=served.headers, timeout=120, limits=one)
-            await stack.enter_async_context(client)
             reply = await client.get("/version")
             port = reply.extensions["network_stream"].get_extra_info("client_addr")[1]
-            found[pid_of(served, port)].append(client)
+            clients = found[pid_of(served, port)]
+            if len(clients) < count:
+                clients.append(client)
+                stack.push_async_callback(client.aclose)
+            else:
+                await client.aclose()
         yield found
 
 
@@ -238,8 +249,12 @@ async def test_what_one_does_the_other_knows(served: Served, adapters: dict[str,
         assert (await there.post("/v1/chat/completions", json=SHORT, headers=mine)).status_code == 429
 
         line = re.compile(r"^loramux_generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
-        totals = [line.findall((await each.get("/metrics")).text) for each in (here, there)]
-        assert totals[0] == totals[1] != []
+
+        async def totals_agree() -> bool:
+            totals = [line.findall((await each.get("/metrics")).text) for each in (here, there)]
+            return totals[0] == totals[1] != []
+
+        await until(totals_agree)  # one that is asked by the other and takes long counts with what it told last
 
         os.kill(served.engine_pid, signal.SIGSTOP)  # so that the request does not end before it is to
         asking = asyncio.create_task(other.post("/v1/chat/completions", json=LONG | fresh))
@@ -257,6 +272,14 @@ async def test_what_one_does_the_other_knows(served: Served, adapters: dict[str,
             return (await here.get("/admin/v1/adapters/fresh")).status_code == 404
 
         await until(is_gone)
-        assert (await third.post("/v1/chat/completions", json=SHORT | fresh)).status_code == 404
+
+        async def is_unknown() -> bool:
+            return (await third.post("/v1/chat/completions", json=SHORT | fresh)).status_code == 404
+
+        await until(is_unknown)
         assert (await here.post("/admin/v1/drain")).status_code == 202
-        assert (await there.get("/ready")).status_code == 503
+
+        async def is_draining() -> bool:
+            return (await there.get("/ready")).status_code == 503
+
+        await until(is_draining)

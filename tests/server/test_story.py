@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import shutil
 import signal
 import tarfile
@@ -95,7 +96,7 @@ def _body(name: str, tokens: int) -> Json:
     return {"model": name, "messages": QUESTION, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
 
 
-async def _stream(client: httpx.AsyncClient, name: str, tokens: int, started: asyncio.Event) -> str:
+async def _stream(client: httpx.AsyncClient, name: str, tokens: int, started: asyncio.Event | None = None) -> str:
     """The text of one stream; `started` is set with its first piece."""
     text = ""
     async with client.stream("POST", "/v1/chat/completions", json=_body(name, tokens) | {"stream": True}) as answer:
@@ -105,25 +106,42 @@ async def _stream(client: httpx.AsyncClient, name: str, tokens: int, started: as
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
                 text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-                started.set()
+                if started is not None:
+                    started.set()
     return text
 
 
-async def _while_streaming(story: Story, names: Sequence[str], tokens: int, act: Any) -> tuple[list[str], Any]:
-    """The texts of streams that all run while `act` does something in a thread, and what that returned."""
-    started = [asyncio.Event() for _ in names]
-    async with httpx.AsyncClient(
-        base_url=story.served.url, headers=story.served.headers, timeout=300, limits=httpx.Limits(max_connections=64)
-    ) as client:
-        streams = [
-            asyncio.create_task(_stream(client, name, tokens, event))
-            for name, event in zip(names, started, strict=True)
-        ]
+def _asking(story: Story) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=story.served.url, headers=story.served.headers, timeout=300)
+
+
+async def _while_streaming(story: Story, names: Sequence[str], act: Any) -> tuple[list[set[str]], Any]:
+    """For each name the texts of streams, one after the other, while `act` runs in a thread, and what that returned."""
+    started, is_over = [asyncio.Event() for _ in names], asyncio.Event()
+
+    async def again(client: httpx.AsyncClient, name: str, event: asyncio.Event) -> set[str]:
+        texts = {await _stream(client, name, LONG, event)}
+        while not is_over.is_set():
+            texts.add(await _stream(client, name, LONG))
+        return texts
+
+    async with _asking(story) as client:
+        streams = [asyncio.create_task(again(client, name, event)) for name, event in zip(names, started, strict=True)]
         await asyncio.gather(*(event.wait() for event in started))
         acted = await asyncio.to_thread(act)
-        still_running = sum(not stream.done() for stream in streams)
-        assert still_running, "the streams ended before anything was done beside them"
+        is_over.set()
         return await asyncio.gather(*streams), acted
+
+
+async def _while_stopped(story: Story, name: str, act: Any) -> list[str]:
+    """The texts of two streams whose engine stands still while `act` runs in a thread."""
+    os.kill(story.served.engine_pid, signal.SIGSTOP)
+    async with _asking(story) as client:
+        streams = [asyncio.create_task(_stream(client, name, LONG)) for _ in range(2)]
+        await asyncio.to_thread(story.served.until, lambda: story.show(name)["leases"] == len(streams))
+        await asyncio.to_thread(act)
+        os.kill(story.served.engine_pid, signal.SIGCONT)
+        return await asyncio.gather(*streams)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +169,7 @@ def test_the_story(story: Story, folders: dict[str, Path], truth: dict[str, str]
     second = _replaced(story, folders, truth, first)
     _rolled_back(story, truth, first, second)
     _pinned_in_a_pool_that_overflows(story, folders, truth)
-    _deleted_while_streaming(story, truth)
+    _deleted_while_in_use(story, truth)
     before = {name: story.show(name) for name in story.names() if name != "tiny"}
     for how in (signal.SIGTERM, signal.SIGKILL):
         story.restart(how)
@@ -168,10 +186,10 @@ def _registered_while_streams_run(story: Story, folders: dict[str, Path], truth:
         return story.text("news")
 
     names = ["tiny", "old"] * 8
-    texts, text = asyncio.run(_while_streaming(story, names, LONG, register))
+    texts, text = asyncio.run(_while_streaming(story, names, register))
     assert text == truth["v1"]
     expected = {"tiny": truth["long:tiny"], "old": truth["long:v1"]}
-    assert texts == [expected[name] for name in names]
+    assert texts == [{expected[name]} for name in names]
 
 
 def _replaced(story: Story, folders: dict[str, Path], truth: dict[str, str], first: str) -> str:
@@ -205,18 +223,17 @@ def _pinned_in_a_pool_that_overflows(story: Story, folders: dict[str, Path], tru
     assert story.names() == ["tiny", *more, "news", "old"]
 
     async def ask_all() -> list[str]:
-        async with httpx.AsyncClient(base_url=story.served.url, headers=story.served.headers, timeout=300) as client:
-            return await asyncio.gather(*(_stream(client, name, TOKENS, asyncio.Event()) for name in more * 2))
+        async with _asking(story) as client:
+            return await asyncio.gather(*(_stream(client, name, TOKENS) for name in more * 2))
 
     assert asyncio.run(ask_all()) == [truth[name] for name in more * 2]
-    assert story.served.metric("loramux_adapter_evictions_total") > 0
+    story.served.until(lambda: story.served.metric("loramux_adapter_evictions_total") > 0)
     story.served.until(lambda: story.show("news")["residency"] == "device")
-    residency = [story.show(name)["residency"] for name in more]
-    assert residency.count("device") <= 5
+    story.served.until(lambda: [story.show(name)["residency"] for name in more].count("device") <= 5)
     assert story.text("news") == truth["v1"]
 
 
-def _deleted_while_streaming(story: Story, truth: dict[str, str]) -> None:
+def _deleted_while_in_use(story: Story, truth: dict[str, str]) -> None:
     def delete() -> None:
         story.call("DELETE", "/admin/v1/adapters/old", 409, params={"wait": "false"})
         story.call("DELETE", "/admin/v1/adapters/old", 202)
@@ -224,9 +241,13 @@ def _deleted_while_streaming(story: Story, truth: dict[str, str]) -> None:
         assert unknown["error"]["code"] == "model_not_found"
         assert "old" not in story.names()
 
-    texts, _ = asyncio.run(_while_streaming(story, ["old", "old"], LONG, delete))
-    assert texts == [truth["long:v1"]] * 2
-    story.show("old", 404)
+    assert asyncio.run(_while_stopped(story, "old", delete)) == [truth["long:v1"]] * 2
+
+    def is_gone() -> bool:
+        with story.served.client() as client:
+            return client.get("/admin/v1/adapters/old").status_code == 404
+
+    story.served.until(is_gone)
     assert story.text("news") == truth["v1"]  # it shares its weights with what was deleted
     story.call("DELETE", "/admin/v1/adapters/more7")
     assert "more7" not in story.names()

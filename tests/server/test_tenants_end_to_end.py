@@ -54,12 +54,13 @@ def test_tenants_of_one_server(served: Served, registry: Registry) -> None:
     def ask(tenant: str) -> httpx.Response:
         body: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
         headers = {"Authorization": f"Bearer {keys[tenant][1]}"}
-        return httpx.post(f"{served.base_url}/completions", json=body, headers=headers, timeout=60)
+        return httpx.post(f"{served.base_url}/completions", json=body, headers=headers, timeout=120)
 
     # Another process's keys are known soon, and what one tenant computed stays unknown to the other.
     served.until(lambda: ask("acme").status_code == 200)
     usage = {"acme": [ask("acme").json()["usage"]]}
-    served.until(lambda: httpx.get(f"{served.base_url}/models", headers=bearer(keys["umbrella"][1])).is_success)
+    theirs = {"headers": bearer(keys["umbrella"][1]), "timeout": 120}
+    served.until(lambda: httpx.get(f"{served.base_url}/models", **theirs).is_success)
     usage["umbrella"] = [ask("umbrella").json()["usage"] for _ in range(2)]
     cached = {tenant: [each["prompt_tokens_details"]["cached_tokens"] for each in usage[tenant]] for tenant in usage}
     assert cached["acme"][0] > 0

@@ -1,7 +1,7 @@
 // Adapters: where they are, how they are used; register, pin, delete.
 
 import { call, json } from "./api.js";
-import { ago, bytes, count, element, find, notice, table } from "./dom.js";
+import { ago, bytes, count, element, find, notice, redraw, table } from "./dom.js";
 
 const PAGE = 100;
 let shown = [];
@@ -40,14 +40,14 @@ function draw() {
     { title: "Last used", cell: (row) => ago(row.last_used) },
     { title: "", cell: actions },
   ];
-  find("adapter-table").replaceChildren(table(columns, rows, wanted ? "No adapter matches." : "No adapter is registered yet."));
+  redraw(find("adapter-table"), table(columns, rows, wanted ? "No adapter matches." : "No adapter is registered yet."));
 }
 
 function actions(row) {
-  const pin = element("button", { type: "button" }, row.pinned ? "Unpin" : "Pin");
+  const pin = element("button", { type: "button", name: `pin ${row.name}` }, row.pinned ? "Unpin" : "Pin");
   pin.setAttribute("aria-label", `${pin.textContent} ${row.name}`);
   pin.addEventListener("click", () => change(row, "PATCH", { pinned: !row.pinned }, row.pinned ? "is no longer pinned" : "is pinned"));
-  const remove = element("button", { type: "button", className: "danger" }, "Delete");
+  const remove = element("button", { type: "button", name: `delete ${row.name}`, className: "danger" }, "Delete");
   remove.setAttribute("aria-label", `Delete ${row.name}`);
   remove.addEventListener("click", async () => {
     if (await confirmed(`Delete the adapter ${row.name}? Requests that use it now are finished.`)) {

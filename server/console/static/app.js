@@ -40,10 +40,14 @@ function show() {
 async function read(name) {
   clearTimeout(timer);
   const { module, every } = TABS[name];
+  const { key } = session;
   try {
     if (!document.hidden) await module.refresh();
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401) return login();
+    if (error instanceof ApiError && error.status === 401) {
+      if (session.key === key) login(); // not whoever has logged in since
+      return;
+    }
     notice(error instanceof TypeError ? "The server cannot be reached." : error.message, true);
   }
   if (every && current() === name) timer = setTimeout(() => read(name), every);

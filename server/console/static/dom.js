@@ -12,6 +12,14 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// Puts new content in its place; who is at a button there stays at the one of the same name.
+export function redraw(place, content) {
+  const { activeElement } = document;
+  const name = place.contains(activeElement) ? activeElement.name : null;
+  place.replaceChildren(content);
+  if (name) [...place.querySelectorAll("button")].find((button) => button.name === name)?.focus();
+}
+
 // columns: { title, right?, cell(row) -> text or node }.
 export function table(columns, rows, empty) {
   if (!rows.length) return element("p", { className: "hint" }, empty);

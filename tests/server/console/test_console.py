@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fakes import byte_level_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
@@ -40,6 +39,10 @@ class Reader:
 
     def until(self, condition: Callable[[], Any]) -> Any:
         return WebDriverWait(self.driver, 60, ignored_exceptions=(Exception,)).until(lambda _: condition())
+
+    def press(self, selector: str) -> None:
+        """Enter, at a button that may be drawn anew at any moment."""
+        self.until(lambda: self.find(selector).send_keys(Keys.ENTER) is None)
 
     def text(self, selector: str) -> str:
         return self.find(selector).text
@@ -78,6 +81,7 @@ def reader(served: Served, tmp_path: Path) -> Iterator[Reader]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(120)
     try:
         reader = Reader(driver, served.url)
         yield reader
@@ -121,19 +125,19 @@ def test_an_adapter_is_registered_pinned_and_deleted_by_keyboard(
     reader.find("#register input[name=description]").send_keys(HOSTILE)
     reader.find("#register button").send_keys(Keys.ENTER)
     reader.until(lambda: "qv16 is registered: rank 16" in reader.text("#notice"))
-    reader.until(lambda: reader.find("[aria-label='Pin qv16']")).send_keys(Keys.ENTER)
-    reader.until(lambda: reader.find("[aria-label='Unpin qv16']"))
+    reader.press("[aria-label='Pin qv16']")
+    reader.until(lambda: reader.driver.switch_to.active_element.get_attribute("aria-label") == "Unpin qv16")
     with served.client() as client:
         shown = client.get("/admin/v1/adapters/qv16").json()
         assert (shown["pinned"], shown["description"]) == (True, HOSTILE)
         reader.find("#filter").send_keys("onerror")
         reader.until(lambda: "all4" not in reader.text("#adapter-table"))
-        reader.find("[aria-label='Delete qv16']").send_keys(Keys.ENTER)
+        reader.press("[aria-label='Delete qv16']")
         assert reader.driver.switch_to.active_element.text == "Keep"
         reader.driver.switch_to.active_element.send_keys(Keys.ENTER)
         reader.until(lambda: not reader.find("#confirm").is_displayed())
         assert client.get("/admin/v1/adapters/qv16").status_code == 200
-        reader.find("[aria-label='Delete qv16']").send_keys(Keys.ENTER)
+        reader.press("[aria-label='Delete qv16']")
         reader.driver.switch_to.active_element.send_keys(Keys.TAB)
         reader.driver.switch_to.active_element.send_keys(Keys.ENTER)
         reader.until(lambda: "qv16 is deleted" in reader.text("#notice"))
@@ -203,9 +207,7 @@ def test_at_phone_width_in_light_and_dark(scheme: str, reader: Reader) -> None:
 
 
 def test_metrics_are_read_as_prometheus_reads_them(reader: Reader, served: Served) -> None:
-    text = (
-        httpx.get(f"{served.url}/metrics", headers=served.headers).text + 'odd{name="a\\"b\\\\c\\nd",more="{}"} +Inf\n'
-    )
+    text = served.get("/metrics").text + 'odd{name="a\\"b\\\\c\\nd",more="{}"} +Inf\n'
     expected = [
         [sample.name, sample.labels, str(sample.value)]
         for family in text_string_to_metric_families(text)
