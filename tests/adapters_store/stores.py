@@ -57,7 +57,7 @@ async def meaning(store: AdapterStore, tenant: str, name: str) -> Resolved:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.002)
 

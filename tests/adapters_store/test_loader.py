@@ -20,12 +20,12 @@ def make() -> Iterator[Callable[..., ThreadLoader]]:
 
     yield loader
     for each in made:
-        each.close(10.0)
+        each.close(60.0)
 
 
 def finish(loader: ThreadLoader) -> None:
     while loader.pending:
-        loader.wait(10.0)
+        loader.wait(60.0)
         loader.poll()
 
 
@@ -45,7 +45,7 @@ def test_work_runs_elsewhere_and_is_reported_here(make: Callable[..., ThreadLoad
         told.append((result, threading.get_ident()))
 
     loader.submit(work, done)
-    loader.wait(10.0)
+    loader.wait(60.0)
     assert not told, "nothing is reported unasked"
     finish(loader)
     assert told == [(7, here)]
@@ -84,7 +84,7 @@ def test_the_urgent_goes_first_and_the_rest_in_order(make: Callable[..., ThreadL
 
 def test_as_many_threads_as_work_and_no_more(make: Callable[..., ThreadLoader]) -> None:
     """Three pieces of work meet at a barrier; a fourth waits for one of them."""
-    loader, barrier = make(3), threading.Barrier(3, timeout=20)
+    loader, barrier = make(3), threading.Barrier(3, timeout=60)
     running: set[int] = set()
 
     def meet() -> None:
@@ -136,7 +136,7 @@ def test_an_idle_thread_keeps_no_result_alive(make: Callable[..., ThreadLoader])
     references: list[weakref.ref[Large]] = []
     loader.submit(Large, lambda result: references.append(weakref.ref(result)))  # type: ignore[arg-type]
     finish(loader)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while references[0]() is not None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert references[0]() is None
@@ -156,7 +156,7 @@ def test_close_begins_nothing_more_and_waits_for_what_runs() -> None:
     started.wait()
     loader.close(0.0)
     gate.set()
-    loader.close(20.0)
+    loader.close(60.0)
     assert ran == ["slow"]
     loader.poll()
     assert (ran, loader.pending, loader._threads) == (["slow"], 0, 0)

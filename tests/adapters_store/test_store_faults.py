@@ -194,7 +194,7 @@ async def test_a_deletion_is_finished_when_the_registry_comes_back(
     await asyncio.sleep(0.05)
     (task,) = store._deletions._draining.values()
     outage(False)
-    await asyncio.wait_for(task, 30)
+    await asyncio.wait_for(task, 60)
     assert store.registry.removals.marked() == ()
     with pytest.raises(NotFound):
         await store.names.get("default", "sql")

@@ -67,16 +67,18 @@ async def test_outputs_equal_those_of_the_engine_in_process(
 
 async def test_kill_9_under_load(client: EngineClient) -> None:
     """Every request in flight ends with one error; the engine comes back by itself and serves the next request."""
-    requests = [Request(f"r{i}", tuple(range(2, 20 + i)), LONG) for i in range(24)]
+    requests = [Request(f"r{i}", tuple(range(2, 20 + i)), LONG) for i in range(80)]
     tasks = [asyncio.create_task(collect(client, request)) for request in requests]
     await until(lambda: client.stats.running > 0)
     assert client.pid is not None
     os.kill(client.pid, signal.SIGKILL)
-    results = await asyncio.wait_for(asyncio.gather(*tasks), 30)
+    results = await asyncio.wait_for(asyncio.gather(*tasks), 60)
     for outputs in results:
         assert [bool(output.finish_reason) for output in outputs] == [False] * (len(outputs) - 1) + [True]
-        assert outputs[-1].finish_reason is FinishReason.ERROR
-        assert outputs[-1].error
+        # Where this process had to wait for long, one may have come to its end before.
+        assert outputs[-1].finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
+        assert bool(outputs[-1].error) == (outputs[-1].finish_reason is FinishReason.ERROR)
+    assert any(outputs[-1].error for outputs in results)
     assert not client.alive
     with pytest.raises(EngineUnavailable):
         await collect(client, requests[0])
@@ -116,7 +118,7 @@ async def test_an_abort_reaches_the_reader(client: EngineClient) -> None:
     task = asyncio.create_task(collect(client, Request("r", (2, 3, 4), LONG)))
     await until(lambda: client.stats.running == 1)
     client.abort("r")
-    outputs = await asyncio.wait_for(task, 30)
+    outputs = await asyncio.wait_for(task, 60)
     assert outputs[-1].finish_reason is FinishReason.ABORT
 
 
@@ -166,8 +168,8 @@ async def test_the_engine_leaves_when_its_front_end_dies(tiny_model: Path, tmp_p
 
 
 def _alive(pid: int) -> bool:
+    """Whether it is there and has not ended; an orphan may stay as a zombie."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return True

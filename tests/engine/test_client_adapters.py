@@ -126,4 +126,4 @@ async def test_a_call_under_way_when_the_engine_dies_is_answered(
     await asyncio.sleep(0.05)
     os.kill(client.pid, signal.SIGKILL)
     with pytest.raises(EngineUnavailable):
-        await asyncio.wait_for(task, 30)
+        await asyncio.wait_for(task, 60)

@@ -66,5 +66,5 @@ def test_a_small_measurement(smollm2: Path, tmp_path: Path, capsys: pytest.Captu
     found = document["top_k_2"]
     assert found["named"]["to_named"] == 1.0
     assert document["lowest_auto_to_named"] == found["auto"]["to_named"] > 0
-    assert found["auto"]["route_ms"]["count"] == found["auto"]["alone_route_ms"]["count"] == 4
-    assert found["auto"]["alone_route_ms"]["p50"] > found["cached"]["alone_route_ms"]["p50"]
+    for mode in ("auto", "cached"):
+        assert found[mode]["route_ms"]["count"] == found[mode]["alone_route_ms"]["count"] == 4

@@ -219,7 +219,7 @@ async def test_killed_in_the_middle_of_a_pass(make: Make, folder: Folder) -> Non
     await asyncio.sleep(0)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    results = await asyncio.wait_for(asyncio.gather(first, *others, return_exceptions=True), 30)
+    results = await asyncio.wait_for(asyncio.gather(first, *others, return_exceptions=True), 60)
     assert {str(result) for result in results} == {"the encoder process ended unexpectedly (code -9); please retry"}
     assert all(isinstance(result, EncoderUnavailable) for result in results)
     folder.drop("hold")

@@ -64,7 +64,7 @@ def other(url: str, server: Server) -> Iterator[Server]:  # noqa: ARG001  the fi
 
 
 async def until(condition: object) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await condition():  # type: ignore[operator]
             await asyncio.sleep(0.005)
 

@@ -80,7 +80,7 @@ async def test_a_full_queue_sheds_what_comes_on_top(make_harness: Callable[..., 
     harness.engine.gate.clear()
     async with harness.client() as client:
         waiting = [asyncio.create_task(client.post("/v1/completions", json=GOOD)) for _ in range(2)]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while harness.engine.num_waiting < 2:
                 await asyncio.sleep(0)
         refused = await client.post("/v1/completions", json=GOOD)
@@ -98,11 +98,11 @@ async def test_requests_with_a_first_token_do_not_fill_the_queue(make_harness: C
     harness.engine.hold_at = 1
     async with harness.client() as client:
         streaming = asyncio.create_task(client.post("/v1/completions", json=GOOD))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while harness.engine.num_waiting < 1:
                 await asyncio.sleep(0)
         second = asyncio.create_task(client.post("/v1/completions", json=GOOD))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while harness.engine.num_waiting < 2:
                 await asyncio.sleep(0)
         harness.engine.gate.set()

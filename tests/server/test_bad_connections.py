@@ -40,7 +40,7 @@ async def said(url: str, sent: bytes, *, ends: bool = True) -> bytes:
         writer.write(sent)
         if ends:
             writer.write_eof()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await reader.read()
     except ConnectionError:
         return b""
@@ -49,7 +49,7 @@ async def said(url: str, sent: bytes, *, ends: bool = True) -> bytes:
 
 
 async def check_good(url: str, harness: Harness) -> None:
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         answer = await client.post("/v1/completions", content=BODY, headers={"content-type": "application/json"})
     assert answer.json()["choices"][0]["text"] == REPLY
     assert len(harness.engine.requests) == 1

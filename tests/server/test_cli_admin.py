@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 async def get(url: str) -> Any:
-    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {ADMIN}"}) as client:
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60) as client:
         return (await client.get(url)).json()
 
 

@@ -37,11 +37,11 @@ async def running(harness: Harness, timeout: float) -> AsyncIterator[Running]:
             await asyncio.sleep(0.01)
         yield Running(server, f"http://127.0.0.1:{listener.getsockname()[1]}", serving, lines)
         server.handle_exit(signal.SIGTERM, None)
-        await asyncio.wait_for(serving, 30)
+        await asyncio.wait_for(serving, 60)
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -66,7 +66,7 @@ async def test_running_streams_finish_and_new_work_is_refused(harness: Harness) 
         answer = await asking
         assert answer.text.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"stop"' in answer.text
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
 
 
 async def test_after_the_timeout_streams_end_with_an_error(harness: Harness) -> None:
@@ -80,7 +80,7 @@ async def test_after_the_timeout_streams_end_with_an_error(harness: Harness) -> 
         last = answer.text.strip().split("\n\n")[-1]
         assert last.startswith('data: {"error":')
         assert "draining" in last
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
 
 
 async def test_the_second_signal_stops_at_once(harness: Harness) -> None:
@@ -91,7 +91,7 @@ async def test_the_second_signal_stops_at_once(harness: Harness) -> None:
         await until(lambda: harness.engine.num_waiting)
         server.server.handle_exit(signal.SIGTERM, None)
         server.server.handle_exit(signal.SIGTERM, None)
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await until(lambda: harness.engine.ended)
@@ -108,7 +108,7 @@ async def test_the_signal_after_a_drain_is_the_first_one(harness: Harness) -> No
         await asyncio.sleep(0.2)
         harness.engine.gate.set()
         assert (await asking).text.endswith("data: [DONE]\n\n")
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
 
 
 class Prefetch:
@@ -149,7 +149,7 @@ async def test_work_on_adapters_finishes_and_new_work_is_refused(
         await asyncio.sleep(0.2)
         prefetch.gate.set()
         assert (await asking).status_code == 200
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -166,7 +166,7 @@ async def test_work_that_is_cut_is_answered(
         answer = await asking
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
         assert answer.headers["x-request-id"]
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
     assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
@@ -175,7 +175,7 @@ async def test_an_idle_server_stops_when_asked(harness: Harness) -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             assert REPLY in (await client.post("/v1/completions", json=GOOD | {"stream": False})).text
         server.server.handle_exit(signal.SIGINT, None)
-        await asyncio.wait_for(server.serving, 30)
+        await asyncio.wait_for(server.serving, 60)
 
 
 def test_an_address_that_cannot_be_had() -> None:
@@ -200,7 +200,7 @@ async def test_no_answer_waits_for_an_acknowledgement() -> None:
     with bind(ServeSettings(port=0)) as listener:
         async with await asyncio.start_server(accepted, sock=listener):
             _, writer = await asyncio.open_connection(*listener.getsockname())
-            await asyncio.wait_for(done.wait(), 10)
+            await asyncio.wait_for(done.wait(), 60)
             writer.close()
             await writer.wait_closed()
     assert options == [1]

@@ -116,7 +116,7 @@ async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: p
             await asyncio.sleep(0.002)
         assert registry.ledger.read("acme").items == ()
         failing.clear()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not registry.ledger.read("acme").items:
                 await asyncio.sleep(0.005)
         ledger.count("acme", route("gone"), 10, 5)

@@ -22,7 +22,7 @@ async def test_before_the_first_token(harness: Harness, stream: bool, n: int) ->
     await until(lambda: len(harness.engine.requests) == n)
     assert harness.store.leases("default", "default", "sql") == 1
     caller.leave()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert set(harness.engine.ended.values()) == {"closed"}
     assert harness.endings() == {"abort": float(n)}
     harness.check_all_given_back()
@@ -35,7 +35,7 @@ async def test_in_the_middle_of_a_stream(harness: Harness, n: int) -> None:
     caller = Caller(harness, "/v1/completions", BODY | {"stream": True, "n": n})
     await until(lambda: caller.num_events >= 3 * n)
     caller.leave()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert set(harness.engine.ended.values()) == {"closed"}
     assert harness.endings() == {"abort": float(n)}
     assert b"[DONE]" not in b"".join(message.get("body", b"") for message in caller.sent)
@@ -48,7 +48,7 @@ async def test_in_the_middle_of_a_whole_answer(harness: Harness) -> None:
     caller = Caller(harness, "/v1/completions", BODY)
     await until(lambda: harness.engine.num_waiting == 1)
     caller.leave()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert list(harness.engine.ended.values()) == ["closed"]
     assert harness.endings() == {"abort": 1.0}
     harness.check_all_given_back()
@@ -58,7 +58,7 @@ async def test_in_the_middle_of_the_upload(harness: Harness) -> None:
     caller = Caller(harness, "/v1/completions", BODY, uploaded=False)
     await until(lambda: caller.has_uploaded)
     caller.leave()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert caller.sent[0]["status"] == 499
     assert not harness.engine.requests
     harness.check_all_given_back()
@@ -102,7 +102,7 @@ async def test_before_the_engine_knows_of_it(
         caller = Caller(harness, "/v1/completions", BODY | {"stream": stream})
         await until(lambda: held.num_waiting)
         caller.leave()
-        await asyncio.wait_for(caller.task, 20)
+        await asyncio.wait_for(caller.task, 60)
     assert (held.num_calls, held.num_waiting) == (1, 0)
     assert not harness.engine.requests
     assert harness.services.quotas.running("default") == 0
@@ -114,7 +114,7 @@ async def test_while_followers_wait_for_the_first_choice(harness: Harness) -> No
     caller = Caller(harness, "/v1/completions", BODY | {"prompt": "a long prompt " * 5, "n": 3})
     await until(lambda: harness.engine.requests)
     caller.leave()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert len(harness.engine.requests) == 1
     assert harness.endings() == {"abort": 3.0}
     harness.check_all_given_back()
@@ -128,7 +128,7 @@ async def test_an_error_in_one_choice_ends_the_others(harness: Harness) -> None:
 
     harness.engine.answer(script)
     caller = Caller(harness, "/v1/completions", BODY | {"n": 3})
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert caller.sent[0]["status"] == 503
     assert sum(harness.endings().values()) == 3
     harness.check_all_given_back()
@@ -143,7 +143,7 @@ async def chunks_of(client: httpx.AsyncClient, url: str) -> AsyncGenerator[bytes
 @pytest.mark.parametrize("stream", [False, True])
 async def test_over_a_socket_before_the_first_token(harness: Harness, live: str, stream: bool) -> None:
     harness.engine.gate.clear()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         asking = asyncio.create_task(client.post(f"{live}/v1/completions", json=BODY | {"stream": stream}))
         await until(lambda: harness.engine.requests)
         asking.cancel()
@@ -156,7 +156,7 @@ async def test_over_a_socket_before_the_first_token(harness: Harness, live: str,
 async def test_over_a_socket_in_the_middle_of_a_stream(harness: Harness, live: str) -> None:
     harness.engine.gate.clear()
     harness.engine.hold_at = 3
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         chunks = chunks_of(client, f"{live}/v1/completions")
         await anext(chunks)
         await chunks.aclose()

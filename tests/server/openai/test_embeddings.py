@@ -195,7 +195,7 @@ async def test_other_models_give_the_mean_of_their_last_states(
 
 async def test_a_client_that_leaves_the_engine(live: str, harness: Harness) -> None:
     harness.engine.gate.clear()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         asking = asyncio.create_task(client.post(f"{live}/v1/embeddings", json={"model": "sql", "input": ["a", "b"]}))
         while len(harness.engine.requests) < 2:
             await asyncio.sleep(0.005)
@@ -240,7 +240,7 @@ async def test_tokens_count_against_the_quota_and_in_the_ledger(
 
 async def test_a_client_that_leaves_is_not_waited_for(live: str, harness: Harness, encoder: InProcess) -> None:
     encoder.gate.clear()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         body = {"model": "encoder", "input": TEXTS * 100}
         asking = asyncio.create_task(client.post(f"{live}/v1/embeddings", json=body))
         while not encoder.calls:

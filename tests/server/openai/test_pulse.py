@@ -33,7 +33,7 @@ async def test_a_silent_stream_says_that_it_lives(harness: Harness) -> None:
     caller = Caller(harness, "/v1/completions", BODY)
     await until(lambda: caller.text.endswith(KEEP_ALIVE * 3))
     harness.engine.gate.set()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     said = caller.text.replace(KEEP_ALIVE, b"")
     assert said.endswith(b"data: [DONE]\n\n")
     assert said.count(b"data: ") == len(harness.engine.encode(REPLY)) + 1
@@ -47,7 +47,7 @@ async def test_a_late_first_token_does_not_keep_the_answer_from_beginning(harnes
     assert caller.sent[0]["status"] == 200
     assert b"x-loramux-route" in dict(caller.sent[0]["headers"])
     harness.engine.kill()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert b'"code":"engine_error"' in caller.text
     harness.engine.alive = True
 
@@ -57,13 +57,13 @@ async def test_a_client_that_leaves_before_a_late_first_token(harness: Harness) 
     caller = Caller(harness, "/v1/completions", BODY)
     await until(lambda: KEEP_ALIVE in caller.text)
     caller.leave()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert harness.endings() == {"abort": 1.0}
 
 
 async def test_a_refusal_before_the_silence_has_its_own_status(harness: Harness) -> None:
     caller = Caller(harness, "/v1/completions", BODY | {"logit_bias": {"99999": 1}})
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert caller.sent[0]["status"] == 400
 
 
@@ -71,7 +71,7 @@ async def test_the_official_client_skips_comments(harness: Harness, live: str) -
     harness.engine.gate.clear()
     async with AsyncOpenAI(base_url=f"{live}/v1", api_key="none", max_retries=0) as client:
         asking = asyncio.create_task(client.completions.create(model="tiny", prompt="Hi", stream=True))
-        stream = await asyncio.wait_for(asking, 20)  # it has begun without a token
+        stream = await asyncio.wait_for(asking, 60)  # it has begun without a token
         harness.engine.gate.set()
         assert "".join([chunk.choices[0].text async for chunk in stream]) == REPLY
         harness.engine.gate.clear()
@@ -91,7 +91,7 @@ async def test_who_does_not_read_is_not_waited_for(harness: Harness, when: int) 
     await until(lambda: caller.num_events >= when and caller.sent)
     caller.reads.clear()
     harness.engine.gate.set()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert b"[DONE]" not in caller.text
     harness.check_all_given_back()
 
@@ -101,7 +101,7 @@ async def test_who_never_reads_is_not_waited_for_either(harness: Harness) -> Non
     harness.engine.gate.clear()
     caller = Caller(harness, "/v1/completions", BODY)
     caller.reads.clear()
-    await asyncio.wait_for(caller.task, 20)
+    await asyncio.wait_for(caller.task, 60)
     assert not caller.sent
     assert harness.endings() == {"abort": 1.0}
     harness.check_all_given_back()
@@ -117,7 +117,7 @@ async def test_without_comments_readers_are_watched_all_the_same() -> None:
 
     pulse = Pulse(send, 0, 0.01)  # type: ignore[arg-type]
     beating, sending = asyncio.create_task(pulse.beat()), asyncio.create_task(pulse.send(b"part"))
-    await asyncio.wait_for(beating, 20)
+    await asyncio.wait_for(beating, 60)
     assert not sending.done()
     reads.set()
     await sending
