@@ -6,6 +6,7 @@ what somebody else has written there. Whatever would have to wait for the device
 memory, is refused. Kernels of Triton are recorded under its interpreter.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ class RecordedGraph:
 
     recorder: Recorder | None = None
     """Of the graph that is being captured."""
+    thread = 0
+    """Which captures it: others, which read routers and adapters meanwhile, may wait for what they like."""
     is_launching = False
     """A kernel's interpreter may look into tensors."""
     refuses = False
@@ -137,7 +140,7 @@ class RecordedGraph:
         assert capture_error_mode == "thread_local"
         if RecordedGraph.refuses:
             raise RuntimeError("out of memory")
-        RecordedGraph.recorder = self._recorder
+        RecordedGraph.recorder, RecordedGraph.thread = self._recorder, threading.get_ident()
         self._recorder.__enter__()
 
     def capture_end(self) -> None:
@@ -151,7 +154,8 @@ class RecordedGraph:
 
 def _refused_in_captures(method: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
-        if RecordedGraph.recorder is not None and not RecordedGraph.is_launching:
+        is_captured = RecordedGraph.recorder is not None and RecordedGraph.thread == threading.get_ident()
+        if is_captured and not RecordedGraph.is_launching:
             raise NotCapturable(f"{method.__name__} waits for the device")
         return method(*args, **kwargs)
 

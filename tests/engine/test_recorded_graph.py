@@ -1,5 +1,7 @@
 """The graph that stands for a GPU's in tests keeps to the rules of one."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,14 @@ def test_what_waits_for_the_device_is_refused(work: object) -> None:
     x = torch.arange(3.0)
     with pytest.raises(NotCapturable):
         capture(lambda: work(x))  # type: ignore[operator]
+
+
+def test_other_threads_may_wait_meanwhile() -> None:
+    """As the loader's do, which read what the next step needs."""
+    x, found = torch.arange(3.0), list[object]()
+    with ThreadPoolExecutor(1) as pool:
+        capture(lambda: found.append(pool.submit(x.tolist).result()))
+    assert found == [[0.0, 1.0, 2.0]]
 
 
 def test_memory_that_was_freed_is_noticed() -> None:
