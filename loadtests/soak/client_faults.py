@@ -63,7 +63,8 @@ class ClientFaults:
         if b" 200 " not in status:
             self._seen.breaks(f"a client that reads late was answered {answer[:300]!r}")
             return "refused"
-        errors, is_done = answer.count(b'"error"'), answer.count(b"data: [DONE]")
+        # Any word may be among the likely tokens, `error` too.
+        errors, is_done = answer.count(b'data: {"error"'), answer.count(b"data: [DONE]")
         if errors + is_done != 1:
             self._seen.breaks(f"a stream that was read late has {is_done} ends and {errors} errors")
         return "finished" if is_done else "error event"

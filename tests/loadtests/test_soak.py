@@ -163,6 +163,7 @@ STREAM = b"HTTP/1.1 200 OK\r\n\r\n"
     ("answer", "outcome", "is_broken"),
     [
         (STREAM + b"data: {}\n\ndata: [DONE]\n\n", "finished", False),
+        (STREAM + b'data: {"top_logprobs": [{"error": -1.0}]}\n\ndata: [DONE]\n\n', "finished", False),
         (STREAM + b'data: {"error": {}}\n\n', "error event", False),
         (STREAM + b"data: {}\n\n", "error event", True),
         (b'HTTP/1.1 503 Service Unavailable\r\n\r\n{"error": {}}', "refused: 503", False),

@@ -47,8 +47,9 @@ class Cluster:
         return [pid for pid in self._descendants() if _command(pid).startswith(ENGINE_REPLICA)]
 
     def engine_of(self, replica: int) -> int:
-        """Process id of a replica's engine."""
-        return next(pid for pid in _children(replica) if b"server.engine.loop" in _command(pid))
+        """Process id of a replica's engine, as soon as it has one."""
+        until(lambda: bool(_engines(replica)))
+        return _engines(replica)[0]
 
     def metric(self, name: str, label: str = "") -> float:
         """Sum over its labels, or those lines that have this one, as some front end has it."""
@@ -59,7 +60,7 @@ class Cluster:
     def stop(self) -> int:
         """End it as an operator does; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(90)
+        code = self.process.wait(240)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
@@ -114,12 +115,16 @@ class Stream(threading.Thread):
                 self.has_begun.set()
 
 
-def until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail("waited in vain")
         time.sleep(0.05)
+
+
+def _engines(replica: int) -> list[int]:
+    return [pid for pid in _children(replica) if b"server.engine.loop" in _command(pid)]
 
 
 def _children(pid: int) -> list[int]:
