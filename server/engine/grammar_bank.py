@@ -11,6 +11,7 @@ from server.engine.config import EngineConfig, RequestError
 from server.engine.constraint import Constraint
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarError
 from server.engine.grammar_check import CheckedCompiler
+from server.engine.masks import mask_threads
 from server.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ COMPILERS = 2
 
 def open_bank(config: EngineConfig, model: ModelConfig) -> "GrammarBank":
     """Where the requests of an engine find their grammars."""
-    compiler = CheckedCompiler(Path(config.model), model.vocab_size, model.eos_token_ids)
+    folder, copies = Path(config.model), mask_threads(config)
+    compiler = CheckedCompiler(folder, model.vocab_size, model.eos_token_ids, copies=copies)
     return GrammarBank(ThreadLoader(COMPILERS, stack_bytes=STACK_BYTES), compiler, config.grammar_memory)
 
 

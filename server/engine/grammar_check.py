@@ -32,12 +32,17 @@ class CheckedCompiler:
     """
 
     def __init__(
-        self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int], seconds: float = CHECK_SECONDS
+        self,
+        folder: Path,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        seconds: float = CHECK_SECONDS,
+        copies: int = 1,
     ) -> None:
         eos_token_ids = sorted(eos_token_ids)
         arguments = [str(seconds), str(folder), str(vocab_size), *map(str, eos_token_ids)]
         self._seconds = seconds
-        self._compiler = GrammarCompiler(folder, vocab_size, eos_token_ids)
+        self._compiler = GrammarCompiler(folder, vocab_size, eos_token_ids, copies)
         self._command = [sys.executable, "-P", "-m", "server.engine.grammar_check", *arguments]
         self._lock = threading.Lock()
         self._all: set[subprocess.Popen[bytes]] = set()

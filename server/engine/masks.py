@@ -20,6 +20,8 @@ from server.logs import FIELDS
 
 logger = logging.getLogger(__name__)
 
+Moves = ReadOnlyList[tuple[Matching, int]]
+"""Outputs and their newest tokens."""
 
 MOST_THREADS = 8
 """Of 64 rows each has eight then, and what is left of a step is the interpreter's own work for each mask."""
@@ -38,15 +40,14 @@ class MaskThreads:
         self._lanes = (ThreadPoolExecutor(num_threads, "masks"), ThreadPoolExecutor(1, "slow-masks"))
         self._news = threading.Condition()
 
-    def advance(self, moves: ReadOnlyList[tuple[Matching, int]]) -> None:
+    def advance(self, moves: Moves) -> None:
         """Compute the mask behind each token. The matchings are `pending` until that is done."""
         for lane, slow in zip(self._lanes, (False, True), strict=True):
             batch = [(matching, token) for matching, token in moves if matching.slow is slow]
             for matching, _ in batch:
                 matching.pending = True
-            parts = 1 if slow else min(self._num_threads, len(batch))
-            for part in range(parts):
-                lane.submit(self._run, batch[part::parts])
+            for part in shared_out(batch, 1 if slow else self._num_threads):
+                lane.submit(self._run, part)
 
     def wait(self, matchings: ReadOnlyList[Matching], seconds: float) -> None:
         """Return when none of them is pending, at the latest after this time."""
@@ -67,12 +68,23 @@ class MaskThreads:
         for lane in self._lanes:
             lane.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, batch: ReadOnlyList[tuple[Matching, int]]) -> None:
+    def _run(self, batch: Moves) -> None:
         for matching, token in batch:
             matching.advance(token)
             matching.pending = False
         with self._news:
             self._news.notify_all()
+
+
+def shared_out(moves: Moves, threads: int) -> list[Moves]:
+    """What each thread does, at most so many: all of one lexer in one thread, the largest groups first."""
+    groups: dict[object, list[tuple[Matching, int]]] = {}
+    for move in moves:
+        groups.setdefault(move[0].lexer, []).append(move)
+    parts: list[list[tuple[Matching, int]]] = [[] for _ in range(min(threads, len(groups)))]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    return list(parts)
 
 
 def constrained(chunks: Iterable[Chunk]) -> list[tuple[Chunk, Matching]]:

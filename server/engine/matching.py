@@ -24,12 +24,15 @@ class Matching:
     mask: uint32[ceil(vocabulary / 32)], bit t % 32 of word t // 32 is set where token t may come next. `pending`: the
     last token has been handed over, its mask is not there yet, and nothing else here may be touched. `behind`: a step
     has waited for the mask in vain. `seconds`: CPU time of its masks, the newest counting most. `error`: why there are
-    no more masks.
+    no more masks. `lexer`: masks with the same one are computed one after another, in however many threads.
     """
 
-    def __init__(self, matcher: "LLMatcher", mask: NDArray[np.uint32], seconds: float = 0.0) -> None:
+    def __init__(
+        self, matcher: "LLMatcher", mask: NDArray[np.uint32], seconds: float = 0.0, lexer: object = None
+    ) -> None:
         self.mask = mask
         self.seconds = seconds
+        self.lexer = lexer or self
         self.pending = False
         self.behind = False
         self.error: str | None = None

@@ -100,6 +100,30 @@ def accepts(grammar: Grammar, text: str, words: Tokenizer) -> bool:
     return EOS in matching.allowed()
 
 
+def test_outputs_of_one_grammar_take_turns_among_its_copies(model: Path, words: Tokenizer) -> None:
+    """Which are computed at the same time, and allow the same."""
+    grammar = GrammarCompiler(model, VOCABULARY, {EOS}, copies=3).compile(schema({"type": "integer"}))
+    matchings = [grammar.start() for _ in range(6)]
+    lexers = [matching.lexer for matching in matchings]
+    assert len({id(lexer) for lexer in lexers}) == 3
+    assert lexers[:3] == lexers[3:]
+    for token in words.encode("-120").ids:
+        for matching in matchings:
+            matching.advance(token)
+            assert matching.error is None
+            assert (matching.mask == matchings[0].mask).all()
+            assert matching.mask.any()
+
+
+def test_what_takes_long_to_compile_is_compiled_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(model, VOCABULARY, {EOS}, copies=3)
+    several = compiler.compile(regex("a+"))
+    monkeypatch.setattr("server.engine.grammar.COPY_SECONDS", 0.0)
+    one = compiler.compile(regex("a+"))
+    assert (len(several.matchers), len(one.matchers)) == (3, 1)
+    assert several.num_bytes == 3 * one.num_bytes
+
+
 @pytest.mark.parametrize(
     ("constraint", "good", "bad"),
     [

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.engine.masks import forbid
+from server.engine.masks import forbid, shared_out
 from server.engine.matching import SLOW_SECONDS, Matching
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
@@ -88,3 +88,21 @@ def test_one_slow_mask_is_forgiven_and_many_are_not() -> None:
     for _ in range(10):
         own._note(0.0)
     assert not own.slow
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 8))
+def test_outputs_of_one_lexer_share_a_thread_and_threads_share_the_work(lexers: list[int], threads: int) -> None:
+    moves = [(Matching(None, mask_of({1}), lexer=str(lexer)), token) for token, lexer in enumerate(lexers)]  # type: ignore[arg-type]
+    parts = shared_out(moves, threads)
+    assert sorted(token for part in parts for _, token in part) == list(range(len(moves)))
+    assert len(parts) == min(threads, len(set(lexers)))
+    homes = [{matching.lexer for matching, _ in part} for part in parts]
+    assert sum(map(len, homes)) == len(set(lexers)), "none is in two parts"
+    if parts:
+        largest = max(lexers.count(lexer) for lexer in lexers)
+        assert max(map(len, parts)) - min(map(len, parts)) <= largest
+
+
+def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
+    moves = [(matching({1}), token) for token in range(7)]
+    assert sorted(map(len, shared_out(moves, 3))) == [2, 2, 3]
