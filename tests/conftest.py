@@ -19,7 +19,10 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 MakeAdapter = Callable[..., Path]
 
 # An example that took long, or was long in the making, says that the machine is busy, and nothing about what is tested.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# And the examples are the same every time: `pytest --hypothesis-profile explore` looks for others.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", PATIENT, derandomize=False)
+settings.register_profile("patient", PATIENT, derandomize=True)
 settings.load_profile("patient")
 
 
