@@ -41,7 +41,8 @@ Clock = Callable[[], float]
 LOADING_SECONDS = 1e-3
 """How long a step waits for adapters under way when it can do nothing else."""
 MASK_SECONDS = 0.02
-"""How long the tokens of a step wait for a mask. A row without one yields no token and is computed anew."""
+"""What a step counts as, at most, where waiting for a mask is compared with giving up: see `MaskThreads.outwait`. A row
+without a mask yields no token and is computed anew."""
 
 
 class Engine:
@@ -83,6 +84,7 @@ class Engine:
         self._endings: list[Output] = []
         self._deadlines = Deadlines()
         self._steps: list[tuple[float, int]] = []
+        self._step_seconds = MASK_SECONDS
         self._launched: Launched | None = None
 
     @classmethod
@@ -152,7 +154,9 @@ class Engine:
             launched, self._launched = self._launched, launched
         if launched is not None:
             outputs += self._commit(launched)
-            self._steps.append((self.clock() - started, sum(chunk.num_tokens for chunk in launched.chunks)))
+            seconds = self.clock() - started
+            self._steps.append((seconds, sum(chunk.num_tokens for chunk in launched.chunks)))
+            self._step_seconds = min(MASK_SECONDS, seconds - self.masks.idled)
         return outputs
 
     def info(self) -> EngineInfo:
@@ -195,7 +199,7 @@ class Engine:
 
     def _choose(self, launched: Launched) -> None:
         """Choose the tokens of the last launch, when all tokens before them are known."""
-        for chunk, matching in self.masks.settle(launched.chunks, MASK_SECONDS):
+        for chunk, matching in self.masks.settle(launched.chunks, launched.running, self._step_seconds):
             if matching.behind:
                 launched.late.add(chunk.sequence)
                 self.scheduler.retract(chunk)

@@ -3,7 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,9 @@ Moves = ReadOnlyList[tuple[Matching, int]]
 MOST_THREADS = 8
 """Of 64 rows each has eight then, and what is left of a step is the interpreter's own work for each mask."""
 
+POLL_SECONDS = 3e-4
+"""Between two looks at the device while masks are computed beside it."""
+
 
 def mask_threads(config: EngineConfig) -> int:
     """Half of the cores that this process may use, unless the configuration says otherwise."""
@@ -33,9 +37,14 @@ def mask_threads(config: EngineConfig) -> int:
 
 
 class MaskThreads:
-    """Advances matchings: threads for all, and another one for the slow, which therefore delay only each other."""
+    """Advances matchings: threads for all, and another one for the slow, which therefore delay only each other.
 
-    def __init__(self, num_threads: int) -> None:
+    idled: seconds for which the last step's masks were waited for when the device had nothing more to do.
+    """
+
+    def __init__(self, num_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.idled = 0.0
+        self._clock = clock
         self._num_threads = num_threads
         self._lanes = (ThreadPoolExecutor(num_threads, "masks"), ThreadPoolExecutor(1, "slow-masks"))
         self._news = threading.Condition()
@@ -54,14 +63,38 @@ class MaskThreads:
         with self._news:
             self._news.wait_for(lambda: not any(matching.pending for matching in matchings), seconds)
 
-    def settle(self, chunks: Iterable[Chunk], seconds: float) -> list[tuple[Chunk, Matching]]:
-        """Wait for the masks of a step. Returns its constrained chunks; those that have none after this time are
-        `behind`, and stay so until a step finds them ready."""
+    def settle(
+        self, chunks: ReadOnlyList[Chunk], running: Callable[[], bool], step_seconds: float
+    ) -> list[tuple[Chunk, Matching]]:
+        """Wait for the masks of a step. Returns its constrained chunks; those that are given up are `behind`, and stay
+        so until a step finds them ready. running: whether the device still runs the model for this step."""
         pairs = constrained(chunks)
-        self.wait([matching for _, matching in pairs], seconds)
+        self.outwait([matching for _, matching in pairs], sum(c.samples for c in chunks), running, step_seconds)
         for _, matching in pairs:
             matching.behind = matching.pending
         return pairs
+
+    def outwait(
+        self, matchings: ReadOnlyList[Matching], rows: int, running: Callable[[], bool], step_seconds: float
+    ) -> None:
+        """Return when none of them is pending, or waiting costs more than it is worth.
+
+        Waiting for an idle device costs all rows of the step its time, and giving up costs those without a mask a step:
+        neither costs more than twice what the better one would have.
+        """
+        idle_since = None
+        self.idled = 0.0
+        with self._news:
+            while missing := sum(matching.pending for matching in matchings):
+                if idle_since is None and running():
+                    self._news.wait(POLL_SECONDS)
+                    continue
+                idle_since = self._clock() if idle_since is None else idle_since
+                left = step_seconds * missing / rows - self.idled
+                if left <= 0:
+                    return
+                self._news.wait(left)
+                self.idled = self._clock() - idle_since
 
     def close(self) -> None:
         """Begin nothing more."""

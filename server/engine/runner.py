@@ -51,11 +51,16 @@ class Launched:
     indices: list[int]
     verdicts: ReadOnlyList[tuple[Sequence, Verdict]]
     late: set[Sequence] = field(default_factory=set)
+    computing: torch.cuda.Event | None = None
     sampled: Sampled | None = None
     done: torch.cuda.Event | None = None
     routed: Shares | None = None
     scores: Scores | None = None
     pooled: Pooled | None = None
+
+    def running(self) -> bool:
+        """Whether the device still runs the model. Known of steps with constrained rows."""
+        return self.computing is not None and not self.computing.query()
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
@@ -144,6 +149,9 @@ class Runner:
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         indices = [sequence.num_sampled for sequence in sequences]
         launched = Launched(chunks, computed, sequences, indices, [*decided, *verdicts(chunks)])
+        if self.device.type == "cuda" and any(sequence.matching is not None for sequence in sequences):
+            launched.computing = torch.cuda.Event()
+            launched.computing.record()
         for row, sequence in enumerate(sequences):
             sequence.sampled_row = row
         return launched

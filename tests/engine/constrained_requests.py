@@ -112,3 +112,5 @@ class LazyMasks(MaskThreads):
         if self.vain > self.patience:
             self._run(self.moves)
             self.vain, self.moves = 0, []
+
+    outwait = wait

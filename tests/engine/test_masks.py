@@ -1,12 +1,13 @@
 """Masks: bits, their way to the device, and their place in sampling."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.engine.masks import forbid, shared_out
+from server.engine.masks import MaskThreads, forbid, shared_out
 from server.engine.matching import SLOW_SECONDS, Matching
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
@@ -106,3 +107,55 @@ def test_outputs_of_one_lexer_share_a_thread_and_threads_share_the_work(lexers: 
 def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
     moves = [(matching({1}), token) for token in range(7)]
     assert sorted(map(len, shared_out(moves, 3))) == [2, 2, 3]
+
+
+class World:
+    """A clock that moves when a thread waits, and what happens at some of its seconds."""
+
+    def __init__(self, matchings: list[Matching], done: dict[float, int], runs_until: float) -> None:
+        self.now = 0.0
+        self.masks = MaskThreads(1, lambda: self.now)
+        self.masks._news = self  # type: ignore[assignment]
+        self._matchings, self._done, self._runs_until = matchings, done, runs_until
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def running(self) -> bool:
+        return self.now < self._runs_until
+
+    def wait(self, seconds: float) -> None:
+        self.now += min([seconds, *(at - self.now for at in self._done if at > self.now)])
+        for at, count in self._done.items():
+            if at <= self.now:
+                for one in self._matchings[:count]:
+                    one.pending = False
+
+    def outwait(self, rows: int, step_seconds: float) -> int:
+        for one in self._matchings:
+            one.pending = True
+        self.masks.outwait(self._matchings, rows, self.running, step_seconds)
+        return sum(one.pending for one in self._matchings)
+
+
+@pytest.mark.parametrize(
+    ("done", "runs_until", "given_up", "ends", "idled"),
+    [
+        ({3.0: 4}, 5.0, 0, 3.0, 0.0),  # while the device runs the model nothing is lost
+        ({5.5: 4}, 5.0, 0, 5.5, 0.5),  # four of eight rows wait: half a step is worth it
+        ({4.0: 3, 6.0: 4}, 5.0, 0, 6.0, 1.0),  # one row: an eighth of a step
+        ({4.0: 3, 7.0: 4}, 5.0, 1, 6.0, 1.0),
+        ({4.0: 3, 5.5: 3, 7.0: 4}, 0.0, 1, 4.0, 4.0),  # three came within what four are worth, then it was enough
+        ({}, 5.0, 4, 9.0, 4.0),
+        ({}, 0.0, 4, 4.0, 4.0),
+    ],
+)
+def test_masks_are_waited_for_while_that_is_cheaper_than_to_miss_a_step(
+    done: dict[float, int], runs_until: float, given_up: int, ends: float, idled: float
+) -> None:
+    """Of a step of eight seconds and eight rows, four of which need a mask."""
+    world = World([matching({1}) for _ in range(4)], done, runs_until)
+    assert world.outwait(rows=8, step_seconds=8.0) == given_up
+    assert world.now == pytest.approx(ends, abs=1e-3)
+    assert world.masks.idled == pytest.approx(idled, abs=1e-3)
