@@ -19,7 +19,7 @@ ROUTERS = ("gates", "milora", "moa")
 MESSAGES = [{"role": "user", "content": "Give the facts as JSON.\nAmir is 73 years old and lives in Montreal."}]
 FACTS = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 10}, "age": {"type": "integer", "maximum": 200}},
+    "properties": {"name": {"type": "string", "pattern": "^[A-Za-z]{1,10}$"}, "age": {"enum": [7, 73, 200]}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -62,7 +62,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> list[str]:
 async def test_every_answer_has_its_form(served: Served, smollm2: Path) -> None:
     models: list[dict[str, Any]] = [{"model": smollm2.name}, {"model": "pirate"}, {"model": smollm2.name, "lora": MIX}]
     models += [{"model": f"auto:{name}"} for name in ROUTERS]
-    shared: dict[str, Any] = {"messages": MESSAGES, "n": 2, "seed": 3, "max_tokens": 60}
+    shared: dict[str, Any] = {"messages": MESSAGES, "n": 2, "seed": 3, "max_tokens": 150}
     bodies = [shared | model | form for model in models for form in FORMS.values()]
     bodies = [body | {"stream": index % 4 in (0, 3)} for index, body in enumerate(bodies)]
     async with httpx.AsyncClient(base_url=served.url, timeout=500) as client:

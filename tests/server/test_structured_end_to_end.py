@@ -81,13 +81,13 @@ def test_streams_say_the_same(client: OpenAI) -> None:
 
 def test_the_parse_helper_gives_pydantic_models(client: OpenAI) -> None:
     parsed = (
-        client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Owner, seed=3, max_tokens=150)
+        client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Owner, seed=3, max_tokens=300)
         .choices[0]
         .message.parsed
     )
     assert isinstance(parsed, Owner)
     with client.chat.completions.stream(
-        model="tiny", messages=MESSAGES, response_format=Owner, seed=3, max_tokens=150
+        model="tiny", messages=MESSAGES, response_format=Owner, seed=3, max_tokens=300
     ) as stream:
         for _ in stream:
             pass

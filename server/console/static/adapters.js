@@ -6,6 +6,7 @@ import { ago, bytes, count, element, find, notice, redraw, table } from "./dom.j
 const PAGE = 100;
 let shown = [];
 let next = null;
+let asked = null; // AbortController of the last question
 
 export function start() {
   find("register-form").addEventListener("submit", register);
@@ -102,12 +103,19 @@ async function reporting(work) {
   }
 }
 
+// The dialog tells that it was closed with a later frame only, when another question may be open already.
 function confirmed(question) {
   const dialog = find("confirm");
+  asked?.abort();
+  const own = asked = new AbortController();
   find("confirm-text").textContent = question;
-  dialog.returnValue = "no";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+    own.signal.addEventListener("abort", () => resolve(false));
+    dialog.addEventListener("submit", ({ submitter }) => {
+      resolve(submitter?.value === "yes");
+      own.abort();
+    }, { signal: own.signal });
+    dialog.addEventListener("cancel", () => own.abort(), { signal: own.signal });
   });
 }

@@ -17,6 +17,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 from served import Served
 
+from loadtests.upload import upload
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY = "the-admin-key"
@@ -143,6 +145,29 @@ def test_an_adapter_is_registered_pinned_and_deleted_by_keyboard(
         reader.until(lambda: "qv16 is deleted" in reader.text("#notice"))
         assert client.get("/admin/v1/adapters/qv16").status_code == 404
     assert reader.driver.title.startswith("Adapters")
+
+
+def test_what_is_kept_stays_whatever_is_answered_next(
+    reader: Reader, served: Served, adapters: dict[str, Path]
+) -> None:
+    with served.client() as client:
+        for name in ("kept", "gone"):
+            upload(client, name, adapters["wide24"])
+        reader.open("#adapters")
+        reader.log_in()
+        reader.until(lambda: "kept" in reader.text("#adapter-table"))
+        reader.driver.execute_script(
+            """for (const [name, answer] of [["kept", "no"], ["gone", "yes"]]) {
+              document.querySelector(`[aria-label="Delete ${name}"]`).click();
+              document.querySelector(`#confirm button[value=${answer}]`).click();
+            }"""
+        )
+        reader.until(lambda: "gone is deleted" in reader.text("#notice"))
+        assert client.get("/admin/v1/adapters/kept").status_code == 200
+        reader.press("[aria-label='Delete kept']")
+        reader.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+        reader.until(lambda: not reader.find("#confirm").is_displayed())
+        assert client.get("/admin/v1/adapters/kept").status_code == 200
 
 
 def test_the_playground_streams_an_answer_and_shows_its_route(reader: Reader) -> None:
