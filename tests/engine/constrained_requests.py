@@ -28,7 +28,7 @@ PERSON = {
 }
 CHOICES = ["yes", "no", 'may"be\\\n', "漢字"]
 SCHEMA = Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(PERSON))
-REGEX = Constraint(ConstraintKind.REGEX, r"[a-c]{2,9}-\d{1,5}(\.\d{2})?!")
+REGEX = Constraint(ConstraintKind.REGEX, r"[a-c]{2,9}-[0-9]{1,5}(\.[0-9]{2})?!")
 CHOICE = Constraint(ConstraintKind.CHOICE, json.dumps(CHOICES))
 LARK = Constraint(ConstraintKind.GRAMMAR, 'start: NUMBER ("+" NUMBER){1,3}\nNUMBER: /[0-9]{1,4}/')
 GBNF = Constraint(ConstraintKind.GRAMMAR, 'root ::= "(" part? ")" | "[" part "]"\npart ::= [a-z] | "<" [0-9] ">"')
