@@ -53,7 +53,7 @@ def assemble(
     tenants, ring = Tenants(), KeyRing()
     accounts = AccountService(store.registry.accounts, tenants, ring, secrets.token_bytes)
     quotas = QuotaGate(tenants, time.perf_counter, metrics.quota_rejected, _lender(store, serve, part))
-    usage = UsageLedger(store.registry, time.time)
+    usage = UsageLedger(store.registry, time.time, uuid.uuid4().hex)
     catalog = Catalog(store, engine, policies(settings), time.monotonic, settings.limits.uploads)
     catalog.on_rejection = metrics.quota_rejected
     usage.on_use = catalog.residency.used

@@ -37,14 +37,17 @@ _Touched = dict[tuple[str, str, str], _Uses]  # by tenant, owner, name
 class UsageLedger:
     """Counts requests and tokens by tenant, mix of adapters and day (UTC), and the uses of each adapter.
 
-    Counting never waits. What cannot be written stays and is written later; only a database that takes a batch and
-    then reports a failure, as one may that dies while it commits, gets that batch twice. `clock` gives seconds since
-    the epoch.
+    Counting never waits. What cannot be written stays and is written later. A batch whose writing failed is sent again
+    as it is, by the same number: a database that dies while it commits may have taken it. `clock` gives seconds since
+    the epoch, `writer` is a name that no other process has.
     """
 
-    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
+    def __init__(self, registry: Registry, clock: Callable[[], float], writer: str) -> None:
         self._registry = registry
         self._clock = clock
+        self._writer = writer
+        self._batch: list[UsageRow] = []  # sent, and not known to have been taken
+        self._number = 0
         self._lines: _Lines = {}
         self._touched: _Touched = {}
         self._flushing = asyncio.Lock()
@@ -78,7 +81,7 @@ class UsageLedger:
 
     async def catch_up(self) -> None:
         """For readers: what has been counted up to now is written, at most once a second, or cannot be."""
-        if not (self._lines or self._touched or self._flushing.locked()):
+        if not (self._batch or self._lines or self._touched or self._flushing.locked()):
             return
         if self._catching_up is None:
             self._catching_up = asyncio.create_task(self._catch_up())
@@ -90,9 +93,11 @@ class UsageLedger:
             if attempt:
                 await asyncio.sleep(pause)
             if await self.flush():
+                await self._write(lambda: self._registry.ledger.leave(self._writer))
                 break
         else:
-            lost = sum(line.requests for line in self._lines.values())
+            unsent = [line.requests for line in self._lines.values()]
+            lost = sum(unsent) + sum(row.requests for row in self._batch)
             logger.error("the registry is unavailable: %d requests are missing in the ledger", lost)
         self._thread.shutdown(wait=False)
 
@@ -110,19 +115,23 @@ class UsageLedger:
         await self.flush()
 
     async def _flush_lines(self) -> bool:
+        if self._batch and not await self._send_batch():
+            return False
         lines, self._lines = self._lines, {}
-        rows = [
+        if not lines:
+            return True
+        self._number += 1
+        self._batch = [
             UsageRow(tenant, adapter, day, counts.requests, counts.prompt_tokens, counts.generation_tokens)
             for (tenant, adapter, day), counts in lines.items()
         ]
-        if not rows or await self._write(lambda: self._registry.ledger.add(rows)):
-            return True
-        for key, counts in lines.items():
-            line = self._lines.setdefault(key, _Counts())
-            line.requests += counts.requests
-            line.prompt_tokens += counts.prompt_tokens
-            line.generation_tokens += counts.generation_tokens
-        return False
+        return await self._send_batch()
+
+    async def _send_batch(self) -> bool:
+        is_taken = await self._write(lambda: self._registry.ledger.add(self._batch, self._writer, self._number))
+        if is_taken:
+            self._batch = []
+        return is_taken
 
     async def _flush_touched(self) -> bool:
         touched, self._touched = self._touched, {}

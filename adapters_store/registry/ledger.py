@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import date
 
-from sqlalchemy import ColumnElement, select, tuple_
+from sqlalchemy import ColumnElement, Connection, delete, select, tuple_
 
 from adapters_store.registry.database import Database, insert
 from adapters_store.registry.errors import InvalidValue
 from adapters_store.registry.page import Page, paginate
 from adapters_store.registry.rows import UsageRow
-from adapters_store.registry.schema import usage
+from adapters_store.registry.schema import usage, usage_writers
 
 _COUNTS = ("requests", "prompt_tokens", "generation_tokens")
 
@@ -21,8 +21,11 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, batch: Iterable[UsageRow]) -> None:
-        """Add to the ledger."""
+    def add(self, batch: Iterable[UsageRow], writer: str = "", number: int = 0) -> None:
+        """Add to the ledger; from a named `writer`, whose batches have growing numbers from 1, each number once.
+
+        So a batch may be sent again whose writer does not know what became of it.
+        """
         merged: dict[tuple[date, str, str], UsageRow] = {}
         for row in batch:
             key = row.day, row.tenant, row.adapter
@@ -32,11 +35,18 @@ class Ledger:
         if not merged:
             return
         with self._database.write("ledger.add") as connection:
+            if writer and not _is_next(connection, writer, number):
+                return
             statement = insert(connection, usage)
             sums = {each: usage.c[each] + statement.excluded[each] for each in _COUNTS}
             # In one order: servers that flush at the same time do not wait for each other in a circle.
             rows = [asdict(merged[key]) for key in sorted(merged)]
             connection.execute(statement.on_conflict_do_update(index_elements=usage.primary_key, set_=sums), rows)
+
+    def leave(self, writer: str) -> None:
+        """Forget the numbers of a writer, which sends nothing more."""
+        with self._database.write("ledger.leave") as connection:
+            connection.execute(delete(usage_writers).where(usage_writers.c.writer == writer))
 
     def read(
         self,
@@ -59,6 +69,16 @@ class Ledger:
         with self._database.read() as connection:
             rows = [UsageRow(**row._mapping) for row in connection.execute(statement)]
         return paginate(rows, limit, lambda row: f"{row.day.isoformat()}/{row.tenant}/{row.adapter}")
+
+
+def _is_next(connection: Connection, writer: str, number: int) -> bool:
+    """Whether the writer's batch is new. Then it is the last one from now on."""
+    last = connection.scalar(select(usage_writers.c.batch).where(usage_writers.c.writer == writer))
+    if last is not None and number <= last:
+        return False
+    row = insert(connection, usage_writers).values(writer=writer, batch=number)
+    connection.execute(row.on_conflict_do_update(index_elements=usage_writers.primary_key, set_={"batch": number}))
+    return True
 
 
 def _usage_cursor(cursor: str) -> tuple[date, str, str]:

@@ -183,6 +183,14 @@ prototypes = Table(
     _of_name("tenant", "name"),
 )
 
+# The number of the last batch that each process has added to `usage`: one that is sent again is known by it.
+usage_writers = Table(
+    "usage_writers",
+    metadata,
+    Column("writer", Key, primary_key=True),
+    Column("batch", Integer, nullable=False),
+)
+
 # Quotas that several processes use up together: what is left of a bucket, and of sequences at once who has how many.
 # No foreign keys: a row more or less means nothing.
 budgets = Table(

@@ -143,6 +143,18 @@ class TestCounters:
         )
         assert registry.ledger.read("umbrella").items == (UsageRow("umbrella", "sql", DAY, 8, 0, 0),)
 
+    def test_a_batch_that_is_sent_again_counts_once(self, registry: Registry) -> None:
+        line = UsageRow("acme", "sql", DAY, 1, 10, 5)
+        for number in (1, 1, 2, 1, 2, 5):
+            registry.ledger.add([line], "one", number)
+        registry.ledger.add([line], "another", 1)
+        assert registry.ledger.read("acme").items[0].requests == 4
+        registry.ledger.leave("one")
+        registry.ledger.leave("nobody")
+        registry.ledger.add([line], "another", 1)
+        registry.ledger.add([line], "one", 1)
+        assert registry.ledger.read("acme").items[0].requests == 5
+
     def test_the_ledger_is_read_by_days_and_pages(self, registry: Registry) -> None:
         days = [date(2026, 3, day) for day in (1, 2, 3)]
         lines = [UsageRow(tenant, "sql", day, 1, 2, 3) for day in days for tenant in ("acme", "umbrella")]

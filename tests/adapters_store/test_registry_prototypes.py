@@ -215,7 +215,7 @@ def test_an_older_database_is_upgraded(make_url: MakeUrl) -> None:
     registry.close()
     engine = open_engine(url)
     with engine.begin() as connection:
-        for table in ("prototypes", "budgets", "places"):
+        for table in ("prototypes", "budgets", "places", "usage_writers"):
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     engine.dispose()

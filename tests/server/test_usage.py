@@ -31,21 +31,29 @@ def route(*names: str, owner: str = "acme") -> Route:
 
 
 class FakeRegistry:
-    """Adds up what it is given, but while `fails` it takes nothing."""
+    """Adds up what it is given, but while `fails` it takes nothing, or says so although it has."""
 
     def __init__(self) -> None:
         self.fails: set[str] = set()
         self.lines: Counter[tuple[str, str, date, str]] = Counter()
         self.counted: Counter[tuple[str, str, str]] = Counter()
         self.last_used: dict[tuple[str, str, str], float] = {}
+        self.numbers: dict[str, int] = {}
         self.ledger = self.uses = self
 
-    def add(self, batch: Iterable[UsageRow]) -> None:
+    def add(self, batch: Iterable[UsageRow], writer: str, number: int) -> None:
         if "ledger" in self.fails:
             raise RegistryUnavailable("as the test wants")
-        for row in batch:
-            for field in ("requests", "prompt_tokens", "generation_tokens"):
-                self.lines[row.tenant, row.adapter, row.day, field] += getattr(row, field)
+        if number > self.numbers.get(writer, 0):
+            self.numbers[writer] = number
+            for row in batch:
+                for field in ("requests", "prompt_tokens", "generation_tokens"):
+                    self.lines[row.tenant, row.adapter, row.day, field] += getattr(row, field)
+        if "answer" in self.fails:
+            raise RegistryUnavailable("it has died while it committed")
+
+    def leave(self, writer: str) -> None:
+        self.numbers.pop(writer, None)
 
     def touch(self, batch: Iterable[Use]) -> None:
         if "touch" in self.fails:
@@ -63,7 +71,7 @@ COUNT = st.tuples(
     st.integers(0, 1000),
     st.sampled_from([0.0, 1.0, DAY]),
 )
-FLUSH = st.sampled_from([frozenset[str](), frozenset({"ledger"}), frozenset({"touch"}), frozenset({"ledger", "touch"})])
+FLUSH = st.frozensets(st.sampled_from(["ledger", "answer", "touch"]))
 
 
 @settings(max_examples=60)
@@ -73,7 +81,7 @@ def test_every_request_is_written_once(events: list[object]) -> None:
 
     async def play() -> None:
         registry, now = FakeRegistry(), NOON
-        ledger = UsageLedger(cast(Registry, registry), lambda: now)
+        ledger = UsageLedger(cast(Registry, registry), lambda: now, "w")
         lines: Counter[tuple[str, str, date, str]] = Counter()
         uses: Counter[tuple[str, str, str]] = Counter()
         last_used: dict[tuple[str, str, str], float] = {}
@@ -94,6 +102,7 @@ def test_every_request_is_written_once(events: list[object]) -> None:
         registry.fails = set()
         await ledger.close()
         assert (registry.lines, registry.counted, registry.last_used) == (lines, uses, last_used)
+        assert not registry.numbers, "who has left is forgotten"
 
     asyncio.run(play())
 
@@ -107,7 +116,7 @@ async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: p
 
     registry = Registry.open(f"sqlite:///{tmp_path}/registry.sqlite", lambda: NOON, fault)
     registry.accounts.add(TenantRow("acme"))
-    ledger = UsageLedger(registry, lambda: NOON)
+    ledger = UsageLedger(registry, lambda: NOON, "w")
     failing |= {"ledger.add.commit", "touch.begin"}  # the first one is rolled back
     async with repeating(ledger.flush, 0.005):
         for _ in range(20):
@@ -130,9 +139,28 @@ async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: p
     registry.close()
 
 
+async def test_a_database_that_dies_behind_its_commit_counts_once(tmp_path: Path) -> None:
+    failing = {"ledger.add.committed"}
+
+    def fault(step: str) -> None:
+        if step in failing:
+            raise RegistryUnavailable("as the test wants")
+
+    registry = Registry.open(f"sqlite:///{tmp_path}/registry.sqlite", lambda: NOON, fault)
+    registry.accounts.add(TenantRow("acme"))
+    ledger = UsageLedger(registry, lambda: NOON, "w")
+    for _ in range(2):
+        ledger.count("acme", route("gone"), 10, 5)
+        assert not await ledger.flush()
+    failing.clear()
+    await ledger.close()
+    assert registry.ledger.read("acme").items == (UsageRow("acme", "gone", date(2026, 3, 1), 2, 20, 10),)
+    registry.close()
+
+
 async def test_counting_during_a_flush_is_not_lost() -> None:
     registry = FakeRegistry()
-    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON, "w")
     for number in range(200):
         ledger.count("acme", route("sql"), 1, 1)
         if number % 10 == 0:
@@ -148,7 +176,7 @@ async def test_counting_during_a_flush_is_not_lost() -> None:
 async def test_a_stop_without_the_database_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     registry = FakeRegistry()
     registry.fails = {"ledger"}
-    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON, "w")
     for _ in range(3):
         ledger.count("acme", route(), 1, 1)
     await ledger.close(attempts=2, pause=0.0)
@@ -158,7 +186,7 @@ async def test_a_stop_without_the_database_says_what_is_missing(caplog: pytest.L
 
 async def test_days_are_those_of_utc() -> None:
     registry, now = FakeRegistry(), datetime(2026, 3, 1, 23, 59, 59, tzinfo=UTC).timestamp()
-    ledger = UsageLedger(cast(Registry, registry), lambda: now)
+    ledger = UsageLedger(cast(Registry, registry), lambda: now, "w")
     ledger.count("acme", route(), 1, 1)
     now += 1
     ledger.count("acme", route(), 1, 1)
@@ -167,7 +195,7 @@ async def test_days_are_those_of_utc() -> None:
 
 
 async def test_uses_are_told() -> None:
-    ledger, heard = UsageLedger(cast(Registry, FakeRegistry()), lambda: NOON), list[tuple[str, str, str]]()
+    ledger, heard = UsageLedger(cast(Registry, FakeRegistry()), lambda: NOON, "w"), list[tuple[str, str, str]]()
     ledger.on_use = lambda *use: heard.append(use)
     ledger.count("acme", route("sql", "german", owner="umbrella"), 1, 1)
     ledger.count("acme", route(), 1, 1)
@@ -176,7 +204,7 @@ async def test_uses_are_told() -> None:
 
 async def test_readers_see_everything_and_write_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = FakeRegistry()
-    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON, "w")
     slept: list[float] = []
     sleep = asyncio.sleep
 
@@ -203,7 +231,7 @@ async def test_readers_see_everything_and_write_once_a_second(monkeypatch: pytes
 
 async def test_a_reader_waits_for_the_write_under_way() -> None:
     registry = FakeRegistry()
-    ledger = UsageLedger(cast(Registry, registry), lambda: NOON)
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON, "w")
     ledger.count("acme", route("sql"), 1, 1)
     flushing = asyncio.create_task(ledger.flush())
     await asyncio.sleep(0)
