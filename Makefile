@@ -106,11 +106,11 @@ bench-gpu: setup
 	done
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
-	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters --many 10000 --rank 8 --seconds 8 --out docs/results/many-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters --many 10000 --rank 8 --seconds 6 --out docs/results/many-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario grammar --adapters 0 --rows 64 --out docs/results/grammar-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario gated --repeats 1 --out docs/results/gated-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
-	$(RUN)/python -m kernels.bench --model 8b --ops meteora --adapters 28 --top-k 2 --rows 8,64,4096 --out docs/results/meteora-8b.json
+	$(RUN)/python -m kernels.bench --model 8b --ops meteora --adapters 28 --top-k 2 --rows 8,64,4096 --out docs/results/routing/meteora-8b.json
 	$(RUN)/python -m routing.bench_prompt --model 8b
 
 # The 8B shape behind HTTP, on this machine's GPU: S-LoRA's and Punica's workloads, and what automatic choice costs.
@@ -130,7 +130,7 @@ load-gpu: model
 	  --requests 96 --at-once 32 --tokens 64 --rounds 3 --page-memory 4GiB --out $(LOADS)/routing.json
 
 # Trains and evaluates the routers inside the model on tasks of your own, in groups `small` and `medium`; after LIMIT seconds
-# it stops, and the same command goes on. `make study TASKS=FOLDER SCALE=cuda JOBS=11`
+# it stops, and the same command goes on. `make study TASKS=FOLDER SCALE=cuda JOBS=12`
 TASKS ?= tasks
 STUDY ?= study
 SCALE ?= cuda

@@ -162,6 +162,9 @@ TITLES: Mapping[str, str] = {
     "memory": "Memory",
 }
 
+OWN_ADAPTERS = frozenset({"gated", "many_adapters"})
+"""Tables whose adapters are not the arguments'; they tell which."""
+
 FIGURES: Mapping[str, tuple[tuple[str, ...], Mapping[str, bool]]] = {
     "throughput": (("traffic",), {"tokens_per_second": True}),
     "decode": (("rows", "traffic"), {"ms": False}),
@@ -208,7 +211,10 @@ def _remarks(name: str, scenario: Json) -> str:
         return f" (adapters of rank {scenario['rank']}, {scenario['context']} tokens of context)"
     if name == "many_adapters":
         pages = max(scenario["pages"].values())
-        return f" ({scenario['host']} adapters of rank {scenario['rank']} in host memory, {pages} pages on the device)"
+        return (
+            f" ({scenario['host']:,} adapters of rank {scenario['rank']} on q_proj and v_proj in host memory,"
+            f" {pages} pages on the device)"
+        )
     if name == "memory" and scenario["error"] is not None:
         taken = scenario["served"]["device"]
         whole = f"{_gigabytes(scenario['planned'])} GB planned with the weights, {_gigabytes(taken)} GB taken"
@@ -232,7 +238,7 @@ def _heading(document: Json) -> str:
     what = f"{document['bench'].capitalize()}, {document['model']} shape"
     lines = [f"### {what}, {document['device']}", "", f"Commit {commit}, seed {document['seed']}, {versions}."]
     arguments = document.get("arguments", {})
-    if targets := arguments.get("targets"):
+    if (targets := arguments.get("targets")) and not OWN_ADAPTERS.issuperset(document.get("scenarios", {})):
         linears = "all linears" if len(targets) == len(TARGETS) else ", ".join(targets)
         lines[-1] += f" Adapters of rank {arguments['rank']} on {linears}."
     if isinstance(document.get("ratio"), str) and document["ratio"].startswith("no ratio"):

@@ -103,6 +103,14 @@ def test_heading_says_which_linears_the_adapters_are_on() -> None:
     assert "rank 16" not in rendered
 
 
+def test_tables_with_adapters_of_their_own_say_so_themselves() -> None:
+    scenario = {"rank": 8, "host": 10000, "pages": {"qkv": 128}, "rows": [{"traffic": "0", "adapters": 0}]}
+    many = {**ENGINE, "arguments": {"rank": 16, "targets": ["q_proj"]}, "scenarios": {"many_adapters": scenario}}
+    rendered = render(f"{BEGIN}{END}", [many])
+    assert "(10,000 adapters of rank 8 on q_proj and v_proj in host memory, 128 pages on the device)" in rendered
+    assert "rank 16" not in rendered
+
+
 @pytest.mark.parametrize("page", ["", BEGIN, f"{END} {BEGIN}"])
 def test_render_needs_its_markers(page: str) -> None:
     with pytest.raises(ValueError, match="expected the markers"):
