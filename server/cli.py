@@ -127,7 +127,9 @@ def serve(
     ] = None,
     stall_timeout: Annotated[
         float | None,
-        typer.Option(help="Silent seconds until /health/decode fails; after twice that the engine is replaced [60]."),
+        typer.Option(
+            help="Silent seconds until /health/decode fails, or a front end is replaced; an engine: twice [60]."
+        ),
     ] = None,
     log_format: Annotated[str | None, typer.Option(metavar="text|json", help="Lines of the log [text].")] = None,
     log_level: Annotated[

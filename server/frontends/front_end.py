@@ -1,4 +1,4 @@
-"""A front end's process, as its parent sees it: spawned, heard, and started again with back-off when it dies."""
+"""A front end's process, as its parent sees it: spawned, heard, and started again with back-off when it is gone."""
 
 import asyncio
 import logging
@@ -9,9 +9,24 @@ from dataclasses import dataclass
 
 from server.engine.backoff import Backoff
 from server.frontends.channel import Channel
-from server.frontends.messages import Begin, Drain, Failed, Serving, Stop, ToFront, ToParent, decode_to_parent
+from server.frontends.messages import (
+    Begin,
+    Drain,
+    Failed,
+    Ping,
+    Pong,
+    Serving,
+    Stop,
+    ToFront,
+    ToParent,
+    decode_to_parent,
+)
 
 MODULE = "server.frontends.child"
+
+PINGS = 10
+"""So many without an answer end a front end. They are counted, and not the time, which also passes while all processes
+of a machine are stopped."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +48,8 @@ class FrontEnd:
     """One of the front ends, of which another follows when it dies. `name` is that of the process that lives.
 
     `on_message` hears what it says but for its beginning, `on_begun` that it can be told about engines, `on_gone` that
-    it is gone, while `name` is still its name.
+    it is gone, while `name` is still its name. One that serves and says nothing for `silence` seconds is killed: the
+    kernel would give it connections for ever.
     """
 
     def __init__(
@@ -43,6 +59,7 @@ class FrontEnd:
         on_begun: Callable[["FrontEnd"], None],
         on_message: Callable[["FrontEnd", ToParent], None],
         on_gone: Callable[["FrontEnd"], None],
+        silence: float,
     ) -> None:
         self.slot = slot
         self.name = ""
@@ -53,6 +70,8 @@ class FrontEnd:
         self._on_begun = on_begun
         self._on_message = on_message
         self._on_gone = on_gone
+        self._silence = silence
+        self._unanswered = 0
         self._count = 0
         self._channel: Channel[ToParent] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -118,7 +137,9 @@ class FrontEnd:
         backoff, clock = Backoff(), asyncio.get_running_loop().time
         while True:
             started = clock()
+            watching = asyncio.create_task(self._watch(process))
             failure = await self._hear(process)
+            watching.cancel()
             has_served, self.line = self.line is not None, None
             self._on_gone(self)
             if self._last is not None:
@@ -135,6 +156,17 @@ class FrontEnd:
                 next_one, is_proven = await self._spawn_if_possible(), False
             process = next_one
 
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill it when it serves no longer."""
+        self._unanswered = 0
+        while self._unanswered < PINGS:
+            await asyncio.sleep(self._silence / PINGS)
+            if self.line is not None:
+                self._unanswered += 1
+                self.send(Ping())
+        logger.error("a front end has said nothing for %g s and is killed", self._silence)
+        process.kill()
+
     async def _spawn_if_possible(self) -> asyncio.subprocess.Process | None:
         """None where the system has no room for a process now."""
         try:
@@ -150,11 +182,12 @@ class FrontEnd:
         try:
             while True:
                 message = await self._channel.receive()
+                self._unanswered = 0
                 if isinstance(message, Failed):
                     why = message.message
                 elif isinstance(message, Serving):
                     self.line = message.line
-                else:
+                elif not isinstance(message, Pong):
                     self._on_message(self, message)
         except EOFError:
             pass

@@ -16,6 +16,8 @@ from server.frontends.messages import (
     EngineDown,
     EngineUp,
     InFlight,
+    Ping,
+    Pong,
     Question,
     Stop,
     ToFront,
@@ -102,6 +104,8 @@ class ParentLink:
             self.siblings.answered(message)
         elif isinstance(message, Turn):
             self._suspects.turned(message)
+        elif isinstance(message, Ping):
+            self.send(Pong())
 
     async def _answer(self, question: Question) -> None:
         self.send(Answer(question.number, await self.siblings.answer(question.topic, question.data)))

@@ -64,6 +64,14 @@ class Stop(msgspec.Struct, tag=True):
     """To a front end: leave."""
 
 
+class Ping(msgspec.Struct, tag=True):
+    """To a front end: whether it is well. Answered by `Pong` at once."""
+
+
+class Pong(msgspec.Struct, tag=True):
+    """To the parent: it is."""
+
+
 class Serving(msgspec.Struct, tag=True):
     """To the parent: requests can come. `line` is for whoever started the server."""
 
@@ -131,8 +139,8 @@ class Cleared(msgspec.Struct, tag=True):
     number: int
 
 
-ToFront = Begin | EngineUp | EngineDown | Question | Answers | Turn | Drain | Stop
-ToParent = Serving | Failed | InFlight | Stuck | Proven | Ask | Answer | TakeTurn | GiveTurn | Cleared
+ToFront = Begin | EngineUp | EngineDown | Question | Answers | Turn | Ping | Drain | Stop
+ToParent = Serving | Failed | Pong | InFlight | Stuck | Proven | Ask | Answer | TakeTurn | GiveTurn | Cleared
 
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
 decode_to_parent = msgspec.msgpack.Decoder(ToParent).decode

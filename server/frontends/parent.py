@@ -90,7 +90,7 @@ class Parent:
         for engine in self._engines:
             engine.count(self._metrics)
         slots = range(settings.serve.frontends)
-        self._fronts = [FrontEnd(slot, shared, self._begun, self._take, self._gone) for slot in slots]
+        self._fronts = [FrontEnd(slot, shared, self._begun, self._take, self._gone, stall) for slot in slots]
         self._signals = 0
         self._signalled = asyncio.Event()
         self._second = asyncio.Event()

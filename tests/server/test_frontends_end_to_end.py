@@ -138,6 +138,31 @@ async def test_a_front_end_dies_under_load(served: Served) -> None:
 
 
 @pytest.mark.slow
+async def test_a_front_end_that_hangs_is_replaced(model: Path, tmp_path: Path) -> None:
+    """Before the kernel has given it connections for long; the other one serves on."""
+    options = ("--frontends", "2", "--admin-key", KEY, "--stall-timeout", "5")
+    served = Served(model, tmp_path / "data", *options, key=KEY)
+    try:
+        async with each_front(served) as clients:
+            (hanging, _), (other, (client,)) = clients.items()
+            os.kill(hanging, signal.SIGSTOP)
+
+            async def is_replaced() -> bool:
+                assert (await client.get("/version")).status_code == 200
+                pids = front_pids(served)
+                return len(pids) == 2 and hanging not in pids
+
+            await until(is_replaced)
+            assert other in front_pids(served)
+        async with each_front(served) as clients:
+            for (client,) in clients.values():
+                assert (await client.post("/v1/chat/completions", json=SHORT)).status_code == 200
+    finally:
+        served.stop()
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+
+
 async def test_an_engine_dies_and_both_know(served: Served) -> None:
     async with each_front(served) as clients:
         engine = served.engine_pid

@@ -10,8 +10,8 @@ import pytest
 
 from server.engine.backoff import Backoff
 from server.frontends.channel import Channel
-from server.frontends.front_end import FrontEnd, Shared
-from server.frontends.messages import Begin, Drain, Serving, Stop, ToFront, decode_to_front
+from server.frontends.front_end import PINGS, FrontEnd, Shared
+from server.frontends.messages import Begin, Drain, Ping, Pong, Serving, Stop, ToFront, decode_to_front
 
 
 class Process:
@@ -21,6 +21,7 @@ class Process:
         self.pid = pid
         self.returncode: int | None = None
         self.told: list[ToFront] = []
+        self.hangs = False
         self.dies = asyncio.Event()
         self._end = socket.socket(fileno=os.dup(descriptor))
         self._task = asyncio.create_task(self._run())
@@ -50,6 +51,8 @@ class Process:
             self.told.append(message)
             if isinstance(message, Begin):
                 channel.send(Serving("serves"))
+            elif isinstance(message, Ping) and not self.hangs:
+                channel.send(Pong())
             elif isinstance(message, Drain | Stop):
                 return
 
@@ -88,7 +91,7 @@ def system(monkeypatch: pytest.MonkeyPatch) -> System:
 async def front(system: System) -> AsyncIterator[FrontEnd]:
     def nothing(*_: Any) -> None: ...
 
-    made = FrontEnd(0, Shared(b"{}", 1, 2), nothing, nothing, nothing)
+    made = FrontEnd(0, Shared(b"{}", 1, 2), nothing, nothing, nothing, silence=0.1)
     await made.start()
     yield made
     system.has_room = True
@@ -110,6 +113,21 @@ async def test_one_that_dies_is_followed(front: FrontEnd, system: System) -> Non
     begun = system.processes[1].told[0]
     assert isinstance(begun, Begin)
     assert not begun.is_first
+
+
+def pings(process: Process) -> int:
+    return sum(isinstance(message, Ping) for message in process.told)
+
+
+async def test_one_that_hangs_is_killed_and_followed(front: FrontEnd, system: System) -> None:
+    first = system.processes[0]
+    await until(lambda: pings(first) > 3 * PINGS)
+    assert front.name == "0.1", "it answers"
+    first.hangs = True
+    await until(lambda: front.line is not None and front.name == "0.2")
+    assert first.returncode is not None
+    await until(lambda: pings(system.processes[1]) > 3 * PINGS)
+    assert front.name == "0.2"
 
 
 async def test_one_that_cannot_be_spawned_is_tried_again(front: FrontEnd, system: System) -> None:
