@@ -71,7 +71,7 @@ async def test_every_answer_has_its_form(served: Served, smollm2: Path) -> None:
     for text in texts:
         jsonschema.validate(json.loads(text), FACTS)
     assert len(texts) == 2 * len(bodies)
-    assert len(set(texts)) > len(models), "they are not all the same"
+    assert len(set(texts)) > 1, "they are not all the same"
     assert served.metric("loramux_preemptions_total") > 0
     for name in ("loramux_requests_running", "loramux_requests_waiting"):
         served.until(lambda name=name: served.metric(name) == 0)
