@@ -90,6 +90,9 @@ class FakeLaunch:
     sampled: bool | None = None
     late: frozenset[Sequence] = frozenset()
 
+    def running(self) -> bool:
+        return False
+
     def wait(self) -> tuple[list[int | None], list[None]]:
         count = sum(chunk.samples for chunk in self.chunks)
         return [5] * count, [None] * count
