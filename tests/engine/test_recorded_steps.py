@@ -175,9 +175,10 @@ def test_decided_and_gated_rows_in_one_graph(
 ) -> None:
     router = make_router(tmp_path / "gates", micro_model, micro, BOTH, 3, False)
     layered = make_prompt_router(tmp_path / "layered", micro_model, micro, BOTH, **ADAPTERS | {"top_k": 1})
+    params = replace(GREEDY, max_tokens=10)  # so many that both decode in one step, whichever begins first
     requests = [
-        routed("layered", (5, 9, 33), micro, layered.use(), GREEDY),
-        gated("gated", (7, 3), micro, router.use(2), GREEDY),
+        routed("layered", (5, 9, 33), micro, layered.use(), params),
+        gated("gated", (7, 3), micro, router.use(2), params),
     ]
     _, steps = serve(requests, prompt_routers=ROUTERS, gates=GATES)
     assert any(shape.decided and shape.gates is not None for shape in steps._graphs)
