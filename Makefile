@@ -107,7 +107,7 @@ bench-gpu: setup
 	$(RUN)/python -m server.engine.bench --model 8b --scenario latency --adapters 0,1,8,64 --out docs/results/latency-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters,loads,memory --out docs/results/memory-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario many_adapters --many 10000 --rank 8 --seconds 6 --out docs/results/many-8b.json
-	$(RUN)/python -m server.engine.bench --model 8b --scenario grammar --adapters 0 --rows 64 --out docs/results/grammar-8b.json
+	$(RUN)/python -m server.engine.bench --model 8b --scenario grammar --adapters 0 --rows 8,64 --steps 150 --out docs/results/grammar-8b.json
 	$(RUN)/python -m server.engine.bench --model 8b --scenario gated --repeats 1 --out docs/results/gated-8b.json
 	$(RUN)/python -m server.engine.results docs/results/*.json
 	$(RUN)/python -m kernels.bench --model 8b --ops meteora --adapters 28 --top-k 2 --rows 8,64,4096 --out docs/results/routing/meteora-8b.json

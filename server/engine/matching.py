@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 SLOW_SECONDS = 0.005
-"""CPU seconds from which masks are slow, on average. Over 128,000 tokens those of JSON schemas take 20 microseconds at
-the median and 110 on average, since one in a state that is new takes 2 milliseconds, and those of `[a-z]{1,200}` 1.5
-milliseconds; what was made to be slow takes up to half a second.
+"""CPU seconds from which masks are slow, on average. Over 128,000 tokens those of a JSON schema take 20 microseconds at
+the median and 110 on average, since some take 2 milliseconds, as near the end of a bounded string; those of nested
+counted repetitions take 1; what was made to be slow takes up to half a second.
 """
 NEWEST_SHARE = 0.25
 """Of the average over the masks of one output."""
@@ -32,7 +32,7 @@ class Matching:
     ) -> None:
         self.mask = mask
         self.seconds = seconds
-        self.lexer = lexer or self
+        self.lexer = self if lexer is None else lexer
         self.pending = False
         self.behind = False
         self.error: str | None = None

@@ -162,8 +162,8 @@ TITLES: Mapping[str, str] = {
     "memory": "Memory",
 }
 
-OWN_ADAPTERS = frozenset({"gated", "many_adapters"})
-"""Tables whose adapters are not the arguments'; they tell which."""
+OWN_ADAPTERS = frozenset({"gated", "grammar", "many_adapters"})
+"""Tables whose adapters are not the arguments': they have none, or tell which."""
 
 FIGURES: Mapping[str, tuple[tuple[str, ...], Mapping[str, bool]]] = {
     "throughput": (("traffic",), {"tokens_per_second": True}),

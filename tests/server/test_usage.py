@@ -107,15 +107,21 @@ def test_every_request_is_written_once(events: list[object]) -> None:
     asyncio.run(play())
 
 
-async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failing = set[str]()
+def failing_registry(folder: Path, failing: set[str]) -> Registry:
+    """With a tenant; then its writes fail at the steps in `failing`."""
 
     def fault(step: str) -> None:
         if step in failing:
             raise RegistryUnavailable("as the test wants")
 
-    registry = Registry.open(f"sqlite:///{tmp_path}/registry.sqlite", lambda: NOON, fault)
+    registry = Registry.open(f"sqlite:///{folder}/registry.sqlite", lambda: NOON, fault)
     registry.accounts.add(TenantRow("acme"))
+    return registry
+
+
+async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failing = set[str]()
+    registry = failing_registry(tmp_path, failing)
     ledger = UsageLedger(registry, lambda: NOON, "w")
     failing |= {"ledger.add.commit", "touch.begin"}  # the first one is rolled back
     async with repeating(ledger.flush, 0.005):
@@ -141,13 +147,7 @@ async def test_in_a_database_that_fails_and_comes_back(tmp_path: Path, caplog: p
 
 async def test_a_database_that_dies_behind_its_commit_counts_once(tmp_path: Path) -> None:
     failing = {"ledger.add.committed"}
-
-    def fault(step: str) -> None:
-        if step in failing:
-            raise RegistryUnavailable("as the test wants")
-
-    registry = Registry.open(f"sqlite:///{tmp_path}/registry.sqlite", lambda: NOON, fault)
-    registry.accounts.add(TenantRow("acme"))
+    registry = failing_registry(tmp_path, failing)
     ledger = UsageLedger(registry, lambda: NOON, "w")
     for _ in range(2):
         ledger.count("acme", route("gone"), 10, 5)
