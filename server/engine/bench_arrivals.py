@@ -104,6 +104,7 @@ def _many(session: Session, setup: Setup, load: float, rate: float, exponent: fl
         "loads": served.loads,
         "evictions": served.evictions,
         **_latencies(served),
+        "warm": len(served.warm),
         "ttft_warm_p99_ms": percentile(served.warm, 99) * 1e3 if served.warm else None,
     }
 

@@ -100,6 +100,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("evictions", "evictions", _count),
         Column("first token p50 ms", "ttft_p50_ms", _one),
         Column("p99", "ttft_p99_ms", _one),
+        Column("warm requests", "warm", _count),
         Column("p99 of warm ones", "ttft_warm_p99_ms", _one),
     ),
     "loads": (

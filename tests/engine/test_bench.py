@@ -83,12 +83,14 @@ def test_many_adapters_go_through_few_pages() -> None:
     assert [row["loss"] == 0 for row in rows] == [each == "0" for each in popularity] * 2
     for base in (rows[0], rows[3]):
         assert base["loads"] == base["adapters"] == 0
+        assert base["warm"] == base["requests"]
         assert base["ttft_warm_p99_ms"] == base["ttft_p99_ms"], "who needs no adapter has waited for none"
     resident = TINY.device_adapters
     for row in (*rows[1:3], *rows[4:]):
         assert row["requests"] >= 8
         assert 0 < row["adapters"] <= TINY.many
         assert row["loads"] - row["evictions"] <= resident
+        assert row["warm"] < row["requests"], "what had to be loaded was not there when it was asked for"
         # residents of the run before may serve this one; all other adapters had to come
         assert row["loads"] >= row["adapters"] - resident
     assert rows[1]["loads"] >= rows[1]["adapters"]
