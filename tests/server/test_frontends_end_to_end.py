@@ -163,6 +163,7 @@ async def test_a_front_end_that_hangs_is_replaced(model: Path, tmp_path: Path) -
         served.process.stdout.close()
 
 
+@pytest.mark.slow
 async def test_an_engine_dies_and_both_know(served: Served) -> None:
     async with each_front(served) as clients:
         engine = served.engine_pid
