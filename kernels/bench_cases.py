@@ -301,3 +301,8 @@ def _greedy(shape: ModelShape, count: int, where: Where) -> Iterator[Case]:
     yield Case("greedy", name, count, "triton", copies, num_bytes, own, lowest, setup)
     # torch takes any of equal maxima, so that only its own answer is right
     yield Case("greedy", name, count, "torch", copies, num_bytes, plain, lambda: plain(0), setup)
+    masks = torch.full((count, -(-vocabulary // 32)), -1, dtype=torch.int32, device=where.device)
+    own, plain = (lambda i: greedy(logits[i], masks, pdl=where.pdl)), (lambda i: reference.greedy(logits[i], masks))
+    num_bytes, name = num_bytes + masks.nbytes, f"{name}, masked"
+    yield Case("greedy", name, count, "triton", copies, num_bytes, own, lowest, setup)
+    yield Case("greedy", name, count, "torch", copies, num_bytes, plain, lambda: plain(0), setup)

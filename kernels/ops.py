@@ -89,6 +89,14 @@ class Ops(Protocol):
         """Causal attention of q [T, heads, D] over the last `window` tokens of its sequence -> [T, heads, D]."""
         ...
 
+    def greedy(self, logits: Tensor, masks: Tensor | None = None) -> Tensor:
+        """int64[R]: the first of the most likely tokens of every row of logits [R, V].
+
+        masks: None, or int32[R, at least V / 32]; only tokens t count with bit t % 32 of word t // 32 set.
+        -1 where the highest logit that counts is not finite, NaN counting as higher than all others.
+        """
+        ...
+
 
 BACKENDS = ("reference", "triton")
 DEFAULTS: ReadOnlyDict[str, str] = MappingProxyType({"cpu": "reference", "cuda": "triton"})

@@ -210,6 +210,18 @@ def paged_attention(
     return out
 
 
+def greedy(logits: Tensor, masks: Tensor | None = None) -> Tensor:
+    """As `kernels.ops.Ops.greedy`."""
+    highest, tokens = (logits if masks is None else forbid(logits, masks)).max(dim=-1)
+    return torch.where(highest.isfinite(), tokens, -1)
+
+
+def forbid(logits: Tensor, masks: Tensor) -> Tensor:
+    """logits [R, V] with minus infinity for the tokens whose bit in masks, int32[R, at least V / 32], is not set."""
+    bits = masks.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=masks.device) & 1
+    return logits.masked_fill((bits == 0).flatten(1)[:, : logits.shape[-1]], -torch.inf)
+
+
 def _grouped(q: Tensor, kv_heads: int) -> Tensor:
     """q [T, heads, D] -> [T, kv heads, heads that share a key head, D]."""
     return q.view(len(q), kv_heads, q.shape[1] // kv_heads, q.shape[2])

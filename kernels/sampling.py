@@ -13,9 +13,14 @@ IDS_BLOCK = 256
 """Ids a program of `input_ids`."""
 
 
-@triton.jit
-def greedy_kernel(logits, maxima, indices, V: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
-    """The maximum of chunk j of row i and its lowest index, program (j, i); NaN counts as infinite."""
+@triton.jit(do_not_specialize=["words"])
+def greedy_kernel(
+    logits, masks, maxima, indices, words, V: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PDL: tl.constexpr
+):
+    """The maximum of chunk j of row i and its lowest index, program (j, i); NaN counts as infinite.
+
+    MASKED: only of the tokens whose bit is set among the row's `words`.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -24,6 +29,9 @@ def greedy_kernel(logits, maxima, indices, V: tl.constexpr, CHUNK: tl.constexpr,
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     values = tl.load(logits + row * V + columns, columns < V, other=-float("inf")).to(tl.float32)
     values = tl.where(values != values, float("inf"), values)
+    if MASKED:
+        bits = tl.load(masks + row * words + columns // 32, columns < V, other=0) >> (columns % 32)
+        values = tl.where(bits & 1 != 0, values, -float("inf"))
     highest = tl.max(values, axis=0)
     index = tl.min(tl.where(values == highest, columns, V), axis=0)
     partial = row * tl.num_programs(0) + chunk
@@ -48,9 +56,10 @@ def greedy_combine_kernel(maxima, indices, out, CHUNKS: tl.constexpr, BLOCK: tl.
     tl.store(out + row, tl.where(finite, index, -1).to(tl.int64))
 
 
-def greedy(logits: Tensor, *, pdl: bool = False) -> Tensor:
+def greedy(logits: Tensor, masks: Tensor | None = None, *, pdl: bool = False) -> Tensor:
     """int64[R]: the lowest index of the maximum of every row of logits [R, V] (bf16, fp16 or fp32).
 
+    masks: None, or int32[R, at least V / 32]; only tokens t count with bit t % 32 of word t // 32 set.
     -1 for a row that has NaN or whose maximum is not finite.
     """
     rows, size = logits.shape
@@ -62,7 +71,17 @@ def greedy(logits: Tensor, *, pdl: bool = False) -> Tensor:
     maxima = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
     indices = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     greedy_kernel[(chunks, rows)](
-        logits.contiguous(), maxima, indices, V=size, CHUNK=chunk, PDL=pdl, num_warps=8, launch_pdl=pdl
+        logits.contiguous(),
+        None if masks is None else masks.contiguous(),
+        maxima,
+        indices,
+        0 if masks is None else masks.shape[1],
+        V=size,
+        CHUNK=chunk,
+        MASKED=masks is not None,
+        PDL=pdl,
+        num_warps=8,
+        launch_pdl=pdl,
     )
     block = triton.next_power_of_2(chunks)
     greedy_combine_kernel[(rows,)](

@@ -108,8 +108,8 @@ class TritonOps:
     ) -> Tensor:
         return attention.paged_attention(q, *cache, meta, scale, window, pdl=self.pdl)
 
-    def greedy(self, logits: Tensor) -> Tensor:
-        return sampling.greedy(logits, pdl=self.pdl)
+    def greedy(self, logits: Tensor, masks: Tensor | None = None) -> Tensor:
+        return sampling.greedy(logits, masks, pdl=self.pdl)
 
     def input_ids(self, ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
         return sampling.input_ids(ids, sources, sampled)

@@ -40,8 +40,26 @@ RECORDS = {
         "additionalProperties": False,
     },
 }
+OPEN_RECORDS = {
+    "type": "array",
+    "minItems": 1_000_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "kind": {"enum": ["person", "place", "thing"]},
+            "count": {"type": "integer"},
+            "tags": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["name", "kind", "count", "tags"],
+        "additionalProperties": False,
+    },
+}
+"""Without lengths and patterns, as most schemas are: a mask within a string is the same for all of its tokens."""
+
 GRAMMARS = {
     "0": None,
+    "open_schema": Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(OPEN_RECORDS)),
     "json_schema": Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(RECORDS)),
     "regex": Constraint(ConstraintKind.REGEX, r"([A-Za-z0-9 ,;]{1,200}[.!?]\n){1000000}"),
 }

@@ -42,7 +42,7 @@ FIXED_BYTES, BYTES_PER_CHARACTER = 1 << 16, 320
 
 
 COPY_SECONDS = 0.005
-"""CPU time of compiling, up to which a grammar is compiled for each thread that computes masks. Outputs share what the
+"""CPU time of compiling, up to which a grammar is compiled for the threads that compute masks. Outputs share what the
 library finds out about a grammar's regular expressions, and with it a lock: eight threads computed the masks of 64 rows
 no faster than one, and a step of 5.5 ms took 20.7. A schema of ten fields compiles in 1 ms.
 """
@@ -99,8 +99,9 @@ class GrammarCompiler:
             from llguidance import LLMatcher
         except ImportError:
             raise GrammarError("this server has no grammar library (llguidance)") from None
-        text, started = grammar_text(constraint), time.thread_time()
-        matcher = LLMatcher(self.load(), text, log_level=0, limits=_limits())
+        tokenizer, text = self.load(), grammar_text(constraint)
+        started = time.thread_time()
+        matcher = LLMatcher(tokenizer, text, log_level=0, limits=_limits())
         copies = self._copies if time.thread_time() - started < COPY_SECONDS else 1
         if matcher.is_error():
             raise GrammarError(_sentence(matcher.get_error()))
@@ -116,7 +117,7 @@ class GrammarCompiler:
             raise GrammarError("no text matches it" if is_empty else f"it is impossible or too complex ({reason})")
         num_bytes = copies * (FIXED_BYTES + BYTES_PER_CHARACTER * len(constraint.source))
         seconds = self._try(Grammar((matcher,), matching.mask, matching.seconds, num_bytes))
-        more = (LLMatcher(self.load(), text, log_level=0, limits=_limits()) for _ in range(copies - 1))
+        more = (LLMatcher(tokenizer, text, log_level=0, limits=_limits()) for _ in range(copies - 1))
         return Grammar((matcher, *more), matching.mask, seconds, num_bytes)
 
     def _try(self, grammar: Grammar) -> float:

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,9 @@ class MaskThreads:
             batch = [(matching, token) for matching, token in moves if matching.slow is slow]
             for matching, _ in batch:
                 matching.pending = True
-            for part in shared_out(batch, 1 if slow else self._num_threads):
-                lane.submit(self._run, part)
+            groups = by_lexer(batch)
+            for _ in range(min(len(groups), 1 if slow else self._num_threads)):
+                lane.submit(self._run, groups)
 
     def wait(self, matchings: ReadOnlyList[Matching], seconds: float) -> None:
         """Return when none of them is pending, at the latest after this time."""
@@ -101,23 +103,28 @@ class MaskThreads:
         for lane in self._lanes:
             lane.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, batch: Moves) -> None:
-        for matching, token in batch:
-            matching.advance(token)
-            matching.pending = False
+    def _run(self, groups: deque[Moves]) -> None:
+        while (group := take(groups)) is not None:
+            for matching, token in group:
+                matching.advance(token)
+                matching.pending = False
         with self._news:
             self._news.notify_all()
 
 
-def shared_out(moves: Moves, threads: int) -> list[Moves]:
-    """What each thread does, at most so many: all of one lexer in one thread, the largest groups first."""
+def take(groups: deque[Moves]) -> Moves | None:
+    try:
+        return groups.popleft()
+    except IndexError:  # another thread took the last
+        return None
+
+
+def by_lexer(moves: Moves) -> deque[Moves]:
+    """For threads to take from: all of one lexer together, those first that have taken longest."""
     groups: dict[object, list[tuple[Matching, int]]] = {}
     for move in moves:
         groups.setdefault(move[0].lexer, []).append(move)
-    parts: list[list[tuple[Matching, int]]] = [[] for _ in range(min(threads, len(groups)))]
-    for group in sorted(groups.values(), key=len, reverse=True):
-        min(parts, key=len).extend(group)
-    return list(parts)
+    return deque(sorted(groups.values(), key=lambda group: -sum(matching.seconds for matching, _ in group)))
 
 
 def constrained(chunks: Iterable[Chunk]) -> list[tuple[Chunk, Matching]]:
@@ -138,13 +145,8 @@ def no_mask(sequence: Sequence, matching: Matching) -> RequestError:
     )
 
 
-def forbid(logits: Tensor, masks: ReadOnlyList[NDArray[np.uint32]]) -> Tensor:
-    """`logits` [R, V] itself, with minus infinity where a row's mask, uint32[words], has no bit (see `Matching`).
-
-    One copy to the device and one operation for all rows. A mask may have more bits than there are logits.
-    """
-    host = torch.empty(len(masks), len(masks[0]), dtype=torch.int32, pin_memory=logits.device.type == "cuda")
+def upload_masks(masks: ReadOnlyList[NDArray[np.uint32]], device: torch.device) -> Tensor:
+    """int32[len(masks), words] on `device`, in one copy that nothing waits for."""
+    host = torch.empty(len(masks), len(masks[0]), dtype=torch.int32, pin_memory=device.type == "cuda")
     np.stack(masks, out=host.numpy().view(np.uint32))
-    words = host.to(logits.device, non_blocking=True).view(torch.uint8)
-    bits = words[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
-    return logits.masked_fill_((bits == 0).flatten(1)[:, : logits.shape[-1]], -torch.inf)
+    return host.to(device, non_blocking=True)

@@ -159,7 +159,7 @@ class Runner:
     def choose(self, launched: Launched, eos_token_ids: frozenset[int]) -> None:
         """Choose the tokens of the last launch, of which nothing else has been chosen."""
         logits, greedy, routed, scores, pooled = launched.computed
-        sampled = sample(logits, launched.sequences, eos_token_ids, greedy, launched.indices)
+        sampled = sample(logits, launched.sequences, eos_token_ids, greedy, launched.indices, self.decoder.ops)
         if sampled.tokens is not greedy:
             self.steps.remember(sampled.tokens)
         if self.device.type == "cuda":

@@ -10,9 +10,14 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from server.engine.masks import forbid
+from kernels import reference
+from kernels.ops import Ops
+from kernels.reference import forbid
+from server.engine.masks import upload_masks
 from server.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
@@ -70,6 +75,7 @@ def sample(
     eos_token_ids: frozenset[int],
     greedy: torch.Tensor | None = None,
     indices: Rows[int] | None = None,
+    ops: Ops = reference,
 ) -> Sampled:
     """Choose the next token of every row; -1 for a row that is not finite, as huge weights can make it.
 
@@ -77,40 +83,36 @@ def sample(
     if that is known already. indices: of each row's token within its output, if it is not the next one to be sampled.
     Log-probabilities are those of the unmodified distribution, in float32. A row whose mask is pending is not masked.
     """
-    tokens = most_likely(logits) if greedy is None else greedy
+    tokens = ops.greedy(logits) if greedy is None else greedy
     indices = [sequence.num_sampled for sequence in sequences] if indices is None else indices
-    special = [row for row, sequence in enumerate(sequences) if not _plain(sequence, indices[row])]
+    special = [row for row, sequence in enumerate(sequences) if _masked(sequence) or _changed(sequence, indices[row])]
     if not special:
         return Sampled(tokens)
-    index = upload(special, torch.int64, logits.device)
-    chosen = [sequences[row] for row in special]
-    own = logits.index_select(0, index).float()
+    chosen, numbers = [sequences[row] for row in special], [indices[row] for row in special]
+    own = _rows(logits, special)
+    if any(map(_changed, chosen, numbers)):
+        own = own.to(torch.float32, copy=True)
     asked = [i for i, sequence in enumerate(chosen) if sequence.request.params.logprobs is not None]
     raw = torch.log_softmax(_rows(own, asked), dim=-1) if asked else None
-    numbers = [indices[row] for row in special]
     for row, sequence in enumerate(chosen):
         _adjust(own[row], sequence, numbers[row], eos_token_ids)
-    own = _constrain(own, chosen, numbers, eos_token_ids)
-    own_tokens = most_likely(own)
+    masks = _masks(chosen, numbers, eos_token_ids, logits.device) if any(map(_masked, chosen)) else None
+    own_tokens = ops.greedy(own, masks)
     drawn = [i for i, sequence in enumerate(chosen) if not sequence.request.params.greedy]
     if drawn:
         rows = upload(drawn, torch.int64, logits.device)
-        found = _draw(_rows(own, drawn), [chosen[i].request.params for i in drawn], [numbers[i] for i in drawn])
+        allowed = _rows(own, drawn) if masks is None else forbid(_rows(own, drawn), _rows(masks, drawn))
+        found = _draw(allowed, [chosen[i].request.params for i in drawn], [numbers[i] for i in drawn])
         finite = own_tokens.index_select(0, rows) >= 0
         own_tokens.index_copy_(0, rows, torch.where(finite, found, -1))
-    tokens = tokens.index_copy(0, index, own_tokens)
+    every = len(special) == len(sequences)
+    tokens = own_tokens if every else tokens.index_copy(0, upload(special, torch.int64, logits.device), own_tokens)
     if raw is None:
         return Sampled(tokens)
     counts = tuple(chosen[i].request.params.logprobs or 0 for i in asked)
     values, ids = raw.topk(min(max(counts), raw.shape[-1]))
     picked = raw.gather(1, _rows(own_tokens, asked).clamp(min=0)[:, None])[:, 0]
     return Sampled(tokens, tuple(special[i] for i in asked), counts, (values, ids), picked)
-
-
-def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """int64[rows]: the first token of the highest logit; -1 where the highest is not finite, NaN counting as higher."""
-    highest, tokens = logits.max(dim=-1)
-    return torch.where(highest.isfinite(), tokens, -1)
 
 
 def upload(values: Iterable[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -126,11 +128,15 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return logits if len(rows) == len(logits) else logits.index_select(0, upload(rows, torch.int64, logits.device))
 
 
-def _plain(sequence: Sequence, index: int) -> bool:
-    """Whether the row's token is its most likely one, and nothing else is asked for."""
+def _masked(sequence: Sequence) -> bool:
+    return sequence.matching is not None and not sequence.matching.pending
+
+
+def _changed(sequence: Sequence, index: int) -> bool:
+    """Whether more is asked for than the most likely of the row's tokens that may come."""
     params = sequence.request.params
-    adjusted = params.needs_host_token or params.logit_bias or index < params.min_tokens
-    return params.greedy and params.logprobs is None and not adjusted and sequence.matching is None
+    adjusted = params.needs_host_token or params.logit_bias or (sequence.matching is None and index < params.min_tokens)
+    return not params.greedy or params.logprobs is not None or bool(adjusted)
 
 
 def _adjust(logits: torch.Tensor, sequence: Sequence, index: int, eos_token_ids: frozenset[int]) -> None:
@@ -155,24 +161,24 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, index: int, eos_token_ids:
         logits.index_fill_(0, banned, -torch.inf)
 
 
-def _constrain(
-    logits: torch.Tensor, sequences: Rows[Sequence], indices: Rows[int], eos_token_ids: frozenset[int]
+def _masks(
+    sequences: Rows[Sequence], indices: Rows[int], eos_token_ids: frozenset[int], device: torch.device
 ) -> torch.Tensor:
-    """Minus infinity for what a row's grammar does not allow.
+    """int32[rows, words], see `Matching`: what grammars allow, and of rows without one all.
 
     `min_tokens` forbids the end here too, unless the grammar allows nothing else.
     """
-    rows, masks = [], []
-    for row, (sequence, index) in enumerate(zip(sequences, indices, strict=True)):
+    masks: list[NDArray[np.uint32] | None] = []
+    for sequence, index in zip(sequences, indices, strict=True):
         matching, params = sequence.matching, sequence.request.params
-        if matching is not None and not matching.pending:
-            early = index < params.min_tokens
-            masks.append(matching.mask_without(stop_ids(params, eos_token_ids)) if early else matching.mask)
-            rows.append(row)
-    if len(rows) < len(sequences):
-        index_of = upload(rows, torch.int64, logits.device)
-        return logits.index_copy_(0, index_of, forbid(logits.index_select(0, index_of), masks)) if rows else logits
-    return forbid(logits, masks)
+        if matching is None or matching.pending:
+            masks.append(None)
+        elif index < params.min_tokens:
+            masks.append(matching.mask_without(stop_ids(params, eos_token_ids)))
+        else:
+            masks.append(matching.mask)
+    every = np.full_like(next(mask for mask in masks if mask is not None), 0xFFFFFFFF)
+    return upload_masks([every if mask is None else mask for mask in masks], device)
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:

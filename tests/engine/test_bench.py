@@ -68,7 +68,7 @@ def test_decode_steps_hold_their_context() -> None:
 
 def test_rows_under_a_grammar_are_beside_free_ones() -> None:
     rows = run(replace(TINY, rows=(3,)), ["grammar"], silent)["scenarios"]["grammar"]["rows"]
-    assert [row["traffic"] for row in rows] == ["0", "json_schema", "regex"]
+    assert [row["traffic"] for row in rows] == ["0", "open_schema", "json_schema", "regex"]
     assert rows[0]["loss"] == 0
     assert rows[0]["mask_us"] is None
     assert all(row["mask_us"] > 0 and 0 <= row["late"] < 1 for row in rows[1:])

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -122,6 +123,21 @@ def test_what_takes_long_to_compile_is_compiled_once(model: Path, monkeypatch: p
     one = compiler.compile(regex("a+"))
     assert (len(several.matchers), len(one.matchers)) == (3, 1)
     assert several.num_bytes == 3 * one.num_bytes
+
+
+def test_reading_the_tokenizer_is_no_part_of_compiling(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first grammar of an engine has copies too, though its tokenizer takes half a second."""
+    compiler, now = GrammarCompiler(model, VOCABULARY, {EOS}, copies=3), 0.0
+    load = compiler.load
+
+    def slow_load() -> Any:
+        nonlocal now
+        now += 0.5
+        return load()
+
+    monkeypatch.setattr(compiler, "load", slow_load)
+    monkeypatch.setattr("server.engine.grammar.time", SimpleNamespace(thread_time=lambda: now))
+    assert len(compiler.compile(regex("a+")).matchers) == 3
 
 
 @pytest.mark.parametrize(

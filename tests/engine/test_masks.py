@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.engine.masks import MaskThreads, forbid, shared_out
+from kernels.reference import forbid, greedy
+from server.engine.masks import MaskThreads, by_lexer, take, upload_masks
 from server.engine.matching import SLOW_SECONDS, Matching
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
@@ -31,11 +32,13 @@ def matching(allowed: set[int]) -> Matching:
 @given(st.lists(ALLOWED, min_size=1, max_size=5), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_what_a_row_does_not_allow_is_minus_infinity(rows: list[set[int]], dtype: torch.dtype) -> None:
     logits = torch.randn(len(rows), VOCABULARY).to(dtype)
-    masked = forbid(logits.clone(), [mask_of(allowed) for allowed in rows])
+    masks = upload_masks([mask_of(allowed) for allowed in rows], logits.device)
+    masked = forbid(logits, masks)
     for row, allowed in enumerate(rows):
         for token in range(VOCABULARY):
             expected = logits[row, token] if token in allowed else torch.tensor(-torch.inf)
             assert torch.equal(masked[row, token], expected.to(dtype))
+    assert greedy(logits, masks).tolist() == masked.float().argmax(dim=-1).tolist()
 
 
 @given(ALLOWED)
@@ -91,22 +94,21 @@ def test_one_slow_mask_is_forgiven_and_many_are_not() -> None:
     assert not own.slow
 
 
-@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 8))
-def test_outputs_of_one_lexer_share_a_thread_and_threads_share_the_work(lexers: list[int], threads: int) -> None:
-    moves = [(Matching(None, mask_of({1}), lexer=str(lexer)), token) for token, lexer in enumerate(lexers)]  # type: ignore[arg-type]
-    parts = shared_out(moves, threads)
-    assert sorted(token for part in parts for _, token in part) == list(range(len(moves)))
-    assert len(parts) == min(threads, len(set(lexers)))
-    homes = [{matching.lexer for matching, _ in part} for part in parts]
-    assert sum(map(len, homes)) == len(set(lexers)), "none is in two parts"
-    if parts:
-        largest = max(lexers.count(lexer) for lexer in lexers)
-        assert max(map(len, parts)) - min(map(len, parts)) <= largest
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_outputs_of_one_lexer_go_together_the_slowest_first(lexers: list[int]) -> None:
+    moves = [(Matching(None, mask_of({1}), seconds=lexer, lexer=str(lexer)), 0) for lexer in lexers]  # type: ignore[arg-type]
+    groups, found = by_lexer(moves), []
+    while (group := take(groups)) is not None:
+        found.append(group)
+    assert take(groups) is None
+    assert sorted(id(matching) for group in found for matching, _ in group) == sorted(id(m) for m, _ in moves)
+    assert [len({matching.lexer for matching, _ in group}) for group in found] == [1] * len(set(lexers))
+    sums = [sum(matching.seconds for matching, _ in group) for group in found]
+    assert sums == sorted(sums, reverse=True)
 
 
 def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
-    moves = [(matching({1}), token) for token in range(7)]
-    assert sorted(map(len, shared_out(moves, 3))) == [2, 2, 3]
+    assert [len(group) for group in by_lexer([(matching({1}), token) for token in range(7)])] == [1] * 7
 
 
 class World:

@@ -86,6 +86,9 @@ def test_sanitize_sampling(dtype: torch.dtype) -> None:
     logits[2, 17] = torch.nan
     assert greedy(logits)[1:].tolist() == [5002, -1]
     assert greedy(logits)[0] == logits[0].argmax()
+    masks = torch.full((3, 157), -1, dtype=torch.int32, device=DEVICE)
+    masks[1, 5002 // 32] = 0
+    assert greedy(logits, masks).tolist() == [logits[0].argmax(), logits[1, :4992].argmax(), -1]
     ids = input_ids(int32([7, 0, 9]), int32([-1, 2, 1]), torch.tensor([4, -1, 6], device=DEVICE))
     assert ids.tolist() == [7, 6, 0]
 

@@ -21,6 +21,8 @@ def cases(pdl: bool) -> list[Case]:
     caches = {"k_cache": "*bf16", "v_cache": "*bf16", "eps": "fp32"}
     heads = {"H": 32, "KV": 8, "D": 128, "K_STRIDE": 1024, "V_STRIDE": 1024, "HEADS": HEADS, "HALF": 64, "PDL": pdl}
     partials = {"maxima": "*fp32", "indices": "*i32"}
+    logits = {"logits": "*bf16", "words": "i32"} | partials
+    chosen = {"V": 128256, "CHUNK": CHUNK, "PDL": pdl}
     elementwise, rotary, sampling = "kernels.elementwise", "kernels.rotary_store", "kernels.sampling"
     none = absent("delta", "residual", "new_residual")
     return [
@@ -30,7 +32,8 @@ def cases(pdl: bool) -> list[Case]:
         Case(f"{elementwise}:silu_mul_kernel", {"x": "*bf16", "delta": "*bf16", "out": "*bf16"}, activation),
         Case(f"{rotary}:rotary_store_kernel", pointers | caches, heads | absent("delta", "qk_norm"), WARPS),
         Case(f"{rotary}:rotary_store_kernel", pointers | caches | {"delta": "*bf16", "qk_norm": "*bf16"}, heads, WARPS),
-        Case(f"{sampling}:greedy_kernel", {"logits": "*bf16"} | partials, {"V": 128256, "CHUNK": CHUNK, "PDL": pdl}, 8),
+        Case(f"{sampling}:greedy_kernel", logits, chosen | absent("masks") | {"MASKED": False}, 8),
+        Case(f"{sampling}:greedy_kernel", logits | {"masks": "*i32"}, chosen | {"MASKED": True}, 8),
         Case(
             f"{sampling}:greedy_combine_kernel",
             partials | {"out": "*i64"},

@@ -190,6 +190,32 @@ def test_greedy_marks_rows_that_are_not_finite(size: int, dtype: torch.dtype) ->
     assert greedy(logits).tolist() == [-1, -1, size - 1, -1]
 
 
+@every_dtype
+@pytest.mark.parametrize("size", [5, 100, CHUNK + 35])
+def test_greedy_of_what_masks_allow(size: int, dtype: torch.dtype) -> None:
+    """As the reference; a mask may have more bits than there are tokens, and what it forbids may be anything."""
+    logits, masks = randn(6, size, dtype=dtype), random_masks(6, size)
+    logits[1] = torch.nan
+    logits[2, [0, size - 1]] = torch.nan
+    masks[2, 0] &= ~1
+    masks[2, (size - 1) // 32] &= ~(1 << (size - 1) % 32)
+    masks[3] = 0
+    with poisoned():
+        tokens = greedy(logits, masks)
+    expected = reference.greedy(logits.cpu(), masks.cpu())
+    assert tokens.tolist() == expected.tolist()
+    assert tokens[[1, 3]].tolist() == [-1, -1]
+    assert (tokens[[0, 2, 4, 5]] >= 0).all()
+
+
+def random_masks(rows: int, size: int) -> Tensor:
+    """int32[rows, words]: every second token on average, the last and the one before it always."""
+    bits = torch.rand(rows, -(-size // 32) + 1, 32) < 0.5
+    bits.view(rows, -1)[:, size - 2 : size] = True
+    words = (bits.long() << torch.arange(32)).sum(dim=-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).to(DEVICE)
+
+
 def test_input_ids_come_from_the_host_or_from_the_last_step() -> None:
     sampled = torch.tensor([11, -1, 13], device=DEVICE)
     ids = int32(5, 6, 7, 8, *range(IDS_BLOCK))
@@ -243,6 +269,18 @@ def test_greedy_of_a_large_vocabulary(rows: int, pdl: bool) -> None:
     columns = torch.arange(values.shape[1], device=DEVICE)
     expected = torch.where(values == values.amax(-1, keepdim=True), columns, values.shape[1]).amin(-1)
     expected[rows - 1] = -1
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, True])
+def test_masked_greedy_of_a_large_vocabulary(pdl: bool) -> None:
+    logits, masks = randn(64, 128256, dtype=torch.bfloat16), random_masks(64, 128256)
+    with poisoned():
+        tokens = greedy(logits, masks, pdl=pdl)
+    values = reference.forbid(logits, masks).float()
+    columns = torch.arange(values.shape[1], device=DEVICE)
+    expected = torch.where(values == values.amax(-1, keepdim=True), columns, values.shape[1]).amin(-1)
     assert torch.equal(tokens, expected)
 
 
