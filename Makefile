@@ -130,15 +130,17 @@ load-gpu: model
 	  --requests 96 --at-once 32 --tokens 64 --rounds 3 --page-memory 4GiB --out $(LOADS)/routing.json
 
 # Trains and evaluates the routers inside the model on tasks of your own, in groups `small` and `medium`; after LIMIT seconds
-# it stops, and the same command goes on. `make study TASKS=FOLDER SCALE=cuda JOBS=12`
+# it stops, and the same command goes on. `make study TASKS=FOLDER SCALE=cuda JOBS=12`; with STEPS=eval-milora,longer
+# only these steps run, and what they need
 TASKS ?= tasks
 STUDY ?= study
 SCALE ?= cuda
 JOBS ?= 1
 LIMIT ?= 540
+STEPS ?=
 study: model
 	$(RUN)/python -m routing.evaluate.study --model $$($(RUN)/loramux pull $(MODEL) | tail -1) --tasks $(TASKS) \
-	  --out $(STUDY) --scale $(SCALE) --jobs $(JOBS) --seconds $(LIMIT)
+	  --out $(STUDY) --scale $(SCALE) --jobs $(JOBS) --seconds $(LIMIT) --steps "$(STEPS)"
 
 lock:
 	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra dev \

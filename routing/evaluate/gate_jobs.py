@@ -61,8 +61,13 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.part}-{self.method}".lower()).strip("-")
-        return f"{name}-{hashlib.sha256(self.method.encode()).hexdigest()[:6]}.jsonl"
+        return answers_file(self.part, self.method)
+
+
+def answers_file(part: str, method: str) -> str:
+    """The file of a job's lines, below `answers`: a head, then a line for each question."""
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{part}-{method}".lower()).strip("-")
+    return f"{name}-{hashlib.sha256(method.encode()).hexdigest()[:6]}.jsonl"
 
 
 def task_job(method: GateMethod, rows: Sequence[HeldOut], prompts: Sequence[Prompt]) -> Job:

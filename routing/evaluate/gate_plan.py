@@ -47,7 +47,8 @@ class GateEvaluation:
     which was not trained for it. `new` are tasks each of which is reported apart from the others. `rows` of each task
     and `composite_rows` of each size, or of `composite_sizes` alone, are asked, None for all. Composite prompts are
     asked of `composite_routers` (labels, by default the first), top 2, at every one of `temperatures`. `perplexity`: of
-    the rows' targets, too, but not where every layer decides by itself, which is no mix.
+    the rows' targets, too, but not where every layer decides by itself, which is no mix. `only` these methods are
+    asked, by the names that the tables have for them; none for all.
     """
 
     model: str
@@ -67,6 +68,7 @@ class GateEvaluation:
     composite_sizes: tuple[int, ...] = ()
     composite_routers: tuple[str, ...] = ()
     perplexity: bool = False
+    only: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (1.0, 5.0, 15.0, 20.0, 30.0)
     device: str = "auto"
     dtype: str = "auto"
@@ -142,6 +144,8 @@ def make_plan(
     if not jobs:
         raise AnswerError("rows 0: there are no composite prompts of these tasks either, expected something to ask")
     _check_names(jobs)
+    if asked.only:
+        jobs = _narrowed(jobs, asked.only)
     jobs.sort(key=lambda job: job.questions[0].gates is not None)  # captured steps serve rows without gates alone
     return GatePlan(
         jobs=tuple(jobs),
@@ -150,7 +154,7 @@ def make_plan(
         routers=(*given.routers, *given.curve.values()),
         prompt_routers=given.deciders,
         curve=tuple((count, curve_name(router)) for count, router in given.curve.items()),
-        temperatures=heated.temperatures,
+        temperatures={name: at for name, at in heated.temperatures.items() if name in {job.method for job in jobs}},
         longest=max(job.longest for job in jobs),
     )
 
@@ -213,6 +217,13 @@ def _check_names(jobs: Sequence[Job]) -> None:
         raise AnswerError(f"{twice[0]}: two methods have this name, expected another label")
 
 
+def _narrowed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    names = dict.fromkeys(job.method for job in jobs)
+    if strangers := [name for name in only if name not in names]:
+        raise AnswerError(f"only {strangers[0]}: expected one of the methods: {'; '.join(names)}")
+    return [job for job in jobs if job.method in only]
+
+
 def _composite_jobs(
     methods: Sequence[GateMethod],
     composites: Sequence[Composite],
@@ -253,11 +264,12 @@ def _adapters(
 def _gated(
     asked: GateEvaluation, names: Sequence[str], routers: Sequence[EvaluatedRouter], folders: AdapterFolders
 ) -> list[GateMethod]:
-    """Every router with its two best rows, the first one also with the best alone, and with each adapter swapped."""
+    """Every router with its two best rows, and with as many as it was trained with where they are more; the first one
+    also with the best alone, and with each adapter swapped."""
     found = [
         router_method(f"{router.label}, top {top_k}", router, folders.digests, top_k)
         for router in routers
-        for top_k in ((1, 2) if router is routers[0] else (2,))
+        for top_k in sorted({2, max(2, router.card.top_k)} | ({1} if router is routers[0] else set()))
     ]
     for task in asked.swapped:
         other = folders.digests[swapped_name(task)]

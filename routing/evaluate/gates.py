@@ -150,8 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deciders = labelled(given.pop("prompt_router") or (), "prompt router")
         swapped = labelled(given.pop("swapped") or (), "swapped")
         curve = curve_of(given.pop("curve") or ())
+        only = tuple(given.pop("only") or ())
         rest = {name: value for name, value in given.items() if value is not None}
-        asked = GateEvaluation(routers=routers, prompt_routers=deciders, swapped=swapped, curve=curve, **rest)
+        labels: Json = {"routers": routers, "prompt_routers": deciders, "swapped": swapped, "curve": curve}
+        asked = GateEvaluation(**labels, only=only, **rest)
         evaluate(asked, out, say)
     except FAILURES as error:
         say(str(error))
@@ -219,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--composite-routers", type=_words, metavar="LABELS", help="asked composites [the first]")
     parser.add_argument("--temperatures", type=_numbers, help="of composite prompts [1,5,15,20,30]")
     parser.add_argument("--perplexity", action="store_true", help="of the targets, too")
+    parser.add_argument("--only", action="append", metavar="METHOD", help="as the tables name it; repeatable [all]")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16")
     parser.add_argument("--backend", help="auto, reference or triton")

@@ -22,8 +22,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from routing.evaluate.study_plan import Places, Step, plan
+from routing.evaluate.study_plan import Places, plan
 from routing.evaluate.study_scale import SCALES
+from routing.evaluate.study_steps import Step, StudyError, chosen
 from routing.train.adapter import TrainError, check_out
 from routing.train.data import TaskDataError
 from routing.train.progress import say
@@ -40,12 +41,16 @@ DONE, FAILED, WRONG, MORE = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Study:
-    """`jobs` steps run at once; after `seconds` they are stopped, and a later call goes on from their checkpoints."""
+    """`jobs` steps run at once; after `seconds` they are stopped, and a later call goes on from their checkpoints.
+
+    Only the steps `names` run, the first of them first, and what they need; none for all.
+    """
 
     places: Places
     scale: str
     jobs: int
     seconds: float | None = None
+    names: tuple[str, ...] = ()
 
     def record(self, step: Step) -> Path:
         return self.places.out / "steps" / f"{step.name}.json"
@@ -58,10 +63,15 @@ def carry_out(study: Study, say: Say) -> int:
     """Runs what is missing, and writes study.json and study.md into `out` after every step; the exit code.
 
     A step begins once what it needs is done. One that fails stops what needs it, and nothing else.
+
+    Raises:
+        StudyError: a step is asked for that there is not.
+        TaskDataError: a group of tasks is missing.
     """
     deadline = None if study.seconds is None else time.monotonic() + study.seconds
-    steps = plan(study.places, SCALES[study.scale])
-    failed = _run(study, steps, deadline, say)
+    every = plan(study.places, SCALES[study.scale])
+    steps = chosen(every, study.names)
+    failed = _run(study, steps, deadline, lambda: write_report(study, every), say)
     if failed:
         say(f"failed: {', '.join(failed)}; see {study.log(steps[0]).parent}")
         return FAILED
@@ -80,12 +90,14 @@ def _known(study: Study, step: Step) -> Json | None:
     return None
 
 
-def _run(study: Study, steps: Sequence[Step], deadline: float | None, say: Say) -> list[str]:
+def _run(
+    study: Study, steps: Sequence[Step], deadline: float | None, report: Callable[[], None], say: Say
+) -> list[str]:
     """The names of those that failed. At the deadline the others are stopped and leave no record."""
     done = {step.name for step in steps if _known(study, step)}
     waiting, failed = [step for step in steps if step.name not in done], list[str]()
     running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
-    write_report(study, steps)
+    report()
     try:
         while not _late(deadline):
             ready = [step for step in waiting if step.needs <= done][: study.jobs - len(running)]
@@ -99,7 +111,7 @@ def _run(study: Study, steps: Sequence[Step], deadline: float | None, say: Say) 
                 if _ended(study, step, process, started, say):
                     del running[step.name]
                     (failed.append if process.returncode else done.add)(step.name)
-                    write_report(study, steps)
+                    report()
             time.sleep(POLL)
     finally:
         for _, process, _ in running.values():
@@ -217,11 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.jobs < 1:
         say(f"jobs {asked.jobs}: expected a whole number of at least 1")
         return WRONG
-    study = Study(Places(asked.model, asked.tasks, asked.out, asked.adapters), asked.scale, asked.jobs, asked.seconds)
+    places = Places(asked.model, asked.tasks, asked.out, asked.adapters)
+    study = Study(places, asked.scale, asked.jobs, asked.seconds, asked.steps)
     try:
         check_out(asked.out)
         code = carry_out(study, say)
-    except (TaskDataError, TrainError) as error:
+    except (StudyError, TaskDataError, TrainError) as error:
         say(str(error))
         return WRONG
     say(str(asked.out / "study.md"))
@@ -234,6 +247,10 @@ def run_alone(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(main(arguments))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
 def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split(";")[0]
     parser = argparse.ArgumentParser(prog="python -m routing.evaluate.study", description=about)
@@ -244,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is made")
     parser.add_argument("--adapters", type=Path, help="folder of PEFT folders by task [they are trained]")
     parser.add_argument("--scale", choices=sorted(SCALES), default="cuda")
+    parser.add_argument("--steps", type=_names, default=(), help="only these and what they need: a,b,c [all]")
     parser.add_argument("--jobs", type=int, default=1, help="steps at once [1]")
     parser.add_argument("--seconds", type=float, help="stop after so long; the same command goes on")
     return parser

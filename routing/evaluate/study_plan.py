@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from routing.evaluate.study_scale import Loop, Scale
+from routing.evaluate.study_scale import MEDIUM, SMALL, Loop, Scale
+from routing.evaluate.study_steps import Step, needed
 from routing.train.many import task_names
-
-SMALL, MEDIUM = "small", "medium"
-
-
-@dataclass(frozen=True)
-class Step:
-    """`python -m module arguments`, once the steps in `needs` are done; `links` (link to target) are made before."""
-
-    name: str
-    module: str
-    arguments: tuple[str, ...]
-    links: Mapping[Path, Path] = field(default_factory=dict)
-    needs: frozenset[str] = frozenset()
-
-    @property
-    def made(self) -> frozenset[Path]:
-        """Folders that are there once it is done."""
-        out = Path(self.arguments[self.arguments.index("--out") + 1])
-        return frozenset({out, *(link.parent for link in self.links)})
-
-    def reads(self, folder: Path) -> bool:
-        """Whether one of its arguments, or what it links to, lies in `folder`."""
-        named = {Path(text.rpartition("=")[2]) for text in self.arguments}
-        return any(path.is_relative_to(folder) for path in named | set(self.links.values()))
+from routing.train.moelora import MoeLoraRecipe
 
 
 @dataclass(frozen=True)
@@ -52,12 +30,9 @@ def plan(places: Places, scale: Scale) -> tuple[Step, ...]:
     """All steps, each behind those whose results it needs. Side by side, the first ones matter most."""
     maker = _Maker(places, scale)
     steps = [*maker.adapters(), *maker.gates(), *maker.joining(), *maker.tasks(), maker.composites(), maker.moa()]
-    steps += [*maker.decisions(), maker.asked_moa(), *maker.milora(), maker.asked_milora()]
-    return tuple(replace(step, needs=_needs(step, steps[:number])) for number, step in enumerate(steps))
-
-
-def _needs(step: Step, before: Iterable[Step]) -> frozenset[str]:
-    return frozenset(other.name for other in before if any(step.reads(folder) for folder in other.made))
+    steps += [*maker.decisions(), maker.asked_moa(), *maker.milora(), *maker.asked_milora()]
+    steps += [*maker.variants(), *maker.asked_variants()]
+    return tuple(replace(step, needs=needed(step, steps[:number])) for number, step in enumerate(steps))
 
 
 @dataclass(frozen=True)
@@ -66,11 +41,16 @@ class _Maker:
     scale: Scale
 
     def adapters(self) -> Iterable[Step]:
-        """One for each task unless they are given; with `whole` LoRAs for all tasks, and another one of `spell`."""
+        """One for each small task unless they are given; with `whole` those of the other medium tasks, beside links to
+        the small ones, the rows of one LoRA for all tasks, and another adapter of `spell`."""
         if self.places.given is None:
-            yield self._many("adapters", self.places.tasks, self.places.adapters, "--group", self._widest)
+            yield self._many("adapters", self.places.tasks, self.places.adapters, "--group", SMALL)
         if not self.scale.whole:
             return
+        if self._medium_adapters != self.places.adapters:
+            links = {self._medium_adapters / name: self.places.adapters / name for name in self._small}
+            only = ("--only", ",".join(self._only_medium))
+            yield replace(self._many("adapters-medium", self.places.tasks, self._medium_adapters, *only), links=links)
         for group in (SMALL, MEDIUM):
             rows = self.places.out / "joint-tasks" / group
             yield Step(f"rows-{group}", "routing.train.joint", _options(tasks=self.places.tasks, group=group, out=rows))
@@ -114,9 +94,8 @@ class _Maker:
         yield self._ask("tasks", SMALL, *_rows(self.scale.rows), router, *more, *asked)
         if self.scale.whole:
             joint = ("--joint", str(self._out("joint-medium") / "joint"), "--merges", self.scale.merges)
-            yield self._ask(
-                "medium", MEDIUM, f"--router=MeteoRA={self._trained('medium')}", *joint, "--composite-rows=0"
-            )
+            router = f"--router=MeteoRA={self._trained('medium')}"
+            yield self._ask("medium", MEDIUM, router, *joint, "--composite-rows=0")
             swapped = f"--router=row for the swapped={self._trained('row-swapped')}"
             own = ("--merges", "", "--composite-rows", "0", "--new", "spell")
             yield self._ask("swapped", SMALL, swapped, *own, adapters=self._mixed)
@@ -145,13 +124,44 @@ class _Maker:
         merges = ("--merges", self.scale.moa_merges, "--perplexity")
         return self._ask("moa", SMALL, *_rows(self.scale.moa_rows), *routers, *merges, "--composite-rows", "0")
 
-    def asked_milora(self) -> Step:
-        """MiLoRA on single tasks, beside plain LoRA that was trained on the same rows."""
-        routers = [f"--prompt-router={own[0]}={self._trained(name)}" for name, own in self._miloras().items()]
+    def asked_milora(self) -> Iterable[Step]:
+        """MiLoRA on single tasks, beside plain LoRA that was trained on the same rows.
+
+        A step asks one router, or one number of linears: prompts whose layers decide one by one are taken through
+        the model one by one.
+        """
+        rows = _rows(self.scale.milora_rows)
+        parts = [self._part("milora-beside", SMALL, ("oracle", "base"), *rows)]
+        for name, (label, *_) in self._miloras().items():
+            router = f"--prompt-router={label}={self._trained(name)}"
+            parts.append(self._part(name, SMALL, (label,), *rows, router))
+            for count in self.scale.modules if name == "milora" else ():
+                own = (*rows, router, "--modules", str(count))
+                parts.append(self._part(f"milora-k-{count}", SMALL, (f"{label}, k = {count}",), *own))
         if self.scale.whole:
-            routers.append(f"--router=MoE-LoRA={self._trained('moelora')}")
-        options = ("--modules", self.scale.modules, "--merges", "", "--composite-rows", "0")
-        return self._ask("milora", SMALL, *_rows(self.scale.milora_rows), *routers, *options)
+            method = f"MoE-LoRA, top {MoeLoraRecipe().top_k}"
+            router = f"--router=MoE-LoRA={self._trained('moelora')}"
+            parts.append(self._part("moelora", SMALL, (method,), *rows, router))
+        return (*parts, self._joined("milora", parts))
+
+    def variants(self) -> Iterable[Step]:
+        """Gates that are trained otherwise than the main ones."""
+        for each in self.scale.variants:
+            loop = each.loop or self.scale.gates
+            yield self._router(each.name, each.group, *each.options, loop=loop)
+
+    def asked_variants(self) -> Iterable[Step]:
+        """Each of them on single tasks, beside the main ones of its group; a step asks one router."""
+        for group, main in ((SMALL, "small"), (MEDIUM, "medium")):
+            variants = [each for each in self.scale.variants if each.group == group]
+            if not variants:
+                continue
+            rows = _rows(self.scale.rows)
+            parts = [self._part(f"{group}-beside", group, ("oracle", "base"), *rows, "--perplexity")]
+            for name, label in ((main, "MeteoRA"), *((each.name, each.label) for each in variants)):
+                router = f"--router={label}={self._trained(name)}"
+                parts.append(self._part(name, group, tops(label), *rows, router, "--perplexity"))
+            yield from (*parts, self._joined(f"{group}-variants", parts))
 
     def composites(self) -> Step:
         routers = [f"--router=MeteoRA={self._trained('small')}"]
@@ -162,10 +172,6 @@ class _Maker:
         options = ("--temperatures", self.scale.temperatures, "--composite-sizes", self.scale.composite_sizes)
         merges = ("--merges", self.scale.few_merges)
         return self._ask("composites", SMALL, "--rows", "0", *routers, *merges, "--composite-rows", count, *options)
-
-    @property
-    def _widest(self) -> str:
-        return MEDIUM if self.scale.whole else SMALL
 
     def _miloras(self) -> dict[str, tuple[str, ...]]:
         """Label and options by name."""
@@ -182,6 +188,16 @@ class _Maker:
 
     def _trained(self, name: str) -> Path:
         return self.places.out / "routers" / name
+
+    @property
+    def _medium_adapters(self) -> Path:
+        """Those of all medium tasks."""
+        return self._out("adapters-medium") if self._only_medium and not self.places.given else self.places.adapters
+
+    @property
+    def _only_medium(self) -> list[str]:
+        small = self._small
+        return [name for name in task_names(self.places.tasks, MEDIUM) if name not in small]
 
     @property
     def _mixed(self) -> Path:
@@ -211,24 +227,44 @@ class _Maker:
         judged = ("--evaluation-rows", str(self.scale.judged), "--plain")
         return Step(name, f"routing.train.{kind}", (*self._common, *where, *judged, *loop.options, *more))
 
-    def _router(self, name: str, group: str, *more: str) -> Step:
-        return self._train("meteora", name, group, self.scale.gates, "--adapters", str(self.places.adapters), *more)
+    def _router(self, name: str, group: str, *more: str, loop: Loop | None = None) -> Step:
+        adapters = ("--adapters", str(self._adapters(group)))
+        return self._train("meteora", name, group, loop or self.scale.gates, *adapters, *more)
+
+    def _adapters(self, group: str) -> Path:
+        return self._medium_adapters if group == MEDIUM else self.places.adapters
 
     def _extend(self, name: str, router: str, task: str, adapters: Path) -> Step:
         where = _options(router=self._trained(router), adapters=adapters, out=self._trained(name))
         options = (*self._common, *where, "--add", task, "--device", self.scale.device)
         return Step(name, "routing.train.extend", options)
 
-    def _ask(self, name: str, group: str, *more: str, adapters: Path | None = None) -> Step:
+    def _ask(self, name: str, group: str, *more: str, adapters: Path | None = None, out: Path | None = None) -> Step:
         scale = self.scale
-        where = _options(adapters=adapters or self.places.adapters, group=group, out=self._out(f"eval-{name}"))
+        where = _options(adapters=adapters or self._adapters(group), group=group, out=out or self._out(f"eval-{name}"))
         how = _options(device=scale.device, dtype="bfloat16", batch=scale.batch, batch_tokens=scale.batch_tokens)
         return Step(f"eval-{name}", "routing.evaluate.gates", (*self._common, *where, *how, *more))
+
+    def _part(self, name: str, group: str, methods: Sequence[str], *more: str) -> Step:
+        """A step that asks some methods; its tables stand in the log, those of all in the report."""
+        only = [f"--only={method}" for method in methods]
+        step = self._ask(name, group, "--merges=", "--composite-rows=0", *only, *more, out=self._out(f"parts/{name}"))
+        return replace(step, name=f"ask-{name}")
+
+    def _joined(self, name: str, parts: Iterable[Step]) -> Step:
+        folders = [str(self._out(f"parts/{step.name.removeprefix('ask-')}")) for step in parts]
+        out = str(self._out(f"eval-{name}"))
+        return Step(f"eval-{name}", "routing.evaluate.joined", ("--out", out, *folders))
 
 
 def _options(**values: object) -> tuple[str, ...]:
     pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items())
     return tuple(text for pair in pairs for text in pair)
+
+
+def tops(label: str) -> tuple[str, ...]:
+    """The methods of the first gates that an evaluation asks."""
+    return f"{label}, top 1", f"{label}, top 2"
 
 
 def _rows(count: int | None) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SMALL, MEDIUM = "small", "medium"
+"""Groups of tasks."""
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -18,13 +21,25 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Gates that are trained otherwise than the main ones: with other options, or a loop of their own."""
+
+    name: str
+    label: str
+    options: tuple[str, ...] = ()
+    loop: Loop | None = None
+    group: str = SMALL
+
+
+@dataclass(frozen=True)
 class Scale:
     """How much is done.
 
     `gates`, `moa` and `milora` are the trainings of each kind, judged by `judged` validation rows a task. Of each small
     task `rows` test rows are asked (None: all), `moa_rows` and `milora_rows` under routers by prompt; of composite
     prompts `composite_rows` of each of the `composite_sizes`. `curve`: training rows a task of further MeteoRA routers.
-    `new`: tasks that join a router which was trained without them. `whole`: also what takes a training of its own
+    `variants`: MeteoRA routers beside the main ones. `modules`: numbers of linears that MiLoRA chooses in place of its
+    own. `new`: tasks that join a router which was trained without them. `whole`: also what takes a training of its own
     beyond the main ones: other seeds and packs, a swapped adapter, one LoRA for all tasks, MoE-LoRA, poolings,
     activations, the medium tasks.
     """
@@ -44,12 +59,13 @@ class Scale:
     few_merges: str
     moa_merges: str
     temperatures: str
-    modules: str
+    modules: tuple[int, ...]
     coefficients_every: int
     batch: int
     batch_tokens: int
     curve: tuple[int, ...] = ()
     new: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
     whole: bool = False
 
 
@@ -70,12 +86,20 @@ SCALES = {
         few_merges="cat,ties:sum:0.5",
         moa_merges="cat,linear:sum,svd,ties:sum:0.5",
         temperatures="1,4,15,30",
-        modules="1,2,4,5,6,7",
+        modules=(1, 2, 4, 5, 6, 7),
         coefficients_every=1,
         batch=384,
         batch_tokens=4096,
         curve=(5, 20, 50, 200),
         new=("spell", "sentiment", "scan"),
+        variants=(
+            Variant("white", "white", ("--white",)),
+            Variant("white-longer", "white, 1,200 steps", ("--white",), Loop(1200, 32)),
+            Variant("longer", "1,200 steps", loop=Loop(1200, 32)),
+            Variant("white-joint", "white, adapters trained along", ("--white", "--joint")),
+            *(Variant(f"beta-{beta}", f"beta {beta}", ("--beta", str(beta))) for beta in (0, 1, 20, 50)),
+            Variant("medium-white-longer", "white, 1,200 steps", ("--white",), Loop(1200, 32), MEDIUM),
+        ),
         whole=True,
     ),
     "cpu": Scale(
@@ -94,7 +118,7 @@ SCALES = {
         few_merges="cat,ties:sum:0.5",
         moa_merges="",
         temperatures="1,15",
-        modules="1,7",
+        modules=(1, 7),
         coefficients_every=10,
         batch=64,
         batch_tokens=1024,

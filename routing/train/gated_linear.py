@@ -38,8 +38,11 @@ def gate_weights(logits: Tensor, choice: GateChoice) -> Tensor:
 class GatedLinear(torch.nn.Module):
     """base(x) + sum_i w_i s_i B_i A_i x, with w from x by the gate.
 
-    `gate` (rows, in) has a row for each of the `experts`, and one for "no adapter" if there is one.
+    `gate` (rows, in) has a row for each of the `experts`, and one for "no adapter" if there is one. With a `basis`
+    (in, in) it is learned in that basis.
     """
+
+    basis: Tensor | None
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class GatedLinear(torch.nn.Module):
         tally: GateTally,
         *,
         trainable: bool = False,
+        basis: Tensor | None = None,
     ) -> None:
         """pairs: by row of the gate, which starts at zero. trainable: they learn, too.
 
@@ -64,11 +68,20 @@ class GatedLinear(torch.nn.Module):
         self.experts = SideBySide(pairs, rows, weight, trainable=trainable)
         self.choice = choice
         self.tally = tally
+        self.register_buffer("basis", basis, persistent=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """The gate as it is served, (rows, in)."""
+        if self.basis is None:
+            return self.gate
+        with torch.autocast(self.gate.device.type, enabled=False):  # what bf16 would round is scaled up by the basis
+            return self.gate @ self.basis
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         y: Tensor = self.base(x)
-        logits = torch.nn.functional.linear(x, self.gate).float()
+        logits = torch.nn.functional.linear(x, self.rows).float()
         self.tally.add(logits)
         if not len(self.experts.a):
             return y
@@ -84,21 +97,30 @@ def embed_adapters(
     tally: GateTally,
     *,
     trainable: bool = False,
+    bases: Mapping[Module, Tensor] | None = None,
 ) -> dict[Module, GatedLinear]:
     """Freezes the model and replaces, in every layer, the targets that any adapter touches; by (layer, target).
 
     Row i of the gates is adapter i; with `null` one more row stands for no adapter. A layer in which no adapter touches
     such a target has a gate there all the same: a router's folder has the same gates in all layers. `trainable`: the
-    adapters learn, too.
+    adapters learn, too. `bases`: in which the gates learn, by (layer, target).
     """
     causal.requires_grad_(False)
-    touched = {target for weights in adapters for _, target in weights.pairs}
     linears: dict[Module, GatedLinear] = {}
-    for layer in range(causal.config.num_hidden_layers):  # type: ignore[union-attr, arg-type]
-        for target in (target for target in TARGETS if target in touched):
-            base = causal.get_submodule(module_path(layer, target))
-            assert isinstance(base, torch.nn.Linear)
-            pairs = {row: w.pairs[layer, target] for row, w in enumerate(adapters) if (layer, target) in w.pairs}
-            linears[layer, target] = GatedLinear(base, pairs, len(adapters) + null, choice, tally, trainable=trainable)
-            causal.set_submodule(module_path(layer, target), linears[layer, target])
+    for layer, target in gated_modules(causal, adapters):
+        base = causal.get_submodule(module_path(layer, target))
+        assert isinstance(base, torch.nn.Linear)
+        pairs = {row: w.pairs[layer, target] for row, w in enumerate(adapters) if (layer, target) in w.pairs}
+        basis = bases[layer, target] if bases else None
+        linears[layer, target] = GatedLinear(
+            base, pairs, len(adapters) + null, choice, tally, trainable=trainable, basis=basis
+        )
+        causal.set_submodule(module_path(layer, target), linears[layer, target])
     return linears
+
+
+def gated_modules(causal: torch.nn.Module, adapters: Sequence[AdapterWeights]) -> list[Module]:
+    """In every layer the targets that any adapter touches, as (layer, target)."""
+    touched = {target for weights in adapters for _, target in weights.pairs}
+    layers = range(causal.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    return [(layer, target) for layer in layers for target in TARGETS if target in touched]

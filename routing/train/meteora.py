@@ -76,7 +76,7 @@ def train_meteora(
     if recipe.joint:
         own = {task.name: [task] for task in tasks if task.name in adapters}
         model = replace(model, adapters=write_experts(model.experts, model.shape, out, own, run.base_name))
-    gates = {module: linear.gate for module, linear in model.linears.items()}
+    gates = {module: linear.rows.detach() for module, linear in model.linears.items()}
     card = write_gates(out, model.card(recipe, run, training, recipe.temperature), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return GateResult(out, card, tuple(losses), time.perf_counter() - started)

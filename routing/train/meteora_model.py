@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapters_store.linear_names import Module, module_path
 from routing.gate_folder import GateCard
+from routing.train.batches import encode
 from routing.train.data import Task
+from routing.train.gate_basis import ROWS, white_bases
 from routing.train.gate_tally import GateTally
-from routing.train.gated_linear import GateChoice, GatedLinear, embed_adapters
+from routing.train.gated_linear import GateChoice, GatedLinear, embed_adapters, gated_modules
 from routing.train.meteora_recipe import MeteoraRecipe
-from routing.train.router_model import RouterModel, given_adapters, load_frozen
+from routing.train.router_model import GivenAdapters, RouterModel, given_adapters, load_frozen
 from routing.train.router_recipe import RouterRecipe, RouterRun
 from routing.train.trained_adapters import Experts, factor_weights
 
@@ -73,14 +76,27 @@ def load_gated_model(
 
     Raises:
         TrainError: model, device, chat template or an adapter is missing or does not fit, or the recipe cannot be.
+        TaskDataError: a row is longer than the recipe allows.
     """
     given = given_adapters(model_folder, tasks, adapters, recipe, device)
     causal, tokenizer = load_frozen(model_folder, device)
     tally = GateTally()
     weights = [file.weights for file in given.files.values()]
     choice = GateChoice(recipe.top_k, recipe.temperature)
-    linears = embed_adapters(causal, weights, recipe.null, choice, tally, trainable=recipe.joint)
+    bases = _bases(causal, tokenizer, tasks, given, recipe) if recipe.white else None
+    linears = embed_adapters(causal, weights, recipe.null, choice, tally, trainable=recipe.joint, bases=bases)
     config = given.config
     return GatedModel(
         causal, tokenizer, config.linear_shape, config.fingerprint(), given.cards, given.labels, linears, tally
     )
+
+
+def _bases(
+    causal: Any, tokenizer: Any, tasks: Sequence[Task], given: GivenAdapters, recipe: MeteoraRecipe
+) -> dict[Module, Tensor]:
+    """Of some training rows of each task under its own adapter. Raises TaskDataError for a row that is too long."""
+    weights = {name: file.weights for name, file in given.files.items()}
+    rows = [encode(tokenizer, task.train[:ROWS], recipe.max_length) for task in tasks]
+    samples = [(weights.get(task.name), own) for task, own in zip(tasks, rows, strict=True)]
+    modules = gated_modules(causal, list(weights.values()))
+    return white_bases(causal, tokenizer.pad_token_id, modules, samples)

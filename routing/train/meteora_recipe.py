@@ -32,8 +32,8 @@ class MeteoraRecipe(RouterRecipe):
 
     The loss is L_LM + `beta` L_gate. L_LM counts answers, with `prompts_count` prompts too. L_gate counts the positions
     `gate_positions`: "all", or those that predict a token of an "answer"; its labels are smoothed by `smoothing`.
-    `joint`: the adapters
-    learn, too, as in the published code (the paper says that only gates do). `packed` is the share of samples that are
+    `white`: the gates learn in a basis in which their inputs are white (`gate_basis`). `joint`: the adapters learn,
+    too, as in the published code (the paper says that only gates do). `packed` is the share of samples that are
     rows of two or three tasks in one sequence. `learning_rate` is the gates' peak, `adapter_rate` that of the adapters:
     linear warm-up over `warmup_steps`, then a cosine to zero at `steps`. A row has at most `max_length` tokens, and so
     has a pack.
@@ -41,6 +41,7 @@ class MeteoraRecipe(RouterRecipe):
 
     top_k: int = 2
     temperature: float = 1.0
+    white: bool = False
     joint: bool = False
     adapter_rate: float = 2e-4
     beta: float = BETA

@@ -14,7 +14,8 @@ import pytest
 
 from routing.evaluate import study
 from routing.evaluate.study import DONE, FAILED, MORE, WRONG, Study, carry_out, main
-from routing.evaluate.study_plan import Places, Step
+from routing.evaluate.study_plan import Places
+from routing.evaluate.study_steps import Step, StudyError
 
 
 def python(name: str, code: str, **more: Any) -> Step:
@@ -32,10 +33,12 @@ class World:
         self.said: list[str] = []
         self._patch = monkeypatch
 
-    def run(self, steps: Sequence[Step], jobs: int = 1, seconds: float | None = None) -> int:
+    def run(
+        self, steps: Sequence[Step], jobs: int = 1, seconds: float | None = None, names: tuple[str, ...] = ()
+    ) -> int:
         self._patch.setattr(study, "plan", lambda *_: tuple(steps))
         places = Places(self.out, self.out, self.out)
-        return carry_out(Study(places, "cpu", jobs, seconds), self.said.append)
+        return carry_out(Study(places, "cpu", jobs, seconds, names), self.said.append)
 
     @property
     def ran(self) -> list[str]:
@@ -118,6 +121,19 @@ def test_steps_side_by_side_share_the_processors(world: World, monkeypatch: pyte
     assert world.log.read_text() == "27"
 
 
+def test_only_the_steps_that_are_named_run_with_what_they_need(world: World) -> None:
+    steps = [noting(name, world.log, *needs) for name, needs in {"a": "", "b": "a", "c": "a", "d": "bc"}.items()]
+    assert world.run(steps, names=("c",)) == DONE
+    assert world.ran == ["a", "c"]
+    assert world.run(steps, names=("b", "c")) == DONE
+    assert list(json.loads((world.out / "study.json").read_text())["steps"]) == ["a", "b", "c"], "earlier ones, too"
+    with pytest.raises(StudyError, match="there is no step e, expected some of a, b, c, d"):
+        world.run(steps, names=("d", "e"))
+    assert world.ran == ["a", "c", "b"]
+    assert world.run(steps) == DONE
+    assert world.ran == ["a", "c", "b", "d"]
+
+
 def test_no_time_begins_nothing(world: World) -> None:
     assert world.run([noting("a", world.log)], seconds=0.0) == MORE
     assert world.ran == []
@@ -156,7 +172,7 @@ def test_a_terminated_study_takes_its_step_with_it(tmp_path: Path) -> None:
     code = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} '); import time; time.sleep(600)"
     driver = f"""
 from routing.evaluate import study
-from routing.evaluate.study_plan import Step
+from routing.evaluate.study_steps import Step
 study.plan = lambda *_: (Step("long", "timeit", ("-n1", "-r1", {code!r})),)
 study.run_alone(["--model", "m", "--tasks", "t", "--out", {str(tmp_path / "out")!r}])
 """

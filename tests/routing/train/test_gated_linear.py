@@ -49,6 +49,21 @@ def test_forward_equals_a_plain_loop(top_k: int, temperature: float, null: bool)
         torch.testing.assert_close(gated(x)[chosen], gated.base(x)[chosen])
 
 
+def test_a_gate_in_a_basis_acts_as_its_product_with_it() -> None:
+    torch.manual_seed(0)
+    gated, pairs = linear(2, 1.0, null=True)
+    basis = torch.randn(WIDTH, WIDTH)
+    other = GatedLinear(gated.base, pairs, 5, gated.choice, GateTally(), basis=basis)
+    torch.nn.init.normal_(other.gate)
+    gated.gate.data.copy_(other.gate.data @ basis)
+    x = torch.randn(3, 20, WIDTH)
+    torch.testing.assert_close(other.rows, gated.rows)
+    torch.testing.assert_close(other(x), gated(x), atol=1e-4, rtol=1e-4)
+    assert set(dict(other.named_parameters())) - set(dict(gated.named_parameters())) == set(), "it is not learned"
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(other.rows, gated.rows)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_weights_are_those_of_a_softmax_over_all_rows_renormalised(top_k: int) -> None:
     logits = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)

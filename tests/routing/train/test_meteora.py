@@ -70,11 +70,12 @@ def test_gates_learn_whose_tokens_they_see(trained: GateResult, chat_model: Path
     assert {path.name for path in trained.folder.iterdir()} == {"router.json", "router.safetensors"}
 
 
-@pytest.mark.parametrize("evaluation_batch", [1, 20])
+@pytest.mark.parametrize(("evaluation_batch", "white"), [(1, False), (20, False), (20, True)])
 def test_metrics_are_those_of_the_gates_as_stored(
-    chat_model: Path, tasks: list[Task], adapters: dict[str, Path], tmp_path: Path, evaluation_batch: int
+    chat_model: Path, tasks: list[Task], adapters: dict[str, Path], tmp_path: Path, evaluation_batch: int, white: bool
 ) -> None:
-    recipe, run = replace(RECIPE, steps=6, smoothing=0.3), replace(RUN, evaluation_batch=evaluation_batch)
+    recipe = replace(RECIPE, steps=6, smoothing=0.3, white=white)
+    run = replace(RUN, evaluation_batch=evaluation_batch)
     tasks = [replace(task, valid=(task.valid[0], replace(task.test[1], target="letters"))) for task in tasks]
     trained = train_meteora(chat_model, tasks, adapters, tmp_path / "router", recipe, run)
     model = load_gated_model(chat_model, tasks, adapters, RECIPE, "cpu")
