@@ -47,9 +47,13 @@ library finds out about a grammar's regular expressions, and with it a lock: eig
 no faster than one, and a step of 5.5 ms took 20.7. A schema of ten fields compiles in 1 ms.
 """
 
-SLICES = (r"[a-z]{1,10}", r"[ ]?[a-zA-Z0-9]{1,10}")
+SLICES = (
+    *(r"[a-z]{1,10}", r"[ ]?[a-zA-Z0-9]{1,10}"),
+    *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in range(1, 10)),
+)
 """Sets of tokens that a mask takes as a whole where its grammar allows all texts like these, beside the library's own
 sets, which hold signs as well: masks of `[a-z]{1,200}` take a quarter (49,152 tokens) to a tenth (128,256) of the time.
+The nine short ones are for the end of a bounded string: the slowest percent of such masks take 1.1 instead of 2.0 ms.
 """
 
 LISTING = re.compile(r"\n +1 \| ")

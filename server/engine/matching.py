@@ -21,10 +21,11 @@ NEWEST_SHARE = 0.25
 class Matching:
     """Masks for the tokens of one output, each computed while a step runs.
 
-    mask: uint32[ceil(vocabulary / 32)], bit t % 32 of word t // 32 is set where token t may come next. `pending`: the
-    last token has been handed over, its mask is not there yet, and nothing else here may be touched. `behind`: a step
-    has waited for the mask in vain. `seconds`: CPU time of its masks, the newest counting most. `error`: why there are
-    no more masks. `lexer`: masks with the same one are computed one after another, in however many threads.
+    mask: uint32[ceil(vocabulary / 32)], bit t % 32 of word t // 32 is set where token t may come next; always the same
+    array. `pending`: the last token has been handed over, its mask is not there yet, and nothing else here may be
+    touched. `behind`: a step has waited for the mask in vain. `seconds`: CPU time of its masks, the newest counting
+    most. `error`: why there are no more masks. `lexer`: masks with the same one are computed one after another, in
+    however many threads.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Matching:
         self.behind = False
         self.error: str | None = None
         self._matcher = matcher
+        self._place = mask.ctypes.data, mask.nbytes
 
     @property
     def slow(self) -> bool:
@@ -81,7 +83,7 @@ class Matching:
         self.seconds += NEWEST_SHARE * (seconds - self.seconds)
 
     def _fill(self) -> None:
-        self._matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)  # lets go of the interpreter
+        self._matcher.unsafe_compute_mask_ptr(*self._place)  # lets go of the interpreter
         if self._matcher.is_error():
             self.error = self._matcher.get_error()
         elif not self.mask.any():

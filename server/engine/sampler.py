@@ -90,12 +90,13 @@ def sample(
         return Sampled(tokens)
     chosen, numbers = [sequences[row] for row in special], [indices[row] for row in special]
     own = _rows(logits, special)
-    if any(map(_changed, chosen, numbers)):
+    changed = [row for row, sequence in enumerate(chosen) if _changed(sequence, numbers[row])]
+    if changed:
         own = own.to(torch.float32, copy=True)
     asked = [i for i, sequence in enumerate(chosen) if sequence.request.params.logprobs is not None]
     raw = torch.log_softmax(_rows(own, asked), dim=-1) if asked else None
-    for row, sequence in enumerate(chosen):
-        _adjust(own[row], sequence, numbers[row], eos_token_ids)
+    for row in changed:
+        _adjust(own[row], chosen[row], numbers[row], eos_token_ids)
     masks = _masks(chosen, numbers, eos_token_ids, logits.device) if any(map(_masked, chosen)) else None
     own_tokens = ops.greedy(own, masks)
     drawn = [i for i, sequence in enumerate(chosen) if not sequence.request.params.greedy]
