@@ -51,11 +51,12 @@ class Lines:
         return f"{own['attempts']:.2f} attempts, {own['correct']:.2f} correct of {len(own['tasks'])}"
 
 
-def task_scores(lines: Mapping[str, Sequence[Json]], seed: int) -> Json:
+def task_scores(lines: Mapping[str, Sequence[Json]], seed: int, beside: str | None = None) -> Json:
     """By method: the mean over tasks of its scores, by task too, and what it is better by than the oracle adapters.
 
-    All methods have the same rows. Intervals are those of a bootstrap that draws rows within each task, the same ones
-    for all methods. `share` is what the gates gave to the task's own adapter, mean over the rows that say so.
+    All methods have the same rows. With `beside` also what each is better by than this method. Intervals are those of
+    a bootstrap that draws rows within each task, the same ones for all methods. `share` is what the gates gave to the
+    task's own adapter, mean over the rows that say so.
     """
     if not lines:
         return {}
@@ -77,10 +78,11 @@ def task_scores(lines: Mapping[str, Sequence[Json]], seed: int) -> Json:
             "share": float(np.mean(shares)) if shares else None,
             "above_oracle": None,
         }
-        if ORACLE in methods and method != ORACLE:
-            other = methods.index(ORACLE)
-            difference = float((means[place] - means[other]).mean())
-            found[method]["above_oracle"] = {"mean": difference, "interval": interval(drawn[place] - drawn[other])}
+        for key, name in {"above_oracle": ORACLE, **({"above": beside} if beside else {})}.items():
+            if name in methods and method != name:
+                other = methods.index(name)
+                difference = float((means[place] - means[other]).mean())
+                found[method][key] = {"mean": difference, "interval": interval(drawn[place] - drawn[other])}
     return found
 
 

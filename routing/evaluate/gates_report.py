@@ -24,6 +24,7 @@ def document(
     temperatures: Mapping[str, tuple[str, float]],
     new: Sequence[str],
     seed: int,
+    beside: str | None = None,
 ) -> Json:
     """Everything that follows from the answers.
 
@@ -31,9 +32,11 @@ def document(
         curve: (training rows a task, method) of routers that were trained on so few.
         temperatures: (router, temperature) of the methods of composite prompts that have one.
         new: tasks each of which is reported apart.
+        beside: a method that all others are compared with, as with the oracle adapters.
     """
-    tasks = task_scores(lines.tasks, seed)
+    tasks = task_scores(lines.tasks, seed, beside)
     return {
+        **({"beside": beside} if beside else {}),
         "tasks": tasks,
         "perplexity": loss_scores(lines.losses, seed),
         "routed": routed_scores(lines.tasks),
@@ -56,7 +59,7 @@ def write_report(out: Path, found: Json) -> None:
 
 def markdown(found: Json) -> str:
     """The tables; figures are percent, for composite prompts numbers of answers a prompt."""
-    lines = [*_methods(found["tasks"]), *_curve(found), *_new(found["new"])]
+    lines = [*_methods(found["tasks"], found.get("beside")), *_curve(found), *_new(found["new"])]
     lines += _perplexity(found["perplexity"])
     lines += prompt_tables(found.get("prompt_routers", {}), found["routed"])
     for part, methods in found["composites"].items():
@@ -102,16 +105,17 @@ def _best(fixed: Mapping[str, float], points: int) -> dict[str, list[float]]:
     return {name: [share] * points for name, share in highest}
 
 
-def _methods(tasks: Mapping[str, Json]) -> list[str]:
-    lines = table_head(
-        ["method", "mean", "95 % interval", "above the oracle adapters", "exact match", "share of the own"]
-    )
+def _methods(tasks: Mapping[str, Json], beside: str | None) -> list[str]:
+    others = {"above_oracle": "above the oracle adapters"} | ({"above": f"above {beside}"} if beside else {})
+    lines = table_head(["method", "mean", "95 % interval", *others.values(), "exact match", "share of the own"])
     for name, own in tasks.items():
-        above = own["above_oracle"]
-        better = "" if above is None else f"{100 * above['mean']:+.1f} ({percent_range(above['interval'], '+')})"
-        shown = [percent(own["mean"]), percent_range(own["interval"]), better]
+        shown = [percent(own["mean"]), percent_range(own["interval"]), *(_above(own.get(key)) for key in others)]
         lines.append(table_row([name, *shown, percent(own["exact_match"]), percent(own["share"])]))
     return lines
+
+
+def _above(found: Json | None) -> str:
+    return "" if found is None else f"{100 * found['mean']:+.1f} ({percent_range(found['interval'], '+')})"
 
 
 def _curve(found: Json) -> list[str]:

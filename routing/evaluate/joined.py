@@ -1,6 +1,6 @@
 """One table of evaluations that asked the same questions of different methods, as if one process had asked them all:
 
-python -m routing.evaluate.joined --out DIR EVALUATION EVALUATION
+python -m routing.evaluate.joined --out DIR --beside "plain LoRA" EVALUATION EVALUATION
 """
 
 from __future__ import annotations
@@ -56,15 +56,16 @@ class Part:
         return lines
 
 
-def join(folders: Sequence[Path], out: Path) -> Json:
+def join(folders: Sequence[Path], out: Path, beside: str | None = None) -> Json:
     """Writes gates.json, gates.md and plots of all methods into `out`, in the order of the folders; its content.
 
     All were asked the same rows in the same order: differences between methods of two evaluations are paired, and
-    intervals are those of one process. A method that several asked has the answers of the first.
+    intervals are those of one process. A method that several asked has the answers of the first. `beside`: a method
+    that all others are compared with, as with the oracle adapters.
 
     Raises:
-        AnswerError: an evaluation cannot be read, or differs from the first in its device, model or rows, or two have
-            different routers of one label.
+        AnswerError: an evaluation cannot be read, or differs from the first in its device, model or rows, two have
+            different routers of one label, or none asked the method `beside`.
     """
     parts = [Part.read(folder) for folder in folders]
     _check_settings(parts)
@@ -77,15 +78,18 @@ def join(folders: Sequence[Path], out: Path) -> Json:
             if own != expected:
                 raise AnswerError(f"{part.folder}: {asked} of {method}: expected the same rows as in {first}")
             found.setdefault((asked, method), lines)
+    if beside is not None and ("tasks", beside) not in found:
+        methods = "; ".join(method for asked, method in found if asked == "tasks")
+        raise AnswerError(f"beside {beside}: expected one of the methods: {methods}")
     every = Lines([method for _, method in found])
     for (asked, method), lines in found.items():
         every.add(asked, method, lines)
-    made = _document(parts, every)
+    made = _document(parts, every, beside)
     write_report(out, made)
     return made
 
 
-def _document(parts: Sequence[Part], lines: Lines) -> Json:
+def _document(parts: Sequence[Part], lines: Lines, beside: str | None) -> Json:
     arguments = [part.found["arguments"] for part in parts]
     new = dict.fromkeys(name for each in arguments for name in each["new"])
     curve = [(point["rows"], point["method"]) for part in parts for point in part.found["curve"]]
@@ -98,7 +102,7 @@ def _document(parts: Sequence[Part], lines: Lines) -> Json:
         **{key: parts[0].found[key] for key in (*SETTING, "versions", "metrics")},
         **{key: _united(parts, key) for key in ("routers", "prompt_routers")},
         "seconds": round(sum(part.found["seconds"] for part in parts), 1),
-        **document(lines, curve, heated, tuple(new), arguments[0]["seed"]),
+        **document(lines, curve, heated, tuple(new), arguments[0]["seed"], beside),
     }
 
 
@@ -124,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0 done, 2 the evaluations do not fit together."""
     asked = _parser().parse_args(arguments)
     try:
-        join(asked.evaluations, asked.out)
+        join(asked.evaluations, asked.out, asked.beside)
     except AnswerError as error:
         say(str(error))
         return 2
@@ -136,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split(":")[0]
     parser = argparse.ArgumentParser(prog="python -m routing.evaluate.joined", description=about)
     parser.add_argument("evaluations", type=Path, nargs="+", metavar="EVALUATION", help="one's folder")
+    parser.add_argument("--beside", metavar="METHOD", help="that all others are compared with, too")
     parser.add_argument("--out", type=Path, required=True, help="folder of tables and plots")
     return parser
 

@@ -142,7 +142,7 @@ class _Maker:
             method = f"MoE-LoRA, top {MoeLoraRecipe().top_k}"
             router = f"--router=MoE-LoRA={self._trained('moelora')}"
             parts.append(self._part("moelora", SMALL, (method,), *rows, router))
-        return (*parts, self._joined("milora", parts))
+        return (*parts, self._joined("milora", parts, "plain LoRA"))
 
     def variants(self) -> Iterable[Step]:
         """Gates that are trained otherwise than the main ones."""
@@ -161,7 +161,7 @@ class _Maker:
             for name, label in ((main, "MeteoRA"), *((each.name, each.label) for each in variants)):
                 router = f"--router={label}={self._trained(name)}"
                 parts.append(self._part(name, group, tops(label), *rows, router, "--perplexity"))
-            yield from (*parts, self._joined(f"{group}-variants", parts))
+            yield from (*parts, self._joined(f"{group}-variants", parts, tops("MeteoRA")[1]))
 
     def composites(self) -> Step:
         routers = [f"--router=MeteoRA={self._trained('small')}"]
@@ -251,10 +251,10 @@ class _Maker:
         step = self._ask(name, group, "--merges=", "--composite-rows=0", *only, *more, out=self._out(f"parts/{name}"))
         return replace(step, name=f"ask-{name}")
 
-    def _joined(self, name: str, parts: Iterable[Step]) -> Step:
+    def _joined(self, name: str, parts: Iterable[Step], beside: str) -> Step:
         folders = [str(self._out(f"parts/{step.name.removeprefix('ask-')}")) for step in parts]
         out = str(self._out(f"eval-{name}"))
-        return Step(f"eval-{name}", "routing.evaluate.joined", ("--out", out, *folders))
+        return Step(f"eval-{name}", "routing.evaluate.joined", ("--out", out, "--beside", beside, *folders))
 
 
 def _options(**values: object) -> tuple[str, ...]:

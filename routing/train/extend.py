@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from adapters_store.linear_names import Module
 from adapters_store.peft_format import CONFIG_NAME, AdapterFile, read_adapter
 from adapters_store.types import AdapterError
 from routing.card_adapters import MAX_ADAPTERS, CardAdapter
@@ -62,6 +64,45 @@ def extend_router(
     recipe, started = recipe or ExtendRecipe(), time.perf_counter()
     recipe.check()
     check_out(out)
+    given = _given(router, new, model_folder, tasks, adapters)
+    causal, tokenizer = load_causal(model_folder)
+    causal.to(recipe.device).eval().requires_grad_(False)
+    world = SampledModel(causal, tokenizer, given.labels, given.read, given.card)
+    gates = {module: gate.to(recipe.device) for module, gate in given.gates.items()}
+    seen = [task for task in tasks if task.name in given.labels]
+    rows = {task.name: task.train[: recipe.samples if task.name == new else recipe.others] for task in seen}
+    extended = extended_gates(world, gates, new, given.place, rows, recipe)
+    fitted = {"samples": len(rows[new]), "others": recipe.others, "ridge": recipe.ridge, "rounds": recipe.rounds}
+    added: dict[str, Any] = {"name": new, **fitted}
+    if recipe.evaluation_rows:
+        held_out = {task.name: task.valid[: recipe.evaluation_rows] for task in seen}
+        added["metrics"] = row_metrics(world, gates, extended, new, given.place, held_out, recipe)
+    written = write_gates(out, given.changed_card(added, name), extended)
+    return ExtendResult(out, written, time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A router's card, and its gates without a row of the new adapter, whose row will be `place`.
+
+    `read` are all adapters in the order of the new rows, `labels` the row of each task that is looked at.
+    """
+
+    card: GateCard
+    gates: Mapping[Module, Tensor]
+    place: int
+    read: Mapping[str, AdapterFile]
+    labels: Mapping[str, int]
+
+    def changed_card(self, added: Mapping[str, Any], name: str | None) -> GateCard:
+        """Of the router with the new row, about which `added` tells."""
+        adapters = tuple(CardAdapter(each, file.digest) for each, file in self.read.items())
+        training = {**self.card.training, "added": [*self.card.training.get("added", ()), added]}
+        return replace(self.card, adapters=adapters, training=training, name=name or self.card.name)
+
+
+def _given(router: Path, new: str, model_folder: Path, tasks: Sequence[Task], adapters: Mapping[str, Path]) -> _Given:
+    """Everything that is read, and checked to fit together. Raises as `extend_router`."""
     try:
         config = ModelConfig.from_folder(model_folder)
     except ModelError as error:
@@ -81,26 +122,7 @@ def extend_router(
     labels = _labels(tasks, adapters, read, others, new, card.has_null)
     if strange := {target for _, target in read[new].weights.pairs} - set(card.targets):
         raise TrainError(f"adapter {new}: it touches {min(strange)}, where the router has no gates")
-    causal, tokenizer = load_causal(model_folder)
-    causal.to(recipe.device).eval().requires_grad_(False)
-    world = SampledModel(causal, tokenizer, labels, read, card)
-    gates = {module: gate.to(recipe.device) for module, gate in gates.items()}
-    rows = {
-        task.name: task.train[: recipe.samples if task.name == new else recipe.others]
-        for task in tasks
-        if task.name in labels
-    }
-    extended = extended_gates(world, gates, new, place, rows, recipe)
-    held_out = {task.name: task.valid[: recipe.evaluation_rows] for task in tasks if task.name in labels}
-    fitted = {"samples": len(rows[new]), "others": recipe.others, "ridge": recipe.ridge, "rounds": recipe.rounds}
-    added: dict[str, Any] = {"name": new, **fitted}
-    if recipe.evaluation_rows:
-        added["metrics"] = row_metrics(world, gates, extended, new, place, held_out, recipe)
-    digests = [*others[:place], CardAdapter(new, read[new].digest), *others[place:]]
-    training = {**card.training, "added": [*card.training.get("added", ()), added]}
-    changed = replace(card, adapters=tuple(digests), training=training, name=name or card.name)
-    written = write_gates(out, changed, extended)
-    return ExtendResult(out, written, time.perf_counter() - started)
+    return _Given(card, gates, place, read, labels)
 
 
 def adapters_in(root: Path) -> dict[str, Path]:

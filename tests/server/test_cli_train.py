@@ -168,7 +168,7 @@ OPTIONS = {
 def test_a_token_level_router_is_trained(arguments: list[str], tasks: Path, tmp_path: Path) -> None:
     out = tmp_path / "gates"
     more = [str(part) for option in OPTIONS.items() for part in option]
-    done = runner.invoke(cli.app, [*arguments, *more, "--null", "--joint", "--name", "mine"])
+    done = runner.invoke(cli.app, [*arguments, *more, "--null", "--joint", "--white", "--name", "mine"])
     assert done.exit_code == 0, done.output
     said = done.stdout.splitlines()
     assert said[0] == "2 adapters; without one: other"
@@ -184,6 +184,7 @@ def test_a_token_level_router_is_trained(arguments: list[str], tasks: Path, tmp_
         **fields,
         "null": True,
         "joint": True,
+        "white": True,
         "steps": 2,
         "batch_size": 3,
     }

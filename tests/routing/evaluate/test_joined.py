@@ -63,11 +63,25 @@ def test_all_is_as_in_one_evaluation(
     assert found["routers"] == one["routers"]
     assert found["parts"]["b"]["only"][0] == "first, top 2"
     assert "composite-2, item by item" in found["composites"]
+    assert "beside" not in found
     for key in one.keys() - CIRCUMSTANCES:
         assert found[key] == one[key], key
     tables = [(tmp_path / name / "gates.md").read_text() for name in ("one", "all")]
     assert tables[0] == tables[1]
     assert {path.suffix for path in (tmp_path / "all").iterdir()} == {".json", ".md", ".svg"}
+
+
+def test_all_can_be_compared_with_one_of_them(parts: Path, tmp_path: Path) -> None:
+    """With the oracle, which all are compared with anyway, the figures are the same."""
+    folders = [str(parts / name) for name in "abc"]
+    assert main(["--out", str(tmp_path / "all"), "--beside", "oracle", *folders]) == 0
+    found = json.loads((tmp_path / "all" / "gates.json").read_text())
+    assert found["tasks"]["base"]["above"] == found["tasks"]["base"]["above_oracle"] is not None
+    assert "above" not in found["tasks"]["oracle"]
+    head, _, oracle, base, *_ = (tmp_path / "all" / "gates.md").read_text().splitlines()
+    assert "| above the oracle adapters | above oracle |" in head
+    assert (oracle.split("|")[5].strip(), base.split("|")[4]) == ("", base.split("|")[5])
+    assert main(["--out", str(tmp_path / "none"), "--beside", "oracles", *folders]) == 2
 
 
 Edit = Callable[[Path, dict[str, Any]], None]

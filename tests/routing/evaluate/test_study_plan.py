@@ -160,6 +160,7 @@ def test_the_whole_study_runs_on_a_tiny_model(
     counts = ["MiLoRA", "MiLoRA, k = 1", "MiLoRA, k = 7"]
     others = [f"MiLoRA, {name}" for name in ("mean pooling", "last pooling", "max pooling", "GeLU", "no activation")]
     assert list(milora["tasks"]) == ["oracle", "base", *counts, "plain LoRA", *others, "MoE-LoRA, top 4"]
+    assert milora["tasks"]["MiLoRA"]["above"] is not None
     assert set(milora["prompt_routers"]) == {"MiLoRA", "plain LoRA", *others}
     variants = json.loads((places.out / "eval-small-variants" / "gates.json").read_text())
     tops = [f"{label}, top {k}" for label in ("MeteoRA", "beta 0", "3 steps") for k in (1, 2)]
