@@ -69,6 +69,9 @@ class Scale:
     whole: bool = False
 
 
+WHITE = ("--white", "--learning-rate", "1e-2")
+"""Of rates from 5e-4 to 1e-2, that at which gates of single linears were right most often after 300 steps."""
+
 SCALES = {
     "cuda": Scale(
         device="cuda",
@@ -93,12 +96,13 @@ SCALES = {
         curve=(5, 20, 50, 200),
         new=("spell", "sentiment", "scan"),
         variants=(
-            Variant("white", "white", ("--white",)),
-            Variant("white-longer", "white, 900 steps", ("--white",), Loop(900, 32)),
+            Variant("white", "white", WHITE),
+            Variant("white-longer", "white, 900 steps", WHITE, Loop(900, 32)),
             Variant("longer", "900 steps", loop=Loop(900, 32)),
-            Variant("white-joint", "white, adapters trained along", ("--white", "--joint")),
+            Variant("faster", "rate 2e-2", ("--learning-rate", "2e-2")),
+            Variant("white-joint", "white, adapters trained along", (*WHITE, "--joint")),
             *(Variant(f"beta-{beta}", f"beta {beta}", ("--beta", str(beta))) for beta in (0, 1, 20, 50)),
-            Variant("medium-white-longer", "white, 900 steps", ("--white",), Loop(900, 32), MEDIUM),
+            Variant("medium-white-longer", "white, 900 steps", WHITE, Loop(900, 32), MEDIUM),
         ),
         whole=True,
     ),
