@@ -77,7 +77,7 @@ def task_job(method: GateMethod, rows: Sequence[HeldOut], prompts: Sequence[Prom
         row = rows[place]
         found = scores(row.metric, answer.text, row.references)
         line = {"task": row.task, "row": row.row, "answer": answer.text, "score": found["score"], "em": found["em"]}
-        return line | routed(answer, method.rows.get(row.task))
+        return line | {"wording": row.example.template} | routed(answer, method.rows.get(row.task))
 
     questions = [
         Question(prompt, limit, method.mix_for(row.task), method.gates, method.prompt_router)

@@ -56,7 +56,7 @@ def task_scores(lines: Mapping[str, Sequence[Json]], seed: int, beside: str | No
 
     All methods have the same rows. With `beside` also what each is better by than this method. Intervals are those of
     a bootstrap that draws rows within each task, the same ones for all methods. `share` is what the gates gave to the
-    task's own adapter, mean over the rows that say so.
+    task's own adapter, mean over the rows that say so; `wordings` the mean of the rows by their instruction's wording.
     """
     if not lines:
         return {}
@@ -76,6 +76,7 @@ def task_scores(lines: Mapping[str, Sequence[Json]], seed: int, beside: str | No
             "exact_match": float(exact[place].mean()),
             "tasks": dict(zip(names, means[place].tolist(), strict=True)),
             "share": float(np.mean(shares)) if shares else None,
+            "wordings": _by_wording(lines[method]),
             "above_oracle": None,
         }
         for key, name in {"above_oracle": ORACLE, **({"above": beside} if beside else {})}.items():
@@ -84,6 +85,13 @@ def task_scores(lines: Mapping[str, Sequence[Json]], seed: int, beside: str | No
                 difference = float((means[place] - means[other]).mean())
                 found[method][key] = {"mean": difference, "interval": interval(drawn[place] - drawn[other])}
     return found
+
+
+def _by_wording(lines: Sequence[Json]) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for line in sorted((line for line in lines if "wording" in line), key=lambda line: int(line["wording"])):
+        scores.setdefault(str(line["wording"]), []).append(line["score"])
+    return {wording: float(np.mean(own)) for wording, own in scores.items()}
 
 
 def loss_scores(lines: Mapping[str, Sequence[Json]], seed: int) -> Json:

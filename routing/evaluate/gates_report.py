@@ -59,7 +59,12 @@ def write_report(out: Path, found: Json) -> None:
 
 def markdown(found: Json) -> str:
     """The tables; figures are percent, for composite prompts numbers of answers a prompt."""
-    lines = [*_methods(found["tasks"], found.get("beside")), *_curve(found), *_new(found["new"])]
+    lines = [
+        *_methods(found["tasks"], found.get("beside")),
+        *_wordings(found["tasks"]),
+        *_curve(found),
+        *_new(found["new"]),
+    ]
     lines += _perplexity(found["perplexity"])
     lines += prompt_tables(found.get("prompt_routers", {}), found["routed"])
     for part, methods in found["composites"].items():
@@ -116,6 +121,18 @@ def _methods(tasks: Mapping[str, Json], beside: str | None) -> list[str]:
 
 def _above(found: Json | None) -> str:
     return "" if found is None else f"{100 * found['mean']:+.1f} ({percent_range(found['interval'], '+')})"
+
+
+def _wordings(tasks: Mapping[str, Json]) -> list[str]:
+    """Where instructions have several: some may be in no training row."""
+    names = list(next(iter(tasks.values()), {}).get("wordings", {}))
+    if len(names) < 2:
+        return []
+    lines = ["", *table_head(["method", *(f"wording {name}" for name in names)])]
+    return [
+        *lines,
+        *(table_row([m, *(percent(own["wordings"].get(name)) for name in names)]) for m, own in tasks.items()),
+    ]
 
 
 def _curve(found: Json) -> list[str]:

@@ -58,7 +58,9 @@ def letters(text: str) -> tuple[int, ...]:
     return tuple(map(ord, text))
 
 
-ROWS = [HeldOut("t", row, TaskRow("t", "c", "Say", text, text, 0), (text,), "em") for row, text in enumerate("ab")]
+ROWS = [
+    HeldOut("t", row, TaskRow("t", "c", "Say", text, text, 3 * row), (text,), "em") for row, text in enumerate("ab")
+]
 PROMPTS = [(letters("xxaa"), 8), (letters("yybb"), 8)]
 COMPOSITES = [Composite(0, "?", ("t", "u"), (("1.",), (". ",)))]
 SETTING = {"dtype": "float32"}
@@ -75,8 +77,8 @@ def test_each_job_is_written_with_its_scores_and_found_again(tmp_path: Path) -> 
     done = run(jobs, tmp_path, at_once=3)
     assert [job.method for job, _ in done] == ["base", "Gates, top 2"]
     expected = [
-        {"task": "t", "row": 0, "answer": "aa", "score": 0.0, "em": 0.0, "share": 0.75},
-        {"task": "t", "row": 1, "answer": "bb", "score": 0.0, "em": 0.0, "share": 0.75},
+        {"task": "t", "row": 0, "answer": "aa", "score": 0.0, "em": 0.0, "wording": 0, "share": 0.75},
+        {"task": "t", "row": 1, "answer": "bb", "score": 0.0, "em": 0.0, "wording": 3, "share": 0.75},
     ]
     assert [lines for _, lines in done] == [expected, expected]
     assert finished(jobs[0], tmp_path, SETTING) == expected

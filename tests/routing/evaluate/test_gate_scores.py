@@ -35,6 +35,21 @@ def test_means_are_over_tasks_and_differences_are_paired() -> None:
     assert apart(found, "b")["gates"] == {"own": 0.25, "others": 0.5}
 
 
+def test_rows_are_counted_by_their_wording() -> None:
+    lines = [{**line, "wording": wording} for line, wording in zip(ORACLE, (3, 0, 3), strict=True)]
+    found = task_scores({"oracle": lines, "gates": GATES}, seed=0)
+    assert list(found["oracle"]["wordings"].items()) == [("0", 1.0), ("3", 0.75)]
+    assert found["gates"]["wordings"] == {}
+
+
+def test_all_methods_are_compared_with_one() -> None:
+    found = task_scores({"oracle": ORACLE, "gates": GATES, "other": GATES}, seed=0, beside="gates")
+    assert found["oracle"]["above"]["mean"] == pytest.approx(0.375)
+    assert found["oracle"]["above"]["interval"] == pytest.approx([0.125, 0.625])
+    assert found["other"]["above"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+    assert "above" not in found["gates"]
+
+
 def test_one_task_has_no_others() -> None:
     found = apart(task_scores({"base": rows(("a", 1.0))}, seed=0), "a")
     assert found == {"base": {"own": 1.0, "others": None}}

@@ -13,7 +13,10 @@ METHODS = {"oracle": 1.0, "base": 0.0, "5 rows a task, top 2": 0.5, "50 rows a t
 def made() -> dict[str, object]:
     lines = Lines(list(METHODS))
     for method, score in METHODS.items():
-        own = [{"task": task, "row": 0, "score": score, "em": float(score == 1)} for task in ("a", "b")]
+        own = [
+            {"task": task, "row": 0, "score": score, "em": float(score == 1), "wording": wording}
+            for wording, task in ((1, "a"), (3, "b"))
+        ]
         lines.add("tasks", method, [{**line, "share": 0.5} for line in own] if "top" in method else own)
     for part in ("composite-2", "composite-2, item by item"):
         for method, correct in {"base": 0.0, "gates, top 2, T 1": 1.0, "gates, top 2, T 15": 2.0}.items():
@@ -29,6 +32,7 @@ def test_tables_hold_every_figure() -> None:
     assert "| oracle | 100.0 | 100.0 to 100.0 |  | 100.0 |  |" in text
     assert "| gates, top 2 | 75.0 | 75.0 to 75.0 | -25.0 (-25.0 to -25.0) | 0.0 | 50.0 |" in text
     assert "| training rows a task | 5 | 50 |\n|---|---|---|\n| mean | 50.0 | 100.0 |" in text
+    assert "| method | wording 1 | wording 3 |\n|---|---|---|\n| oracle | 100.0 | 100.0 |" in text
     assert "| method | b | the other tasks |" in text
     assert "| composite-2, item by item | attempts | 95 % interval | correct | 95 % interval | a | b |" in text
     assert "| gates, top 2, T 15 | 2.00 | 2.00 to 2.00 | 2.00 | 2.00 to 2.00 | 100.0 | 100.0 |" in text
