@@ -8,7 +8,9 @@ own adapter at the input, and gates elsewhere, all have. Where gates act only in
 they act in all others, or in q, k and v of the first, which see no token but their own, all have. Gates of one linear,
 fitted to inputs of 96 rows a task in 300 steps of 32 rows, send the tokens of held-out rows to their own adapter in
 59.5% of the cases (raw inputs, the recipe's rate; 66.6% at 2e-2) and 91.1% (white, 1e-2) for q_proj of the second
-layer, and in 73.9 (87.3) and 97.1% for its gate_proj; in the 25th layer it is 99% either way.
+layer, and in 73.9 (87.3) and 97.1% for its gate_proj; in the 25th layer it is 99% either way. Trained as a whole on
+white inputs, 60 steps of 7 rows at 1e-2, gates get every token right in 79% of the same answers, top 1 and top 2 (loss
+0.025), after 160 steps of 8 rows on raw ones in 54 and 58% (0.10).
 """
 
 from __future__ import annotations
