@@ -3,6 +3,7 @@
 import secrets
 import time
 import uuid
+from collections.abc import Callable
 
 from adapters_store.store import AdapterStore
 from routing.encoder import EncoderProcess
@@ -41,11 +42,12 @@ def assemble(
     absent: str = "it has no encoder",
     tracer: Tracer | None = None,
     part: Part | None = None,
+    now: Callable[[], float] = time.time,
 ) -> Services:
     """The services around an engine, a store and a tokenizer.
 
     `fingerprint` is the base model's; `absent` says why there is no encoder `process`. Without a `tracer` nothing is
-    traced.
+    traced. `now` gives seconds since the epoch.
     """
     serve, part = settings.serve, part or Part()
     metrics = Metrics(serve.metrics_max_adapters, serve.max_num_seqs * serve.engines)
@@ -53,7 +55,7 @@ def assemble(
     tenants, ring = Tenants(), KeyRing()
     accounts = AccountService(store.registry.accounts, tenants, ring, secrets.token_bytes)
     quotas = QuotaGate(tenants, time.perf_counter, metrics.quota_rejected, _lender(store, serve, part))
-    usage = UsageLedger(store.registry, time.time, uuid.uuid4().hex)
+    usage = UsageLedger(store.registry, now, uuid.uuid4().hex)
     catalog = Catalog(store, engine, policies(settings), time.monotonic, settings.limits.uploads)
     catalog.on_rejection = metrics.quota_rejected
     usage.on_use = catalog.residency.used
@@ -97,8 +99,8 @@ def assemble(
         http=settings.http,
         metrics_public=serve.metrics_public,
         observer=Observer(metrics, time.perf_counter, tracer),
-        now=time.time,
-        started=time.time(),
+        now=now,
+        started=now(),
     )
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from routing.encoder_model import plain_id
-
 WIDTH = 8
 LOADER = "fake_encoder:FakeEncoder.load"
 
@@ -59,6 +57,8 @@ class FakeEncoder:
         return np.stack([vector(self.id, text) for text in texts])
 
     def plain(self) -> "FakeEncoder":
+        from routing.encoder_model import plain_id  # with torch, which takes a second of each process that imports it
+
         return FakeEncoder(self.folder, plain_id(self.id))
 
     def note(self, line: object) -> None:

@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
+import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from fakes import Harness, byte_level_tokenizer, make_store, wait_for
+from byte_tokenizer import byte_level_tokenizer
+from fakes import Harness, make_store, wait_for
+from toy_routers import NAMES, write_tasks
 from transformers import PreTrainedTokenizerFast
 
 from adapters_store.store import AdapterStore
@@ -47,6 +51,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterStore]:
     store = make_store(tmp_path_factory.mktemp("adapters"), ["sql", "german", "pirate"])
     yield store
     wait_for(store.close())
+
+
+@pytest.fixture(scope="session")
+def toy_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="session")
+def toy_adapters(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the adapters of the toy tasks."""
+    root = tmp_path_factory.mktemp("adapters-to-serve")
+    for name in NAMES:
+        shutil.copytree(adapters[name], root / name)
+    return root
 
 
 @pytest.fixture

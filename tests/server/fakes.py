@@ -1,255 +1,38 @@
-"""An engine without a model, a tokenizer and adapters made in code, and the application around them."""
+"""Adapters made in code, and the application around them and an engine without a model."""
 
 import asyncio
 import contextlib
+import functools
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
 import torch
+from fake_engine import FakeEngine
+from fastapi import FastAPI
 from safetensors.torch import save_file
 from starlette.types import ASGIApp, Receive, Scope, Send
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from adapters_store.registry import Registry
 from adapters_store.store import AdapterStore, StoreConfig
 from adapters_store.types import TARGETS, LinearShape
 from server.app import create_app
 from server.assembly import assemble
 from server.chat import ChatTokenizer
-from server.config import Settings
+from server.config import HttpSettings, ServeSettings, Settings
 from server.deps import Services
-from server.engine.client import EngineUnavailable
-from server.engine.config import EngineInfo, EngineStats, RequestError
-from server.engine.prompt_routers import Decided
-from server.engine.sequence import FinishReason, Output, Request, Timings, TokenLogprobs
 
-CONTEXT = 256
-BLOCK = 16
 MODEL = "tiny"
-REPLY = "Hello world, this is a fine answer."
-TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'system' and not loop.first %}"
-    "{{ raise_exception('the system message must come first') }}"
-    "{% endif %}"
-    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = [
-    "Hello world, this is a fine answer. The quick brown fox jumps over the lazy dog.",
-    "Größe, naïve café, 漢字かな交じり文, 😀😀 and more: STOP ### END\n\n",
-]
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
+"""The time in every test: the ledger has a line for each day."""
 Json = dict[str, Any]
 T = TypeVar("T")
-
-
-def byte_level_tokenizer(
-    chat_template: str | None = TEMPLATE, more_special: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts a begin-of-text token before plain text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *more_special]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=chat_template,
-    )
-
-
-def pooled_row(token: int) -> np.ndarray:
-    """The last hidden state that the fake engine has for a token, wherever it stands."""
-    return np.float32([1, token, token % 7])
-
-
-class FakeEngine:
-    """Answers every request with scripted tokens; remembers what it was asked for, and how each stream ended.
-
-    While `gate` is cleared each request waits before its output number `hold_at`. `kill` ends what runs, as a dying
-    process does. `decided` is what prompt-level routers decide.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.decided: Decided | None = None
-        self.info: EngineInfo | None = EngineInfo(
-            model_fingerprint="f" * 64,
-            max_model_len=CONTEXT,
-            num_kv_blocks=64,
-            block_size=BLOCK,
-            num_pages={"qkv": 8},
-            vocab_size=len(tokenizer),
-            eos_token_ids=(tokenizer.eos_token_id,),
-            device="cpu",
-            dtype="float32",
-            memory={},
-        )
-        self.others: list[FakeEngine] = []
-        self.alive = True
-        self.stalled = False
-        self.stats = EngineStats()
-        self.requests: list[Request] = []
-        self.ended: dict[str, str] = {}
-        self.refusal: RequestError | None = None
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.hold_at = 0
-        self.num_waiting = 0
-        self.pinned: dict[str, str] = {}
-        self.evicted: list[str] = []
-        self.prefetched: dict[str, str] = {}
-        self.residency: dict[str, str] = {}
-        self.most_pins = 2
-        self.on_residency: Callable[[str, str], None] | None = None
-        self._tokenizer = tokenizer
-        self._script: Callable[[Request], Sequence[int]] | None = None
-        self._dead: set[str] = set()
-        self._aborted: set[str] = set()
-
-    @property
-    def members(self) -> "tuple[FakeEngine, ...]":
-        return (self, *self.others)
-
-    def say(self, text: str) -> None:
-        """Answer with these words from now on, one token a step."""
-        tokens = self.encode(text)
-        self._script = lambda _: tokens
-
-    def answer(self, script: Callable[[Request], Sequence[int]]) -> None:
-        self._script = script
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def kill(self) -> None:
-        self.alive = False
-        self._dead = {request.id for request in self.requests} - self.ended.keys()
-        self.gate.set()
-
-    def abort(self, request_id: str) -> None:
-        self._aborted.add(request_id)
-        self.gate.set()
-
-    async def pin(self, digest: str, path: str) -> bool:
-        if digest not in self.pinned and len(self.pinned) >= self.most_pins:
-            return False
-        self.pinned[digest] = path
-        self.move(digest, "device")
-        return True
-
-    def unpin(self, digest: str) -> None:
-        self.pinned.pop(digest, None)
-
-    def prefetch(self, paths: dict[str, str]) -> None:
-        for digest, path in paths.items():
-            self.prefetched[digest] = path
-            self.move(digest, "host")
-
-    async def prefetch_now(self, digest: str, path: str) -> str:
-        self.prefetched[digest] = path
-        self.move(digest, "device")
-        return "device"
-
-    def evict(self, digest: str) -> None:
-        self.evicted.append(digest)
-        self.move(digest, "disk")
-
-    def move(self, digest: str, tier: str) -> None:
-        """The adapter is now in this tier."""
-        self.residency[digest] = tier
-        if self.on_residency is not None:
-            self.on_residency(digest, tier)
-
-    async def submit(self, request: Request) -> AsyncGenerator[Output, None]:
-        if not self.alive:
-            raise EngineUnavailable("no engine at ipc:///tmp/secret")
-        self.requests.append(request)
-        if self.refusal is not None:
-            self.ended[request.id] = "refused"
-            raise self.refusal
-        ending = "closed"
-        try:
-            async for output in self._outputs(request):
-                if output.finish_reason is not None:
-                    ending = output.finish_reason.value
-                yield output
-        finally:
-            self.ended[request.id] = ending
-
-    async def _outputs(self, request: Request) -> AsyncIterator[Output]:
-        tokens = list(self._script(request) if self._script is not None else self.encode(REPLY))
-        tokens = tokens[: request.params.max_tokens]
-        scores = self._prompt_scores(request)
-        if len(scores) > 1:
-            yield Output(request.id, prompt_logprobs=scores[:1])
-        if request.params.pooled:
-            await self.gate.wait()
-            for token in request.prompt:
-                yield Output(request.id, pooled=pooled_row(token).tobytes())
-        if not tokens:
-            yield Output(request.id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scores[bool(scores[1:]) :])
-        for index, token in enumerate(tokens):
-            if index >= self.hold_at:
-                self.num_waiting += 1
-                await self.gate.wait()
-                self.num_waiting -= 1
-            await asyncio.sleep(0)
-            if request.id in self._dead:
-                yield Output(request.id, finish_reason=FinishReason.ERROR, error="died with /secret/path")
-                return
-            if request.id in self._aborted:
-                yield Output(request.id, finish_reason=FinishReason.ABORT)
-                return
-            is_last = index == len(tokens) - 1
-            is_full = len(tokens) == request.params.max_tokens
-            first = index == 0
-            yield Output(
-                request.id,
-                tokens=(token,),
-                logprobs=(self._logprobs(token, request.params.logprobs),)
-                if request.params.logprobs is not None
-                else (),
-                finish_reason=(FinishReason.LENGTH if is_full else FinishReason.STOP) if is_last else None,
-                timings=Timings(queue=0.001, prefill=0.002) if first else None,
-                cached_tokens=BLOCK if first and len(request.prompt) > BLOCK else 0,
-                shares=self._shares(request, index),
-                prompt_logprobs=scores[bool(scores[1:]) :] if first else (),
-                decided=self.decided if first and request.prompt_router is not None else None,
-            )
-
-    def _prompt_scores(self, request: Request) -> tuple[TokenLogprobs, ...]:
-        """Of the token at place i: -i / 4, rank 3; and tokens 20, 21 and so on as the most likely ones."""
-        most = request.params.prompt_logprobs
-        if most is None:
-            return ()
-        top = tuple((20 + rank, -0.5 - rank) for rank in range(most))
-        return tuple(TokenLogprobs(-place / 4, top, 3) for place in range(1, len(request.prompt)))
-
-    def _shares(self, request: Request, index: int) -> tuple[float, ...]:
-        """Three quarters for one of the rows that may be used, in turn, and a quarter for the last of them."""
-        if request.gates is None:
-            return ()
-        rows = [row for row, may in enumerate(request.gates.allowed) if may]
-        shares = [0.0] * len(request.gates.allowed)
-        shares[rows[index % len(rows)]] += 0.75
-        shares[rows[-1]] += 0.25
-        return tuple(shares)
-
-    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
-        return TokenLogprobs(-0.5, tuple(((token + rank) % 300, -0.5 - rank) for rank in range(count)))
 
 
 SHAPE = LinearShape(1, dict.fromkeys(TARGETS, 8), dict.fromkeys(TARGETS, 8))
@@ -269,8 +52,19 @@ def write_adapter(folder: Path, seed: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+@functools.cache
+def empty_registry() -> bytes:
+    """The file of a registry in which nothing is: the steps of its schema are taken once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "registry.sqlite"
+        Registry.open(f"sqlite:///{file}", lambda: 1000.0).close()
+        return file.read_bytes()
+
+
 def make_store(folder: Path, names: Sequence[str]) -> AdapterStore:
     """A store with public adapters of these names; everything lies in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "registry.sqlite").write_bytes(empty_registry())
     config = StoreConfig(f"sqlite:///{folder / 'registry.sqlite'}", str(folder / "blobs"), folder / "store")
     store = AdapterStore.open(SHAPE, MODEL, config, lambda: 1000.0, reserved=(MODEL,))
     for seed, name in enumerate(names):
@@ -284,6 +78,15 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
     """The result of what needs an event loop, for fixtures that have none; the loop is gone afterwards."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
+
+
+@functools.cache
+def shared_app(serve: ServeSettings, http: HttpSettings) -> FastAPI:
+    """An application without services, for all tests with these settings.
+
+    What the framework makes of an application's routes, it makes when they are first asked for, in 0.1 seconds.
+    """
+    return create_app(Settings(serve=serve, http=http))
 
 
 class Harness:
@@ -301,16 +104,29 @@ class Harness:
         self.store = store
         self.settings = settings
         self.services: Services = assemble(
-            settings, MODEL, self.engine, store, ChatTokenizer(tokenizer), "f" * 64, process, tracer=tracer
+            settings,
+            MODEL,
+            self.engine,
+            store,
+            ChatTokenizer(tokenizer),
+            "f" * 64,
+            process,
+            tracer=tracer,
+            now=lambda: NOON,
         )
-        self.app = create_app(settings, self.services)
+
+    @functools.cached_property
+    def app(self) -> FastAPI:
+        """The application, for a server that runs its lifespan."""
+        return create_app(self.settings, self.services)
 
     @property
     def asgi(self) -> ASGIApp:
         """The application with the state that its lifespan gives; httpx's transport runs no lifespan."""
+        app = shared_app(self.settings.serve.model_copy(update={"adapter_root": ()}), self.settings.http)
 
         async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
-            await self.app(scope | {"state": {"services": self.services}}, receive, send)
+            await app(scope | {"state": {"services": self.services}}, receive, send)
 
         return with_state
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from fakes import byte_level_tokenizer
+from byte_tokenizer import byte_level_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 
 from server.engine.config import RequestError
 from server.engine.sequence import FinishReason, Output, Timings

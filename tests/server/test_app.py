@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from fakes import FakeEngine, Harness
+from fake_engine import FakeEngine
+from fakes import Harness
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.config import EngineStats, RequestError

@@ -5,7 +5,8 @@ import json
 
 import httpx
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 
 BODY = json.dumps({"model": "sql", "prompt": "Hi"}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

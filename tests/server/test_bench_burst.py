@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import byte_level_tokenizer
+from byte_tokenizer import byte_level_tokenizer
 from tiny_encoder import make_encoder
 
 from server.bench_burst import PHASES, main

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import byte_level_tokenizer
+from byte_tokenizer import byte_level_tokenizer
 
 from server import bench_first_token
 from server.bench_front import FORMS, main

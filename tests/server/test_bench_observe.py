@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import byte_level_tokenizer
+from byte_tokenizer import byte_level_tokenizer
 
 from server.bench_observe import FORMS, main
 

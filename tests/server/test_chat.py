@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fakes import TEMPLATE, byte_level_tokenizer
+from byte_tokenizer import TEMPLATE, byte_level_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_detokenizer import METASPACE

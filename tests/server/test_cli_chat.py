@@ -12,7 +12,8 @@ from io import StringIO
 from typing import Any
 
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from rich.console import Console
 from typer.testing import CliRunner, Result
 

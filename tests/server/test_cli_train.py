@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from fakes import byte_level_tokenizer
 from typer.testing import CliRunner
 
 from routing.gate_folder import read_gates
@@ -130,14 +129,6 @@ def test_each_mode_of_a_retriever_has_its_usual_recipe(
 
 
 @pytest.fixture
-def chat_folder(tiny_model: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny-chat"
-    shutil.copytree(tiny_model, folder)
-    byte_level_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def adapters(make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
     """A folder of its own: other tests make adapters too."""
     for seed, name in enumerate(("plus", "spell")):
@@ -146,11 +137,11 @@ def adapters(make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def arguments(tasks: Path, adapters: Path, chat_folder: Path, tmp_path: Path) -> list[str]:
+def arguments(tasks: Path, adapters: Path, chat_model: Path, tmp_path: Path) -> list[str]:
     """A token-level router of two adapters and one task without."""
     splits = [tuple(TaskRow("other", "c", f"Do nothing {n}.", f"{n} {i}", "x", 0) for i in range(3)) for n in range(3)]
     write_task(tasks, Task("other", *splits))
-    given = ["train", "meteora", "--tasks", str(tasks), "--adapters", str(adapters), "--model", str(chat_folder)]
+    given = ["train", "meteora", "--tasks", str(tasks), "--adapters", str(adapters), "--model", str(chat_model)]
     return [*given, "--out", str(tmp_path / "gates"), "--steps", "2", "--batch", "3"]
 
 
@@ -175,7 +166,7 @@ def test_a_token_level_router_is_trained(arguments: list[str], tasks: Path, tmp_
     assert said[-1] == str(out)
     card = read_gates(out)
     assert ([adapter.name for adapter in card.adapters], card.has_null) == (["plus", "spell"], True)
-    assert (card.base_name, card.name, card.top_k, card.temperature) == ("tiny-chat", "mine", 3, 1.5)
+    assert (card.base_name, card.name, card.top_k, card.temperature) == ("tiny", "mine", 3, 1.5)
     share = card.training["metrics"]["gate_accuracy_apart"]
     assert f"the task's: {share:.1%} from the first token on that differs between tasks" in done.stdout
     fields = {option[2:].replace("-", "_"): value for option, value in OPTIONS.items()}

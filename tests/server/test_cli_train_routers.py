@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import byte_level_tokenizer
 from typer.testing import CliRunner
 
 from routing.prompt_folder import read_prompt_router
@@ -24,16 +23,14 @@ runner = CliRunner()
 
 
 @pytest.fixture
-def given(tiny_model: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> list[str]:
+def given(chat_model: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> list[str]:
     """Three tasks, adapters for two of them, a model that can chat."""
-    shutil.copytree(tiny_model, tmp_path / "tiny-chat")
-    byte_level_tokenizer().save_pretrained(tmp_path / "tiny-chat")
     for seed, name in enumerate(("other", "plus", "spell")):
         splits = [tuple(TaskRow(name, "c", f"Do {name}.", f"{n} {i}", "x", 0) for i in range(3)) for n in range(3)]
         write_task(tmp_path / "tasks", Task(name, *splits))
         if name != "other":
             shutil.copytree(make_adapter(name, seed=seed, r=2 + seed), tmp_path / "adapters" / name)
-    return ["--tasks", str(tmp_path / "tasks"), "--model", str(tmp_path / "tiny-chat"), "--out", str(tmp_path / "out")]
+    return ["--tasks", str(tmp_path / "tasks"), "--model", str(chat_model), "--out", str(tmp_path / "out")]
 
 
 OPTIONS: dict[str, Any] = {"--steps": 2, "--batch": 3, "--learning-rate": 3e-3, "--max-length": 300, "--seed": 4}
@@ -55,7 +52,7 @@ def test_a_moa_router_is_trained(given: list[str], tmp_path: Path) -> None:
     metrics = card.training["metrics"]
     assert said[0] == "2 adapters; without one: other"
     assert said[1].startswith(f"validation rows, the task's adapter is chosen: {metrics['accuracy']:.1%}; by the first")
-    assert (card.kind, card.name, card.base_name, card.has_null) == ("moa", "mine", "tiny-chat", True)
+    assert (card.kind, card.name, card.base_name, card.has_null) == ("moa", "mine", "tiny", True)
     expected = asdict(MoaRecipe()) | FIELDS
     expected |= {option[2:].replace("-", "_"): value for option, value in own.items()}
     assert card.training["recipe"] == expected | {"null": True, "joint": True, "activation": "rational"}

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 from fakes import events
 from served import Served
-from test_gates_end_to_end import loramux
+from toy_routers import loramux
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"

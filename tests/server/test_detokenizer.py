@@ -1,7 +1,7 @@
 """Incremental decoding against decoding as a whole, for two kinds of tokenizers."""
 
 import pytest
-from fakes import CORPUS, byte_level_tokenizer
+from byte_tokenizer import CORPUS, byte_level_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers

@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from fakes import byte_level_tokenizer
 from served import Served
 
 pytestmark = pytest.mark.slow
@@ -20,16 +19,13 @@ PREFILL = {"prompt": list(range(5, 305)), "max_tokens": 200, "ignore_eos": True,
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One row at a time, and prompts that take many steps."""
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(tiny_model, folder)
-    byte_level_tokenizer().save_pretrained(folder)
     root = tmp_path_factory.mktemp("adapters-to-serve")
     for name in ("all4", "wide24", "qv16"):
         shutil.copytree(adapters[name], root / name)
     options = ("--adapters", str(root), "--max-num-seqs", "1", "--max-batch-tokens", "4", "--host-memory", "1MiB")
-    served = Served(folder, tmp_path_factory.mktemp("data"), *options)
+    served = Served(chat_model, tmp_path_factory.mktemp("data"), *options)
     yield served
     assert served.stop() == 0
 

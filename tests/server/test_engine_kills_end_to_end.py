@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import byte_level_tokenizer
 from served import Served
 
 KEY = "the-admin-key"
@@ -22,14 +21,12 @@ Json = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    shutil.copytree(tiny_model, folder / "tiny")
-    byte_level_tokenizer().save_pretrained(folder / "tiny")
     for name in ("all4", "wide24"):
         shutil.copytree(adapters[name], folder / "adapters" / name)
     options = ("--adapters", str(folder / "adapters"), "--admin-key", KEY)
-    served = Served(folder / "tiny", folder / "data", *options, key=KEY)
+    served = Served(chat_model, folder / "data", *options, key=KEY)
     yield served
     assert served.stop() == 0
 

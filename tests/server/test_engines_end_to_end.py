@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import byte_level_tokenizer
 from served import MESSAGES, Served, reference_text
 
 KEY = "the-admin-key"
@@ -23,20 +22,12 @@ TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(tiny_model, folder)
-    byte_level_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("adapters-to-serve")
     for name in NAMES:
         shutil.copytree(adapters[name], root / name)
     options = ("--engines", "2", "--adapters", str(root), "--admin-key", KEY)
-    served = Served(model, tmp_path_factory.mktemp("data"), *options, key=KEY)
+    served = Served(chat_model, tmp_path_factory.mktemp("data"), *options, key=KEY)
     yield served
     assert served.stop() == 0
 
@@ -112,7 +103,9 @@ def test_requests_that_a_dead_engine_had_not_answered_are_answered_by_the_other(
     served.until(lambda: recovered(served, pid))
 
 
-def test_streams_in_a_closed_loop_survive_an_engine(served: Served, model: Path, adapters: dict[str, Path]) -> None:
+def test_streams_in_a_closed_loop_survive_an_engine(
+    served: Served, chat_model: Path, adapters: dict[str, Path]
+) -> None:
     served.until(lambda: recovered(served))
     answers: list[Answer] = []
     counts: Counter[str] = Counter()
@@ -143,7 +136,7 @@ def test_streams_in_a_closed_loop_survive_an_engine(served: Served, model: Path,
             is_over.set()
             await asyncio.gather(*loops)
 
-    expected = {name: reference_text(model, adapters, {name: 1.0}, TOKENS) for name in NAMES}
+    expected = {name: reference_text(chat_model, adapters, {name: 1.0}, TOKENS) for name in NAMES}
     asyncio.run(kill_under_load())
     broken = [answer for answer in answers if not answer.is_whole]
     assert len(broken) <= 2 * len(NAMES)

@@ -11,10 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from served import Served
-from test_gates_end_to_end import KEY, folder, loramux, model, tasks
-from test_prompt_routers_end_to_end import train
-
-__all__ = ["folder", "model", "tasks"]
+from toy_routers import KEY, loramux, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,15 +35,16 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def served(model: Path, folder: Path, tasks: Path, tmp_path: Path) -> Iterator[Served]:
+def served(chat_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path) -> Iterator[Served]:
     """Two engines, and routers of each kind."""
-    served = Served(model, tmp_path / "data", "--engines", "2", "--adapters", str(folder), "--admin-key", KEY, key=KEY)
-    run = ["--tasks", str(tasks), "--adapters", str(folder), "--model", str(model), "--out", str(tmp_path / "gates")]
-    loramux("train", "meteora", *run, "--steps", "4", "--batch", "2", "--learning-rate", "0.05")
-    moa = train("moa", tmp_path / "moa", model, tasks, "--adapters", str(folder))
-    milora = train("milora", tmp_path / "milora", model, tasks)
+    folder = ("--adapters", str(toy_adapters))
+    served = Served(chat_model, tmp_path / "data", "--engines", "2", *folder, "--admin-key", KEY, key=KEY)
+    made = (chat_model, toy_tasks, "--steps", "4")
+    gates = train("meteora", tmp_path / "gates", *made, *folder, "--learning-rate", "0.05")
+    moa = train("moa", tmp_path / "moa", *made, *folder)
+    milora = train("milora", tmp_path / "milora", *made)
     loramux("adapters", "add", "milora", str(milora / "adapters" / "milora"), url=served.url)
-    for name, router in (("gates", tmp_path / "gates"), ("moa", moa), ("linears", milora)):
+    for name, router in (("gates", gates), ("moa", moa), ("linears", milora)):
         loramux("routers", "add", name, str(router), url=served.url)
     yield served
     assert served.stop() == 0

@@ -3,7 +3,8 @@
 from contextlib import aclosing
 
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 
 from adapters_store.blobs import BlobUnavailable
 from adapters_store.registry import RegistryUnavailable

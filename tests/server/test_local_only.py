@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from openai import AsyncOpenAI
 
 GOOD = {"model": "tiny", "prompt": "Hi"}

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 from served import Served
-from test_gates_end_to_end import KEY, NAMES, folder, loramux, model, tasks
-
-__all__ = ["folder", "model", "tasks"]
+from toy_routers import KEY, NAMES, loramux, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -18,9 +16,9 @@ MESSAGES = [{"role": "user", "content": "abab"}]
 
 
 @pytest.fixture
-def served(model: Path, folder: Path, tmp_path: Path) -> Iterator[Served]:
+def served(chat_model: Path, toy_adapters: Path, tmp_path: Path) -> Iterator[Served]:
     limit = ("--max-layered-tokens", "60")
-    served = Served(model, tmp_path / "data", "--adapters", str(folder), "--admin-key", KEY, *limit, key=KEY)
+    served = Served(chat_model, tmp_path / "data", "--adapters", str(toy_adapters), "--admin-key", KEY, *limit, key=KEY)
     yield served
     if served.process.poll() is None:
         served.stop(signal.SIGKILL)
@@ -39,15 +37,10 @@ def text(answer: Any) -> str:
     return found
 
 
-def train(kind: str, out: Path, model: Path, tasks: Path, *more: str) -> Path:
-    run = ["--tasks", str(tasks), "--model", str(model), "--out", str(out), "--steps", "4", "--batch", "2"]
-    printed = loramux("train", kind, *run, *more)
-    assert printed.splitlines()[-1] == str(out)
-    return out
-
-
-def test_from_training_to_answers(served: Served, model: Path, folder: Path, tasks: Path, tmp_path: Path) -> None:
-    moa = train("moa", tmp_path / "moa", model, tasks, "--adapters", str(folder))
+def test_from_training_to_answers(
+    served: Served, chat_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path
+) -> None:
+    moa = train("moa", tmp_path / "moa", chat_model, toy_tasks, "--steps", "4", "--adapters", str(toy_adapters))
     assert "registered moa" in loramux("routers", "add", "moa", str(moa), url=served.url)
     explained = {"lora": {"explain": True}}
     first = ask(served, "auto:moa", **explained)
@@ -62,7 +55,7 @@ def test_from_training_to_answers(served: Served, model: Path, folder: Path, tas
     assert [each["name"] for each in only["lora"]["adapters"]] == [other]
     assert text(only) == text(ask(served, other))
 
-    milora = train("milora", tmp_path / "milora", model, tasks)
+    milora = train("milora", tmp_path / "milora", chat_model, toy_tasks, "--steps", "4")
     adapter = milora / "adapters" / "milora"
     loramux("adapters", "add", "milora", str(adapter), url=served.url)
     loramux("routers", "add", "linears", str(milora), url=served.url)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import httpx
 import pytest
 import uvicorn
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 
 from server.config import ServeSettings
 from server.serve import BindError, Server, bind

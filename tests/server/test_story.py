@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import os
-import shutil
 import signal
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import byte_level_tokenizer
 from served import Served, reference_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -25,14 +23,6 @@ QUESTION = [{"role": "user", "content": "Hello world, how is the quick brown fox
 """Several blocks of prompt, so that the prefix cache has something to confuse."""
 
 Json = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(tiny_model, folder)
-    byte_level_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +135,8 @@ async def _while_stopped(story: Story, name: str, act: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def story(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    story = Story(model, tmp_path_factory.mktemp("data"))
+def story(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    story = Story(chat_model, tmp_path_factory.mktemp("data"))
     yield story
     if story.served.process.poll() is None:
         story.served.process.kill()
@@ -154,11 +144,11 @@ def story(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sto
 
 
 @pytest.fixture(scope="module")
-def truth(model: Path, folders: dict[str, Path]) -> dict[str, str]:
+def truth(chat_model: Path, folders: dict[str, Path]) -> dict[str, str]:
     """What transformers + peft answer; `long:<name>` is the longer answer of the streams."""
-    answers = {name: reference_text(model, folders, {name: 1.0}, TOKENS, QUESTION) for name in folders}
-    base = reference_text(model, folders, {}, LONG, QUESTION)
-    return answers | {"long:tiny": base, "long:v1": reference_text(model, folders, {"v1": 1.0}, LONG, QUESTION)}
+    answers = {name: reference_text(chat_model, folders, {name: 1.0}, TOKENS, QUESTION) for name in folders}
+    base = reference_text(chat_model, folders, {}, LONG, QUESTION)
+    return answers | {"long:tiny": base, "long:v1": reference_text(chat_model, folders, {"v1": 1.0}, LONG, QUESTION)}
 
 
 def test_the_story(story: Story, folders: dict[str, Path], truth: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import httpx
 import jsonschema
 import pytest
-from fakes import byte_level_tokenizer
+from byte_tokenizer import byte_level_tokenizer
 from openai import OpenAI
 from pydantic import BaseModel, Field
 from served import Served
@@ -35,14 +35,11 @@ class Owner(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(tiny_model, folder)
-    byte_level_tokenizer().save_pretrained(folder)
+def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("adapters-to-serve")
     for name in ("all4", "qv16"):
         shutil.copytree(adapters[name], root / name)
-    served = Served(folder, tmp_path_factory.mktemp("data"), "--adapters", str(root))
+    served = Served(chat_model, tmp_path_factory.mktemp("data"), "--adapters", str(root))
     yield served
     assert served.stop() == 0
 

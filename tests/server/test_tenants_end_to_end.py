@@ -1,7 +1,6 @@
 """Two tenants of one running server, whose registry another process, this one, writes and reads."""
 
 import secrets
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import byte_level_tokenizer
 from served import Served
 
 from adapters_store.registry import KeyRow, Quotas, Registry, TenantRow
@@ -26,11 +24,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    model = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(tiny_model, model)
-    byte_level_tokenizer().save_pretrained(model)
-    served = Served(model, data_dir, "--admin-key", "boss", key="boss")
+def served(chat_model: Path, data_dir: Path) -> Iterator[Served]:
+    served = Served(chat_model, data_dir, "--admin-key", "boss", key="boss")
     yield served
     if served.process.poll() is None:
         served.stop(signal.SIGKILL)
@@ -74,12 +69,19 @@ def test_tenants_of_one_server(served: Served, registry: Registry) -> None:
     # Stopped between two flushes, the server has written down everything.
     answers = 1 + len(usage["umbrella"])
     assert served.stop() == 0
-    (line,) = registry.ledger.read("umbrella").items
-    prompt = usage["umbrella"][0]["prompt_tokens"]
-    assert (line.adapter, line.requests, line.prompt_tokens) == ("", answers, answers * prompt)
-    assert line.generation_tokens == answers * usage["umbrella"][0]["completion_tokens"]
-    (line,) = registry.ledger.read("acme").items
-    assert (line.requests, line.prompt_tokens % prompt) == (line.prompt_tokens // prompt, 0)
+    prompt, made = (usage["umbrella"][0][f"{each}_tokens"] for each in ("prompt", "completion"))
+    assert used(registry, "umbrella") == {"": [answers, answers * prompt, answers * made]}
+    ((adapter, (requests, *tokens)),) = used(registry, "acme").items()
+    assert (adapter, tokens) == ("", [requests * prompt, requests * made])
+
+
+def used(registry: Registry, tenant: str) -> dict[str, list[int]]:
+    """By adapter: requests, tokens of prompts and of answers, of one day, or of two if one ended meanwhile."""
+    sums: dict[str, list[int]] = {}
+    for line in registry.ledger.read(tenant).items:
+        counts = (line.requests, line.prompt_tokens, line.generation_tokens)
+        sums[line.adapter] = [a + b for a, b in zip(sums.get(line.adapter, (0, 0, 0)), counts, strict=True)]
+    return sums
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -27,10 +27,12 @@ def migrate(connection: Connection) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    steps = ScriptDirectory.from_config(config)
+    known = {step.revision for step in steps.walk_revisions()}
     current = MigrationContext.configure(connection).get_current_revision()
     if current is not None and current not in known:
         raise SchemaTooNew(
             f"the registry's schema is at revision {current!r}, unknown to this version: expected a newer loramux"
         )
-    command.upgrade(config, "head")
+    if current != steps.get_current_head():
+        command.upgrade(config, "head")

@@ -1,7 +1,6 @@
 """The application on a real Ray cluster: two front ends, two engines or three, PostgreSQL, and an S3 server."""
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from loadtests.postgres import MISSING, find_binaries, running_server
 from loadtests.upload import upload
 from tests.adapters_store.s3_server import make_bucket
 from tests.adapters_store.s3_server import running_server as s3_running
-from tests.server.fakes import byte_level_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROWS = 4
@@ -26,19 +24,16 @@ LONG = 240
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     binaries = find_binaries()
     if binaries is None:
         pytest.skip(MISSING)
-    folder = tmp_path_factory.mktemp("ray") / "tiny"
-    shutil.copytree(tiny_model, folder)
-    byte_level_tokenizer().save_pretrained(folder)
     with running_server(binaries) as database, s3_running() as objects, pytest.MonkeyPatch.context() as patch:
         make_bucket(objects, "adapters", patch)
         with psycopg.connect(f"{database}/postgres", autocommit=True) as connection:
             connection.execute("CREATE DATABASE loramux")
         cluster = Cluster(
-            *("--model", str(folder), "--data-dir", str(folder.parent / "data")),
+            *("--model", str(chat_model), "--data-dir", str(tmp_path_factory.mktemp("data"))),
             *("--database-url", f"{database}/loramux", "--blob-url", f"s3://adapters/a?endpoint={objects}&region=eu"),
             *("--max-num-seqs", str(ROWS), "--ray-front-ends", "2", "--ray-min-engines", "2", "--ray-max-engines", "3"),
             *("--ray-requests-per-engine", "8", "--ray-upscale-delay", "1"),

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fakes import FakeEngine
+from fake_engine import FakeEngine
 from transformers import PreTrainedTokenizerFast
 from world import World, error_of
 

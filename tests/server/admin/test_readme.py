@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import MODEL, REPLY, Harness, write_adapter
+from fake_engine import REPLY
+from fakes import MODEL, Harness, write_adapter
 from word_encoder import WordEncoder
 from world import ADMIN_KEY
 

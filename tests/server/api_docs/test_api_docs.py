@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 
 from server.api_docs.document import RESPONSE_LORA, api_document, field_rows
 from server.api_docs.error_codes import ERROR_CODES

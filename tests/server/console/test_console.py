@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import byte_level_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -62,14 +61,11 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    model = tmp_path_factory.mktemp("served") / "tiny"
-    shutil.copytree(tiny_model, model)
-    byte_level_tokenizer().save_pretrained(model)
+def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters-to-serve")
     shutil.copytree(adapters["all4"], folder / "all4")
     data = tmp_path_factory.mktemp("data")
-    served = Served(model, data, "--adapters", str(folder), "--admin-key", KEY, "--engines", "2", key=KEY)
+    served = Served(chat_model, data, "--adapters", str(folder), "--admin-key", KEY, "--engines", "2", key=KEY)
     yield served
     assert served.stop() == 0
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import Harness, byte_level_tokenizer, events, make_store
+from byte_tokenizer import byte_level_tokenizer
+from fakes import Harness, events, make_store
 
 from adapters_store.types import Composition, Mix
 from server.config import Settings

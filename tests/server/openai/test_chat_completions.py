@@ -4,7 +4,8 @@ import json
 
 import httpx
 import pytest
-from fakes import REPLY, Harness, events
+from fake_engine import REPLY
+from fakes import Harness, events
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 URL = "/v1/chat/completions"

@@ -2,7 +2,8 @@
 
 import httpx
 import pytest
-from fakes import REPLY, Harness, events
+from fake_engine import REPLY
+from fakes import Harness, events
 
 from server.engine.sequence import TokenLogprobs
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fakes import MODEL, Harness, pooled_row
+from fake_engine import pooled_row
+from fakes import MODEL, Harness
 from in_process_encoder import InProcess
 from openai import AsyncOpenAI
 from sentence_transformers import SentenceTransformer

@@ -5,7 +5,8 @@ import re
 
 import httpx
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from malformed import CASES as TABLE
 from malformed import Case
 from malformed_more import MORE_CASES

@@ -1,7 +1,8 @@
 """GET /v1/models, POST /tokenize and POST /detokenize."""
 
 import httpx
-from fakes import TEMPLATE, Harness
+from byte_tokenizer import TEMPLATE
+from fakes import Harness
 
 
 async def test_list(client: httpx.AsyncClient, harness: Harness) -> None:

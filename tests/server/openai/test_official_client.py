@@ -4,7 +4,8 @@ import asyncio
 
 import openai
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from openai import AsyncOpenAI, OpenAI
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

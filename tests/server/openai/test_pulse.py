@@ -7,7 +7,8 @@ import httpx
 import openai
 import pytest
 from caller import Caller, until
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from openai import AsyncOpenAI
 from transformers import PreTrainedTokenizerFast
 

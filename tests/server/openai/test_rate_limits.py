@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from openai import AsyncOpenAI
 from starlette.routing import Route
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import REPLY, Harness, events
+from fake_engine import REPLY
+from fakes import Harness, events
 
 from server.tools.form import HERMES
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import stock_clients
-from fakes import REPLY, Harness
+from fake_engine import REPLY
+from fakes import Harness
 from in_process_encoder import InProcess
 from tiny_encoder import make_encoder
 from transformers import PreTrainedTokenizerFast

@@ -4,7 +4,8 @@ import json
 
 import httpx
 import pytest
-from fakes import REPLY, Harness, events
+from fake_engine import REPLY
+from fakes import Harness, events
 
 USER = [{"role": "user", "content": "Hi"}]
 URLS = {"/v1/chat/completions": {"messages": USER}, "/v1/completions": {"prompt": "Hi"}}

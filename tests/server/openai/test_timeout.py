@@ -4,7 +4,8 @@ import asyncio
 
 import httpx
 import pytest
-from fakes import REPLY, Harness, events
+from fake_engine import REPLY
+from fakes import Harness, events
 
 from server.engine.sequence import FinishReason, Output, Request
 

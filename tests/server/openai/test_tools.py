@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import REPLY, TEMPLATE, Harness, byte_level_tokenizer
+from byte_tokenizer import TEMPLATE, byte_level_tokenizer
+from fake_engine import REPLY
+from fakes import Harness
 from openai import AsyncOpenAI, pydantic_function_tool
 from openai.types.chat import ChatCompletionMessage
 from pydantic import BaseModel

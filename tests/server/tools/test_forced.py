@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jsonschema
 import pytest
-from fakes import byte_level_tokenizer
+from byte_tokenizer import byte_level_tokenizer
 from pydantic import BaseModel, Field
 from spoken import read
 from tokenizers import Tokenizer

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import TEMPLATE, byte_level_tokenizer
+from byte_tokenizer import TEMPLATE, byte_level_tokenizer
 
 from server.chat import ChatTokenizer
 from server.errors import BadRequest
