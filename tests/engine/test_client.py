@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -18,34 +18,33 @@ from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.config import EngineConfig, EngineStats, RequestError
 from server.engine.engine import Engine
 from server.engine.engine_process import EngineStartError
-from server.engine.sequence import FinishReason, Output, Request, SamplingParams
+from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
+from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started, until
 
-LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
-SHORT = replace(LONG, max_tokens=8)
-
-
-def small_config(model: Path) -> EngineConfig:
-    return EngineConfig(str(model), kv_memory=1 << 24, page_memory=1 << 22, device="cpu", num_threads=1)
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture
-async def client(tiny_model: Path) -> AsyncIterator[EngineClient]:
-    client = EngineClient(small_config(tiny_model))
-    await client.start()
-    yield client
-    await client.stop()
-    assert client.pid is None
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def living(tiny_model: Path) -> AsyncIterator[EngineClient]:
+    """One for all tests that leave it as it was."""
+    async with started(small_config(tiny_model)) as client:
+        yield client
 
 
-async def collect(client: EngineClient, request: Request) -> list[Output]:
-    return [output async for output in client.submit(request)]
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(living: EngineClient) -> AsyncIterator[EngineClient]:
+    pid = living.pid
+    yield living
+    await until(lambda: is_idle(living))
+    assert living.pid == pid
 
 
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_client(tiny_model: Path) -> AsyncIterator[EngineClient]:
+    """One of the test's own."""
+    async with started(small_config(tiny_model)) as client:
+        yield client
 
 
 async def test_outputs_equal_those_of_the_engine_in_process(
@@ -65,13 +64,13 @@ async def test_outputs_equal_those_of_the_engine_in_process(
     assert client.info == engine.info()
 
 
-async def test_kill_9_under_load(client: EngineClient) -> None:
+async def test_kill_9_under_load(own_client: EngineClient) -> None:
     """Every request in flight ends with one error; the engine comes back by itself and serves the next request."""
     requests = [Request(f"r{i}", tuple(range(2, 20 + i)), LONG) for i in range(80)]
-    tasks = [asyncio.create_task(collect(client, request)) for request in requests]
-    await until(lambda: client.stats.running > 0)
-    assert client.pid is not None
-    os.kill(client.pid, signal.SIGKILL)
+    tasks = [asyncio.create_task(collect(own_client, request)) for request in requests]
+    await until(lambda: own_client.stats.running > 0)
+    assert own_client.pid is not None
+    os.kill(own_client.pid, signal.SIGKILL)
     results = await asyncio.wait_for(asyncio.gather(*tasks), 60)
     for outputs in results:
         assert [bool(output.finish_reason) for output in outputs] == [False] * (len(outputs) - 1) + [True]
@@ -79,26 +78,26 @@ async def test_kill_9_under_load(client: EngineClient) -> None:
         assert outputs[-1].finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
         assert bool(outputs[-1].error) == (outputs[-1].finish_reason is FinishReason.ERROR)
     assert any(outputs[-1].error for outputs in results)
-    assert not client.alive
+    assert not own_client.alive
     with pytest.raises(EngineUnavailable):
-        await collect(client, requests[0])
-    await until(lambda: client.alive)
-    assert client.restarts >= 1
-    assert (await collect(client, replace(requests[0], params=SHORT)))[-1].finish_reason is FinishReason.LENGTH
+        await collect(own_client, requests[0])
+    await until(lambda: own_client.alive)
+    assert own_client.restarts >= 1
+    assert (await collect(own_client, replace(requests[0], params=SHORT)))[-1].finish_reason is FinishReason.LENGTH
 
 
-async def test_a_failing_reader_costs_the_engine_not_the_client(client: EngineClient) -> None:
+async def test_a_failing_reader_costs_the_engine_not_the_client(own_client: EngineClient) -> None:
     """What listens to the statistics raises: the engine is replaced, and what was in flight has its ending."""
 
     def fail(_: EngineStats) -> None:
-        client.on_stats = None
+        own_client.on_stats = None
         raise ArithmeticError("listener")
 
-    client.on_stats = fail
-    outputs = await asyncio.wait_for(collect(client, Request("r", (2, 3, 4), LONG)), 60)
+    own_client.on_stats = fail
+    outputs = await asyncio.wait_for(collect(own_client, Request("r", (2, 3, 4), LONG)), 60)
     assert outputs[-1].finish_reason is FinishReason.ERROR
-    await until(lambda: client.alive and client.restarts == 1)
-    assert (await collect(client, Request("next", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
+    await until(lambda: own_client.alive and own_client.restarts == 1)
+    assert (await collect(own_client, Request("next", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_leaving_a_stream_frees_its_sequence(client: EngineClient) -> None:

@@ -16,15 +16,34 @@ from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.config import RequestError
 from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
-from tests.engine.test_client import LONG, SHORT, collect, small_config, until
+from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture
-async def client(tiny_model: Path) -> AsyncIterator[EngineClient]:
-    client = EngineClient(small_config(tiny_model))
-    await client.start()
-    yield client
-    await client.stop()
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def living(tiny_model: Path) -> AsyncIterator[EngineClient]:
+    """One for all tests that neither kill it nor count what it has done."""
+    async with started(small_config(tiny_model)) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(living: EngineClient) -> AsyncIterator[EngineClient]:
+    """It has no adapters, before and after."""
+    yield living
+    living.on_stats = living.on_residency = None
+    await until(lambda: is_idle(living))
+    for digest in list(living.residency):
+        living.evict(digest)
+    await until(lambda: not living.residency)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_client(tiny_model: Path) -> AsyncIterator[EngineClient]:
+    """One of the test's own."""
+    async with started(small_config(tiny_model)) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +74,13 @@ async def test_residency_follows_what_happens(
 
 
 async def test_reading_ahead_reaches_host_memory_and_is_counted(
-    client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]
+    own_client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]
 ) -> None:
     reads: list[float] = []
-    client.on_stats = lambda stats: reads.extend(stats.adapter_reads)
-    client.prefetch({digests[name]: str(folder) for name, folder in adapters.items()})
-    await until(lambda: client.residency == dict.fromkeys(digests.values(), "host"))
-    await until(lambda: client.stats.adapters_host == len(reads) == 4)
+    own_client.on_stats = lambda stats: reads.extend(stats.adapter_reads)
+    own_client.prefetch({digests[name]: str(folder) for name, folder in adapters.items()})
+    await until(lambda: own_client.residency == dict.fromkeys(digests.values(), "host"))
+    await until(lambda: own_client.stats.adapters_host == len(reads) == 4)
 
 
 async def test_pins_end_with_unpin(client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]) -> None:
@@ -92,38 +111,40 @@ async def test_a_pin_that_nobody_waits_for_any_more_is_undone(
     await until(lambda: client.stats.pages.get("cached", 0) > 0 and client.stats.pages["used"] == 0)
 
 
-async def test_pins_survive_an_engine(client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]) -> None:
+async def test_pins_survive_an_engine(
+    own_client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]
+) -> None:
     """And nothing else does: the new engine knows of no other adapter."""
     told: list[tuple[str, str]] = []
     pinned, other = digests["all4"], digests["qv16"]
-    assert await client.pin(pinned, str(adapters["all4"]))
-    assert await client.pin(other, str(adapters["qv16"]))
-    await until(lambda: client.residency == {pinned: "device", other: "device"})
-    client.unpin(other)
-    client.on_residency = lambda digest, tier: told.append((digest, tier))
-    stuck = asyncio.create_task(collect(client, replace(ask("r", pinned, adapters["all4"]), params=LONG)))
-    await until(lambda: client.stats.running == 1)
-    assert client.pid is not None
-    os.kill(client.pid, signal.SIGKILL)
+    assert await own_client.pin(pinned, str(adapters["all4"]))
+    assert await own_client.pin(other, str(adapters["qv16"]))
+    await until(lambda: own_client.residency == {pinned: "device", other: "device"})
+    own_client.unpin(other)
+    own_client.on_residency = lambda digest, tier: told.append((digest, tier))
+    stuck = asyncio.create_task(collect(own_client, replace(ask("r", pinned, adapters["all4"]), params=LONG)))
+    await until(lambda: own_client.stats.running == 1)
+    assert own_client.pid is not None
+    os.kill(own_client.pid, signal.SIGKILL)
     assert (await stuck)[-1].finish_reason is FinishReason.ERROR
-    assert client.residency == {}
+    assert own_client.residency == {}
     assert sorted(told) == sorted([(pinned, "disk"), (other, "disk")])
     with pytest.raises(EngineUnavailable):
-        await client.pin(other, str(adapters["qv16"]))
+        await own_client.pin(other, str(adapters["qv16"]))
     with pytest.raises(EngineUnavailable):
-        await client.prefetch_now(other, str(adapters["qv16"]))
-    client.evict(other)
-    client.unpin(other)
-    await until(lambda: client.alive and client.residency == {pinned: "device"})
+        await own_client.prefetch_now(other, str(adapters["qv16"]))
+    own_client.evict(other)
+    own_client.unpin(other)
+    await until(lambda: own_client.alive and own_client.residency == {pinned: "device"})
 
 
 async def test_a_call_under_way_when_the_engine_dies_is_answered(
-    client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]
+    own_client: EngineClient, adapters: dict[str, Path], digests: dict[str, str]
 ) -> None:
-    assert client.pid is not None
-    os.kill(client.pid, signal.SIGSTOP)
-    task = asyncio.create_task(client.pin(digests["all4"], str(adapters["all4"])))
+    assert own_client.pid is not None
+    os.kill(own_client.pid, signal.SIGSTOP)
+    task = asyncio.create_task(own_client.pin(digests["all4"], str(adapters["all4"])))
     await asyncio.sleep(0.05)
-    os.kill(client.pid, signal.SIGKILL)
+    os.kill(own_client.pid, signal.SIGKILL)
     with pytest.raises(EngineUnavailable):
         await asyncio.wait_for(task, 60)

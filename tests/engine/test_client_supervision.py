@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,31 +11,15 @@ import pytest
 
 from server.engine.backoff import Backoff
 from server.engine.client import EngineClient
-from server.engine.config import EngineConfig
-from server.engine.sequence import FinishReason, Output, Request, SamplingParams
+from server.engine.sequence import FinishReason, Request
 from server.engine.suspects import Quarantined
-
-LONG = SamplingParams(max_tokens=400, ignore_eos=True)
-SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
+from tests.engine.engine_client import LONG, SHORT, collect, small_config, started, until
 
 
 @pytest.fixture
 async def client(tiny_model: Path) -> AsyncIterator[EngineClient]:
-    config = EngineConfig(str(tiny_model), device="cpu", kv_memory=8 << 20, page_memory=2 << 20, num_threads=1)
-    client = EngineClient(config)
-    await client.start()
-    yield client
-    await client.stop()
-
-
-async def collect(client: EngineClient, request: Request) -> list[Output]:
-    return [output async for output in client.submit(request)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
+    async with started(small_config(tiny_model)) as client:
+        yield client
 
 
 async def test_a_stuck_engine_is_seen_and_replaced(client: EngineClient) -> None:

@@ -57,7 +57,7 @@ def schema_format(schema: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize("model", ["tiny", "all4"])
 def test_a_json_schema_holds_for_every_choice(client: OpenAI, model: str) -> None:
     answer = client.chat.completions.create(
-        model=model, messages=MESSAGES, n=4, seed=1, max_tokens=100, response_format=schema_format(PERSON)
+        model=model, messages=MESSAGES, n=4, seed=1, max_tokens=400, response_format=schema_format(PERSON)
     )
     texts = [choice.message.content or "" for choice in answer.choices]
     for text in texts:
@@ -67,7 +67,7 @@ def test_a_json_schema_holds_for_every_choice(client: OpenAI, model: str) -> Non
 
 
 def test_streams_say_the_same(client: OpenAI) -> None:
-    asked = {"model": "qv16", "messages": MESSAGES, "seed": 2, "max_tokens": 100}
+    asked = {"model": "qv16", "messages": MESSAGES, "seed": 2, "max_tokens": 400}
     asked |= {"response_format": schema_format(PERSON), "logprobs": True}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True))
