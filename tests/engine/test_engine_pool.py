@@ -1,65 +1,16 @@
-"""Several engines as one: where requests, pins and prefetches go, and what becomes of them when an engine dies."""
+"""Several engines as one: where requests go, and what becomes of them when an engine dies."""
 
 import asyncio
-import random
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from scripted import ScriptedMember
+from scripted_pool import PARAMS, Engines, until
 
-from adapters_store.types import Mix
 from server.engine.adapter_calls import EngineUnavailable
 from server.engine.config import EngineConfig, EngineStats
 from server.engine.engine_process import EngineStartError
-from server.engine.placement import Placement
-from server.engine.pool import EnginePool
-from server.engine.sequence import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from server.engine.suspects import Quarantined, Suspects
-
-PARAMS = SamplingParams(max_tokens=4)
-
-
-class Engines:
-    """A pool of scripted engines, and requests that run in it."""
-
-    def __init__(self, count: int = 2) -> None:
-        self.suspects = Suspects()
-        self.members = [ScriptedMember(self.suspects) for _ in range(count)]
-        self.pool = EnginePool(self.members, Placement(count, random.Random(1)), self.suspects)
-        self.moves = 0
-        self.pool.on_move = self._count
-
-    def _count(self) -> None:
-        self.moves += 1
-
-    def ask(
-        self, name: str, *, digest: str | None = None, timeout: float | None = None
-    ) -> "asyncio.Task[list[Output]]":
-        mix = Mix.of([(digest, 1.0)]) if digest is not None else Mix.of([])
-        paths = {digest: "path"} if digest is not None else {}
-        prompt = tuple(name.encode())
-        return self.send(Request(name, prompt, PARAMS, mix, paths, timeout=timeout))
-
-    def send(self, request: Request) -> "asyncio.Task[list[Output]]":
-        async def collect() -> list[Output]:
-            return [output async for output in self.pool.submit(request)]
-
-        return asyncio.create_task(collect())
-
-    async def where(self, name: str, besides: ScriptedMember | None = None) -> ScriptedMember:
-        """The engine that has the request, as soon as one has."""
-        await until(lambda: any(name in member.requests for member in self.members if member is not besides))
-        return next(member for member in self.members if name in member.requests and member is not besides)
-
-    def other(self, member: ScriptedMember) -> ScriptedMember:
-        return next(each for each in self.members if each is not member)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0)
+from server.engine.sequence import FinishReason, Output, Request, TokenLogprobs
+from server.engine.suspects import Quarantined
 
 
 async def test_a_request_without_a_token_moves_and_one_with_tokens_ends() -> None:
@@ -260,55 +211,6 @@ async def test_stuck_engines_get_nothing_while_there_are_others() -> None:
     assert await engines.where("last") is engines.members[0]
     engines.members[0].finish("last")
     await task
-
-
-async def test_pins_spread_and_come_back_to_where_they_are() -> None:
-    engines = Engines()
-    for digest in ("a", "b", "c"):
-        assert await engines.pool.pin(digest, "p")
-    assert sorted(len(member.pinned) for member in engines.members) == [1, 2]
-    assert await engines.pool.pin("a", "moved")
-    assert [member.pinned["a"] for member in engines.members if "a" in member.pinned] == ["moved"]
-    assert await engines.pool.pin("d", "p")
-    assert not await engines.pool.pin("e", "p")  # no engine has room
-    engines.pool.unpin("a")
-    engines.pool.unpin("never")
-    assert await engines.pool.pin("e", "p")
-    assert [len(member.pinned) for member in engines.members] == [2, 2]
-
-
-async def test_a_pin_goes_where_the_adapter_is() -> None:
-    engines = Engines(3)
-    engines.members[2].move("a", "device")
-    assert await engines.pool.pin("a", "p")
-    assert "a" in engines.members[2].pinned
-
-
-async def test_prefetches_are_shared_out_and_evictions_reach_all() -> None:
-    engines = Engines(3)
-    engines.pool.prefetch(dict.fromkeys("abcdefg", "p"))
-    assert [sorted(member.ahead) for member in engines.members] == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
-    engines.members[2].move("x", "host")
-    assert await engines.pool.prefetch_now("x", "p") == "device"
-    assert engines.members[2].prefetched == ["x"]
-    engines.pool.evict("x")
-    assert [member.evicted for member in engines.members] == [["x"]] * 3
-
-
-async def test_residency_is_the_nearest_tier_of_any_engine() -> None:
-    engines = Engines()
-    told: list[tuple[str, str]] = []
-    engines.pool.on_residency = lambda digest, tier: told.append((digest, tier))
-    first, second = engines.members
-    first.move("a", "host")
-    second.move("a", "device")
-    first.move("a", "device")
-    second.move("a", "host")
-    first.move("a", "disk")
-    second.move("a", "disk")
-    first.move("b", "disk")  # it had never been elsewhere
-    assert told == [("a", "host"), ("a", "device"), ("a", "host"), ("a", "disk")]
-    assert not engines.pool._tiers
 
 
 async def test_what_engines_say_of_themselves() -> None:

@@ -1,11 +1,19 @@
-"""A tiny trainable chat model: a random Llama over a byte-level vocabulary."""
+"""A tiny trainable chat model, a random Llama over a byte-level vocabulary; and processes of a fake encoder."""
 
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import fake_encoder
 import pytest
+import pytest_asyncio
 import torch
+from encoder_folder import Folder, Make
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from routing.encoder import EncoderProcess
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
@@ -42,3 +50,25 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fake_folder(tmp_path: Path) -> Folder:
+    (tmp_path / "encoder").mkdir()
+    return Folder(tmp_path / "encoder")
+
+
+@pytest_asyncio.fixture
+async def make_process(fake_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    made: list[EncoderProcess] = []
+
+    def make(**options: Any) -> EncoderProcess:
+        given = {"loader": fake_encoder.LOADER, "identify": fake_encoder.identify, "restart_seconds": 0.0} | options
+        made.append(EncoderProcess(fake_folder.path, **given))
+        return made[-1]
+
+    yield make
+    for process in made:
+        await process.close()
+        assert process.pid is None

@@ -1,25 +1,15 @@
-"""`loramux chat` against the application behind a real socket: from a pipe, and on a terminal."""
+"""`loramux chat` from a pipe, against the application behind a real socket."""
 
 import asyncio
-import os
-import pty
 import socket
-import subprocess
-import sys
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from io import StringIO
-from typing import Any
 
 import pytest
 from fake_engine import REPLY
 from fakes import Harness
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.chat_screen import ChatScreen, route_line
-from server.chat_selection import Selection, SelectionError, parse_adapters
 
 Chat = Callable[..., Awaitable[Result]]
 
@@ -207,156 +197,3 @@ def test_help_has_examples() -> None:
     assert "loramux chat " in done.stdout.partition("Examples:")[2] + " "
     assert "LORAMUX_URL" in done.stdout
     assert "LORAMUX_API_KEY" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("lora", "line"),
-    [
-        ({}, "the base model"),
-        ({"router": None, "adapters": []}, "the base model"),
-        ({"router": "explicit", "adapters": [{"name": "a", "weight": 1}]}, "a 1.00"),
-        (
-            {
-                "router": "retriever",
-                "composition": "mixture",
-                "route_ms": 0.84,
-                "adapters": [{"name": "a", "weight": 0.5, "score": 0.831}, {"name": "b", "weight": 0.5, "score": 0.7}],
-            },
-            "retriever chose a 0.50 (score 0.83), b 0.50 (score 0.70) in 0.8 ms",
-        ),
-        (
-            {"router": "retriever", "cached": True, "adapters": [], "outcome": "below_min_score"},
-            "retriever chose the base model remembered, since no adapter is similar enough to the prompt",
-        ),
-        (
-            {"router": "gates", "route_ms": 2, "adapters": [{"name": "a", "weight": 1.0, "share": 0.61}]},
-            "gates chose a 1.00 (share 61%) in 2.0 ms",
-        ),
-    ],
-)
-def test_routes_in_a_line(lora: dict[str, Any], line: str) -> None:
-    assert route_line(lora) == line
-
-
-def test_routes_are_explained_on_demand() -> None:
-    lora = {
-        "router": "retriever",
-        "composition": "mixture",
-        "cached": False,
-        "route_ms": 1.0,
-        "adapters": [{"name": "spell", "weight": 1.0, "score": 0.8}],
-        "scores": [{"name": "spell", "score": 0.8}, {"name": "pirate", "score": 0.3}],
-    }
-    for explains in (False, True):
-        answers, aside = Console(file=StringIO(), width=80), Console(file=StringIO(), width=80)
-        ChatScreen(answers, aside).route(lora, 10, 2.0, explains=explains)
-        shown = aside.file.getvalue()
-        assert answers.file.getvalue() == ""
-        assert shown.startswith("[retriever chose spell 1.00 (score 0.80) in 1.0 ms; 10 tokens, 5.0 tokens/s]\n")
-        assert (["2", "pirate", "0.300"] in [line.split() for line in shown.splitlines()]) == explains
-
-
-def test_what_selections_mean() -> None:
-    assert Selection("tiny").fields() == {"model": "tiny"}
-    assert parse_adapters(["a"], "tiny").fields() == {"model": "a"}
-    mixed = parse_adapters(["a", "b=-1e-1", "as", "selection"], "tiny")
-    assert mixed.fields() == {
-        "model": "tiny",
-        "lora": {"adapters": [{"name": "a"}, {"name": "b", "weight": -0.1}], "composition": "selection"},
-    }
-    assert mixed.label == "a b=-0.1 as selection"
-    assert parse_adapters(mixed.label.split(), "tiny") == mixed
-    for wrong in (["a", "a=2"], ["a", "as", "glue"], ["a=nan"], ["=1"], ["a=inf"], ["a="]):
-        with pytest.raises(SelectionError):
-            parse_adapters(wrong, "tiny")
-
-
-class Terminal:
-    """The command on a terminal of its own, where Ctrl-C is a signal."""
-
-    def __init__(self, url: str) -> None:
-        leader, follower = pty.openpty()
-        start = "import os, sys; os.login_tty(0); sys.argv = ['loramux', 'chat']; from server.cli import main; main()"
-        environment = dict(os.environ) | {"LORAMUX_URL": url, "TERM": "xterm", "COLUMNS": "200"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start], stdin=follower, stdout=follower, stderr=follower, env=environment
-        )
-        os.close(follower)
-        self._leader = leader
-        self._seen = bytearray()
-        self._reading = threading.Thread(target=self._read)
-        self._reading.start()
-
-    @property
-    def seen(self) -> str:
-        return self._seen.decode(errors="replace")
-
-    def type(self, text: str) -> None:
-        os.write(self._leader, text.encode())
-
-    async def until(self, text: str, count: int = 1) -> None:
-        """Wait for the text to have come so many times."""
-        for _ in range(6000):
-            if self.seen.count(text) >= count:
-                return
-            await asyncio.sleep(0.01)
-        pytest.fail(f"waited in vain for {text!r}: {self.seen!r}")
-
-    async def close(self) -> int:
-        code = await asyncio.to_thread(self.process.wait, 60)
-        await asyncio.to_thread(self._reading.join)
-        os.close(self._leader)
-        return code
-
-    def _read(self) -> None:
-        try:
-            while chunk := os.read(self._leader, 1 << 16):
-                self._seen += chunk
-        except OSError:  # the other side is closed
-            return
-
-
-@pytest.fixture
-async def terminal(live: str) -> AsyncIterator[Terminal]:
-    terminal = Terminal(live)
-    yield terminal
-    if terminal.process.poll() is None:
-        terminal.process.kill()
-        await terminal.close()
-
-
-async def test_on_a_terminal(terminal: Terminal, harness: Harness) -> None:
-    """Ctrl-C stops an answer, which stays in the conversation; an error ends nothing; the end of input does."""
-    await terminal.until("tiny> ")
-    harness.engine.hold_at = 4
-    harness.engine.gate.clear()
-    terminal.type("Hi\n")
-    await terminal.until("Hello")
-    while not harness.engine.num_waiting:
-        await asyncio.sleep(0.01)
-    terminal.type("\x03")
-    await terminal.until("stopped")
-    await terminal.until("tiny> ", 2)
-    while not harness.engine.ended:
-        await asyncio.sleep(0.01)
-    assert list(harness.engine.ended.values()) == ["closed"]
-    harness.engine.gate.set()
-
-    terminal.type("/use nobody\n")
-    await terminal.until("there is no adapter nobody")
-    terminal.type("/use sql\n")
-    await terminal.until("sql> ")
-    terminal.type("given up\\\n")
-    await terminal.until("... ")
-    terminal.type("as well\x03")
-    await terminal.until("sql> ", 2)
-    terminal.type("Ho\n")
-    await terminal.until(REPLY)
-    await terminal.until("[sql 1.00; ")
-    prompt = (await prompts(harness))[1]
-    stopped = prompt.partition("<|im_start|>assistant\n")[2].partition("<|im_end|>")[0]
-    assert stopped
-    assert REPLY.startswith(stopped)
-    assert prompt.endswith("user\nHo<|im_end|>\n<|im_start|>assistant\n")
-    terminal.type("\x04")
-    assert await terminal.close() == 0

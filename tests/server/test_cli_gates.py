@@ -17,14 +17,14 @@ NAMES = ("minus", "plus", "spell")
 
 
 @pytest.fixture
-def given(chat_model: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> list[str]:
+def given(served_model: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> list[str]:
     """Three tasks with an adapter each, and a router of two of them in `gates`."""
     for seed, name in enumerate(NAMES):
         splits = [tuple(TaskRow(name, "c", f"Do {name}.", f"{n} {i}", "x", 0) for i in range(3)) for n in range(3)]
         write_task(tmp_path / "tasks", Task(name, *splits))
         shutil.copytree(make_adapter(f"{name}-cli", seed=seed, r=2), tmp_path / "adapters" / name)
     common = ["--tasks", str(tmp_path / "tasks"), "--adapters", str(tmp_path / "adapters")]
-    common += ["--model", str(chat_model)]
+    common += ["--model", str(served_model)]
     more = ["--out", str(tmp_path / "gates"), "--steps", "2", "--batch", "2", "--group", "two=all,-spell"]
     done = runner.invoke(cli.app, ["train", "meteora", *common, *more, "--samples", "2"])
     assert done.exit_code == 0, done.output

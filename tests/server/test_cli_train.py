@@ -137,11 +137,11 @@ def adapters(make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def arguments(tasks: Path, adapters: Path, chat_model: Path, tmp_path: Path) -> list[str]:
+def arguments(tasks: Path, adapters: Path, served_model: Path, tmp_path: Path) -> list[str]:
     """A token-level router of two adapters and one task without."""
     splits = [tuple(TaskRow("other", "c", f"Do nothing {n}.", f"{n} {i}", "x", 0) for i in range(3)) for n in range(3)]
     write_task(tasks, Task("other", *splits))
-    given = ["train", "meteora", "--tasks", str(tasks), "--adapters", str(adapters), "--model", str(chat_model)]
+    given = ["train", "meteora", "--tasks", str(tasks), "--adapters", str(adapters), "--model", str(served_model)]
     return [*given, "--out", str(tmp_path / "gates"), "--steps", "2", "--batch", "3"]
 
 

@@ -23,14 +23,14 @@ runner = CliRunner()
 
 
 @pytest.fixture
-def given(chat_model: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> list[str]:
+def given(served_model: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> list[str]:
     """Three tasks, adapters for two of them, a model that can chat."""
     for seed, name in enumerate(("other", "plus", "spell")):
         splits = [tuple(TaskRow(name, "c", f"Do {name}.", f"{n} {i}", "x", 0) for i in range(3)) for n in range(3)]
         write_task(tmp_path / "tasks", Task(name, *splits))
         if name != "other":
             shutil.copytree(make_adapter(name, seed=seed, r=2 + seed), tmp_path / "adapters" / name)
-    return ["--tasks", str(tmp_path / "tasks"), "--model", str(chat_model), "--out", str(tmp_path / "out")]
+    return ["--tasks", str(tmp_path / "tasks"), "--model", str(served_model), "--out", str(tmp_path / "out")]
 
 
 OPTIONS: dict[str, Any] = {"--steps": 2, "--batch": 3, "--learning-rate": 3e-3, "--max-length": 300, "--seed": 4}

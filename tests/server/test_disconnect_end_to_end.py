@@ -19,13 +19,13 @@ PREFILL = {"prompt": list(range(5, 305)), "max_tokens": 200, "ignore_eos": True,
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(served_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One row at a time, and prompts that take many steps."""
     root = tmp_path_factory.mktemp("adapters-to-serve")
     for name in ("all4", "wide24", "qv16"):
         shutil.copytree(adapters[name], root / name)
     options = ("--adapters", str(root), "--max-num-seqs", "1", "--max-batch-tokens", "4", "--host-memory", "1MiB")
-    served = Served(chat_model, tmp_path_factory.mktemp("data"), *options)
+    served = Served(served_model, tmp_path_factory.mktemp("data"), *options)
     yield served
     assert served.stop() == 0
 

@@ -34,8 +34,8 @@ def adapter_folder(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(chat_model, tmp_path_factory.mktemp("data"), "--adapters", str(adapter_folder))
+def served(served_model: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(served_model, tmp_path_factory.mktemp("data"), "--adapters", str(adapter_folder))
     yield served
     assert served.stop() == 0
 
@@ -47,7 +47,7 @@ def openai_client(served: Served) -> Iterator[OpenAI]:
 
 
 def test_different_mixes_at_once_equal_transformers_and_peft(
-    served: Served, chat_model: Path, adapters: dict[str, Path]
+    served: Served, served_model: Path, adapters: dict[str, Path]
 ) -> None:
     mixes: list[dict[str, float]] = [
         {},
@@ -77,7 +77,7 @@ def test_different_mixes_at_once_equal_transformers_and_peft(
             return await asyncio.gather(*(ask(client, weights) for weights in mixes))
 
     answers = asyncio.run(ask_all())
-    expected = [reference_text(chat_model, adapters, weights, 16) for weights in mixes]
+    expected = [reference_text(served_model, adapters, weights, 16) for weights in mixes]
     assert answers == expected
     assert len(set(answers)) > 4
 
@@ -104,12 +104,12 @@ def test_a_repeated_prompt_comes_from_the_prefix_cache_of_its_own_mix(openai_cli
 
 
 def test_echoed_prompts_are_scored_as_by_transformers_and_peft(
-    openai_client: OpenAI, chat_model: Path, adapters: dict[str, Path]
+    openai_client: OpenAI, served_model: Path, adapters: dict[str, Path]
 ) -> None:
     tokenizer, text = byte_level_tokenizer(), "The quick brown fox, naïve and fine: 漢字."
     ids = tokenizer.encode(text)
     for name in ("tiny", "all4"):
-        loaded = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(served_model, dtype=torch.float32).eval()
         if name != "tiny":
             loaded = PeftModel.from_pretrained(loaded, str(adapters[name])).eval()
         with torch.inference_mode():
@@ -178,10 +178,10 @@ def test_an_engine_killed_under_load_comes_back(served: Served) -> None:
 
 @pytest.mark.slow
 def test_a_mix_too_large_is_a_clear_400_and_sigterm_lets_streams_finish(
-    chat_model: Path, adapter_folder: Path, tmp_path: Path
+    served_model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
     """A pool of two pages a group cannot hold the three of one mix; the server goes on, and ends when it is told to."""
-    small = Served(chat_model, tmp_path, "--adapters", str(adapter_folder), "--page-memory", "450KiB")
+    small = Served(served_model, tmp_path, "--adapters", str(adapter_folder), "--page-memory", "450KiB")
     with OpenAI(base_url=small.base_url, api_key="none", max_retries=0) as client:
         mix = {"lora": {"adapters": [{"name": "all4"}, {"name": "wide24"}]}}
         with pytest.raises(APIStatusError) as refused:
@@ -213,10 +213,10 @@ def test_a_mix_too_large_is_a_clear_400_and_sigterm_lets_streams_finish(
     ],
 )
 async def test_a_broken_model_folder_is_one_sentence(
-    chat_model: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
+    served_model: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(chat_model, broken)
+    shutil.copytree(served_model, broken)
     damage(broken)
     with pytest.raises((ValueError, RuntimeError), match=re.escape(said)) as refused:
         async with open_services(Settings(data_dir=tmp_path, serve=ServeSettings(model=str(broken), device="cpu"))):
@@ -225,7 +225,7 @@ async def test_a_broken_model_folder_is_one_sentence(
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_is_one_line_on_stderr(chat_model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_a_broken_adapter_is_one_line_on_stderr(served_model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(adapters["all4"], tmp_path / "bad")
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"x" * 100)
     command = [
@@ -234,7 +234,7 @@ def test_a_broken_adapter_is_one_line_on_stderr(chat_model: Path, adapters: dict
         "server.cli",
         "serve",
         "--model",
-        str(chat_model),
+        str(served_model),
         *OPTIONS,
         "--data-dir",
         str(tmp_path / "data"),

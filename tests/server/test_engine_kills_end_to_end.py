@@ -21,12 +21,12 @@ Json = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(served_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     for name in ("all4", "wide24"):
         shutil.copytree(adapters[name], folder / "adapters" / name)
     options = ("--adapters", str(folder / "adapters"), "--admin-key", KEY)
-    served = Served(chat_model, folder / "data", *options, key=KEY)
+    served = Served(served_model, folder / "data", *options, key=KEY)
     yield served
     assert served.stop() == 0
 

@@ -22,12 +22,12 @@ TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(served_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("adapters-to-serve")
     for name in NAMES:
         shutil.copytree(adapters[name], root / name)
     options = ("--engines", "2", "--adapters", str(root), "--admin-key", KEY)
-    served = Served(chat_model, tmp_path_factory.mktemp("data"), *options, key=KEY)
+    served = Served(served_model, tmp_path_factory.mktemp("data"), *options, key=KEY)
     yield served
     assert served.stop() == 0
 
@@ -104,7 +104,7 @@ def test_requests_that_a_dead_engine_had_not_answered_are_answered_by_the_other(
 
 
 def test_streams_in_a_closed_loop_survive_an_engine(
-    served: Served, chat_model: Path, adapters: dict[str, Path]
+    served: Served, served_model: Path, adapters: dict[str, Path]
 ) -> None:
     served.until(lambda: recovered(served))
     answers: list[Answer] = []
@@ -136,7 +136,7 @@ def test_streams_in_a_closed_loop_survive_an_engine(
             is_over.set()
             await asyncio.gather(*loops)
 
-    expected = {name: reference_text(chat_model, adapters, {name: 1.0}, TOKENS) for name in NAMES}
+    expected = {name: reference_text(served_model, adapters, {name: 1.0}, TOKENS) for name in NAMES}
     asyncio.run(kill_under_load())
     broken = [answer for answer in answers if not answer.is_whole]
     assert len(broken) <= 2 * len(NAMES)

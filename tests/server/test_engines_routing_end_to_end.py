@@ -35,11 +35,11 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def served(chat_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path) -> Iterator[Served]:
+def served(served_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path) -> Iterator[Served]:
     """Two engines, and routers of each kind."""
     folder = ("--adapters", str(toy_adapters))
-    served = Served(chat_model, tmp_path / "data", "--engines", "2", *folder, "--admin-key", KEY, key=KEY)
-    made = (chat_model, toy_tasks, "--steps", "4")
+    served = Served(served_model, tmp_path / "data", "--engines", "2", *folder, "--admin-key", KEY, key=KEY)
+    made = (served_model, toy_tasks, "--steps", "4")
     gates = train("meteora", tmp_path / "gates", *made, *folder, "--learning-rate", "0.05")
     moa = train("moa", tmp_path / "moa", *made, *folder)
     milora = train("milora", tmp_path / "milora", *made)

@@ -23,11 +23,11 @@ SHORT = LONG | {"max_tokens": 4, "stream": False}
 
 
 @pytest.fixture
-def served(chat_model: Path, tmp_path: Path, adapters: dict[str, Path]) -> Iterator[Served]:
+def served(served_model: Path, tmp_path: Path, adapters: dict[str, Path]) -> Iterator[Served]:
     (tmp_path / "adapters").mkdir()
     shutil.copytree(adapters["all4"], tmp_path / "adapters" / "all4")
     options = ("--frontends", "2", "--adapters", str(tmp_path / "adapters"), "--admin-key", KEY)
-    served = Served(chat_model, tmp_path / "data", *options, "--adapter-root", str(adapters["all4"].parent), key=KEY)
+    served = Served(served_model, tmp_path / "data", *options, "--adapter-root", str(adapters["all4"].parent), key=KEY)
     yield served
     if served.process.poll() is None:
         assert served.stop() == 0
@@ -129,10 +129,10 @@ async def test_a_front_end_dies_under_load(served: Served) -> None:
 
 
 @pytest.mark.slow
-async def test_a_front_end_that_hangs_is_replaced(chat_model: Path, tmp_path: Path) -> None:
+async def test_a_front_end_that_hangs_is_replaced(served_model: Path, tmp_path: Path) -> None:
     """Before the kernel has given it connections for long; the other one serves on."""
     options = ("--frontends", "2", "--admin-key", KEY, "--stall-timeout", "5")
-    served = Served(chat_model, tmp_path / "data", *options, key=KEY)
+    served = Served(served_model, tmp_path / "data", *options, key=KEY)
     try:
         async with each_front(served) as clients:
             (hanging, _), (other, (client,)) = clients.items()
@@ -210,20 +210,20 @@ async def test_front_ends_end_when_their_parent_is_killed(served: Served) -> Non
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_one_line(chat_model: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_one_line(served_model: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         options = [*OPTIONS, "--frontends", "2", "--port", port, "--data-dir", str(tmp_path)]
-        command = [sys.executable, "-m", "server.cli", "serve", "--model", str(chat_model), *options]
+        command = [sys.executable, "-m", "server.cli", "serve", "--model", str(served_model), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
 
 
 @pytest.mark.slow
-def test_what_keeps_front_ends_from_starting_is_one_line(chat_model: Path, tmp_path: Path) -> None:
+def test_what_keeps_front_ends_from_starting_is_one_line(served_model: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, "--frontends", "2", "--data-dir", str(tmp_path), "--database-url", "mysql://elsewhere"]
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(chat_model), *options]
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(served_model), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "loramux: database URL has scheme 'mysql'" in done.stderr

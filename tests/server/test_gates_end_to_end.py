@@ -16,8 +16,8 @@ ASKED = {"model": "auto:gates", "messages": [{"role": "user", "content": "abab"}
 
 
 @pytest.fixture
-def served(chat_model: Path, toy_adapters: Path, tmp_path: Path) -> Iterator[Served]:
-    served = start(chat_model, toy_adapters, tmp_path)
+def served(served_model: Path, toy_adapters: Path, tmp_path: Path) -> Iterator[Served]:
+    served = start(served_model, toy_adapters, tmp_path)
     yield served
     if served.process.poll() is None:
         served.stop(signal.SIGKILL)
@@ -35,10 +35,10 @@ def ask(served: Served) -> Any:
 
 
 def test_from_training_to_answers(
-    served: Served, chat_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path
+    served: Served, served_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path
 ) -> None:
     options = ("--adapters", str(toy_adapters), "--steps", "6", "--learning-rate", "0.05")
-    train("meteora", tmp_path / "gates", chat_model, toy_tasks, *options)
+    train("meteora", tmp_path / "gates", served_model, toy_tasks, *options)
     assert "registered gates" in loramux("routers", "add", "gates", str(tmp_path / "gates"), url=served.url)
     first = ask(served)
     lora = first["lora"]
@@ -56,7 +56,7 @@ def test_from_training_to_answers(
 
     # They are still there after a crash of everything.
     assert served.stop(signal.SIGKILL) == -signal.SIGKILL
-    again = start(chat_model, toy_adapters, tmp_path)
+    again = start(served_model, toy_adapters, tmp_path)
     try:
         assert ask(again)["lora"]["tokens"] == lora["tokens"]
     finally:

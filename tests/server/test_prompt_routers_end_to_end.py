@@ -16,9 +16,11 @@ MESSAGES = [{"role": "user", "content": "abab"}]
 
 
 @pytest.fixture
-def served(chat_model: Path, toy_adapters: Path, tmp_path: Path) -> Iterator[Served]:
+def served(served_model: Path, toy_adapters: Path, tmp_path: Path) -> Iterator[Served]:
     limit = ("--max-layered-tokens", "60")
-    served = Served(chat_model, tmp_path / "data", "--adapters", str(toy_adapters), "--admin-key", KEY, *limit, key=KEY)
+    served = Served(
+        served_model, tmp_path / "data", "--adapters", str(toy_adapters), "--admin-key", KEY, *limit, key=KEY
+    )
     yield served
     if served.process.poll() is None:
         served.stop(signal.SIGKILL)
@@ -38,9 +40,9 @@ def text(answer: Any) -> str:
 
 
 def test_from_training_to_answers(
-    served: Served, chat_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path
+    served: Served, served_model: Path, toy_adapters: Path, toy_tasks: Path, tmp_path: Path
 ) -> None:
-    moa = train("moa", tmp_path / "moa", chat_model, toy_tasks, "--steps", "4", "--adapters", str(toy_adapters))
+    moa = train("moa", tmp_path / "moa", served_model, toy_tasks, "--steps", "4", "--adapters", str(toy_adapters))
     assert "registered moa" in loramux("routers", "add", "moa", str(moa), url=served.url)
     explained = {"lora": {"explain": True}}
     first = ask(served, "auto:moa", **explained)
@@ -55,7 +57,7 @@ def test_from_training_to_answers(
     assert [each["name"] for each in only["lora"]["adapters"]] == [other]
     assert text(only) == text(ask(served, other))
 
-    milora = train("milora", tmp_path / "milora", chat_model, toy_tasks, "--steps", "4")
+    milora = train("milora", tmp_path / "milora", served_model, toy_tasks, "--steps", "4")
     adapter = milora / "adapters" / "milora"
     loramux("adapters", "add", "milora", str(adapter), url=served.url)
     loramux("routers", "add", "linears", str(milora), url=served.url)

@@ -135,8 +135,8 @@ async def _while_stopped(story: Story, name: str, act: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def story(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    story = Story(chat_model, tmp_path_factory.mktemp("data"))
+def story(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    story = Story(served_model, tmp_path_factory.mktemp("data"))
     yield story
     if story.served.process.poll() is None:
         story.served.process.kill()
@@ -144,11 +144,11 @@ def story(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def truth(chat_model: Path, folders: dict[str, Path]) -> dict[str, str]:
+def truth(served_model: Path, folders: dict[str, Path]) -> dict[str, str]:
     """What transformers + peft answer; `long:<name>` is the longer answer of the streams."""
-    answers = {name: reference_text(chat_model, folders, {name: 1.0}, TOKENS, QUESTION) for name in folders}
-    base = reference_text(chat_model, folders, {}, LONG, QUESTION)
-    return answers | {"long:tiny": base, "long:v1": reference_text(chat_model, folders, {"v1": 1.0}, LONG, QUESTION)}
+    answers = {name: reference_text(served_model, folders, {name: 1.0}, TOKENS, QUESTION) for name in folders}
+    base = reference_text(served_model, folders, {}, LONG, QUESTION)
+    return answers | {"long:tiny": base, "long:v1": reference_text(served_model, folders, {"v1": 1.0}, LONG, QUESTION)}
 
 
 def test_the_story(story: Story, folders: dict[str, Path], truth: dict[str, str]) -> None:

@@ -35,11 +35,11 @@ class Owner(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(served_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("adapters-to-serve")
     for name in ("all4", "qv16"):
         shutil.copytree(adapters[name], root / name)
-    served = Served(chat_model, tmp_path_factory.mktemp("data"), "--adapters", str(root))
+    served = Served(served_model, tmp_path_factory.mktemp("data"), "--adapters", str(root))
     yield served
     assert served.stop() == 0
 

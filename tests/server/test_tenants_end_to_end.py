@@ -24,8 +24,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, data_dir: Path) -> Iterator[Served]:
-    served = Served(chat_model, data_dir, "--admin-key", "boss", key="boss")
+def served(served_model: Path, data_dir: Path) -> Iterator[Served]:
+    served = Served(served_model, data_dir, "--admin-key", "boss", key="boss")
     yield served
     if served.process.poll() is None:
         served.stop(signal.SIGKILL)

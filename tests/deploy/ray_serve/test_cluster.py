@@ -24,7 +24,7 @@ LONG = 240
 
 
 @pytest.fixture(scope="module")
-def cluster(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     binaries = find_binaries()
     if binaries is None:
         pytest.skip(MISSING)
@@ -33,7 +33,7 @@ def cluster(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         with psycopg.connect(f"{database}/postgres", autocommit=True) as connection:
             connection.execute("CREATE DATABASE loramux")
         cluster = Cluster(
-            *("--model", str(chat_model), "--data-dir", str(tmp_path_factory.mktemp("data"))),
+            *("--model", str(served_model), "--data-dir", str(tmp_path_factory.mktemp("data"))),
             *("--database-url", f"{database}/loramux", "--blob-url", f"s3://adapters/a?endpoint={objects}&region=eu"),
             *("--max-num-seqs", str(ROWS), "--ray-front-ends", "2", "--ray-min-engines", "2", "--ray-max-engines", "3"),
             *("--ray-requests-per-engine", "8", "--ray-upscale-delay", "1"),

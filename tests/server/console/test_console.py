@@ -61,11 +61,11 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def served(chat_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(served_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters-to-serve")
     shutil.copytree(adapters["all4"], folder / "all4")
     data = tmp_path_factory.mktemp("data")
-    served = Served(chat_model, data, "--adapters", str(folder), "--admin-key", KEY, "--engines", "2", key=KEY)
+    served = Served(served_model, data, "--adapters", str(folder), "--admin-key", KEY, "--engines", "2", key=KEY)
     yield served
     assert served.stop() == 0
 

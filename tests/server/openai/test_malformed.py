@@ -10,8 +10,9 @@ from fakes import Harness
 from malformed import CASES as TABLE
 from malformed import Case
 from malformed_more import MORE_CASES
+from malformed_tools import TOOLS
 
-CASES = [*TABLE, *MORE_CASES]
+CASES = [*TABLE, *TOOLS, *MORE_CASES]
 PRIVATE = re.compile(r"Traceback|File \"|/tmp|/home|/root|0x[0-9a-f]{6}|site-packages|\.py\b|127\.0\.0\.1")
 WHOLE = frozenset({"message", "type", "param", "code"})
 
