@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from server.engine.bench_scenarios import add_loss
 from server.engine.bench_session import Session, Setup
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
-from server.engine.matching import Matching
+from server.engine.grammar import Grammar
 from server.engine.sequence import Request
 from server.engine.workload import Lengths, Traffic
 
@@ -63,6 +62,8 @@ GRAMMARS = {
     "json_schema": Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(RECORDS)),
     "regex": Constraint(ConstraintKind.REGEX, r"([A-Za-z0-9 ,;]{1,200}[.!?]\n){1000000}"),
 }
+OUTPUTS, OUTPUT_TOKENS = 16, 100
+"""Whose masks are timed alone."""
 PRINTABLE = [chr(code) for code in range(0x21, 0x7F)] + ["\u0120", "\u010a"]  # byte-level BPE's space and new line
 
 
@@ -85,8 +86,10 @@ def _decode(session: Session, name: str, constraint: Constraint | None, count: i
     requests = tuple(
         replace(request, params=replace(request.params, constraint=constraint)) for request in plain.requests
     )
-    with MaskTimes() as masks:
-        seconds, tokens = measure(engine, requests, warm=options.warm, steps=options.steps, clock=session.clock)
+    seconds, tokens = measure(engine, requests, warm=options.warm, steps=options.steps, clock=session.clock)
+    bank = engine.arrivals.grammars
+    compiled = None if constraint is None or bank is None else bank.get(constraint)
+    masks = [] if compiled is None else mask_seconds(compiled, options.seed)
     ms = sum(seconds) * count / tokens * 1e3
     session.say(f"grammar {name}, {count} rows: {ms:.3f} ms for a token of each")
     return {
@@ -96,8 +99,8 @@ def _decode(session: Session, name: str, constraint: Constraint | None, count: i
         "ms_p10": percentile(seconds, 10) * 1e3,
         "ms_p90": percentile(seconds, 90) * 1e3,
         "late": 1 - tokens / (count * len(seconds)),
-        "mask_us": percentile(masks.seconds, 50) * 1e6 if masks.seconds else None,
-        "mask_us_mean": sum(masks.seconds) / len(masks.seconds) * 1e6 if masks.seconds else None,
+        "mask_us": percentile(masks, 50) * 1e6 if masks else None,
+        "mask_us_mean": sum(masks) / len(masks) * 1e6 if masks else None,
     }
 
 
@@ -136,26 +139,17 @@ def _lengths(session: Session, count: int, prompt: int) -> Lengths:
     return Lengths.constant(count, prompt, session.longest - prompt)
 
 
-class MaskTimes:
-    """CPU seconds of every mask that is computed meanwhile."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._original: Callable[[Matching, int], None] = Matching.advance
-
-    def __enter__(self) -> Self:
-        original, seconds = self._original, self.seconds
-
-        def advance(matching: Matching, token: int) -> None:
+def mask_seconds(grammar: Grammar, seed: int) -> list[float]:
+    """CPU seconds of masks, one at a time, behind random tokens that the one before allows."""
+    rng, seconds = np.random.default_rng([seed, 3]), []
+    for _ in range(OUTPUTS):
+        matching = grammar.start()
+        for _ in range(OUTPUT_TOKENS):
+            token = int(rng.choice(matching.allowed()))
             started = time.thread_time()
-            original(matching, token)
+            matching.advance(token)
             seconds.append(time.thread_time() - started)
-
-        Matching.advance = advance  # type: ignore[assignment, method-assign]
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        Matching.advance = self._original  # type: ignore[assignment, method-assign]
+    return seconds
 
 
 def write_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:

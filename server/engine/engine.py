@@ -24,8 +24,7 @@ from server.engine.endings import ended, failed, not_finite
 from server.engine.gate_bank import GateBank
 from server.engine.grammar_bank import GrammarBank, open_bank
 from server.engine.intake import Intake
-from server.engine.masks import MaskThreads, constrained, mask_threads, no_mask
-from server.engine.matching import Matching
+from server.engine.masks import MaskThreads, constrained, mask_threads, moves, no_mask
 from server.engine.plan import Plan
 from server.engine.prompt_routers import PromptRouter, Verdict
 from server.engine.reads import page_check, start_loader
@@ -221,7 +220,9 @@ class Engine:
         tokens, logprobs = launched.wait()
         self.waited += self.clock() - started
         outputs: list[Output] = []
-        moves: list[tuple[Matching, int]] = []
+        found = zip((chunk.sequence for chunk in launched.chunks if chunk.samples), tokens, strict=True)
+        on_time = ((sequence, token) for sequence, token in found if sequence not in launched.late)
+        self.masks.advance(moves(pair for pair in on_time if self._sequences.get(pair[0].request.id) is pair[0]))
         sampled = iter(zip(tokens, logprobs, strict=True))
         prompt_logprobs, pools = launched.prompt_logprobs(), launched.pools()
         for index, (chunk, shares) in enumerate(zip(launched.chunks, launched.shares(), strict=True)):
@@ -240,11 +241,8 @@ class Engine:
             if token is not None:
                 output = self._output(sequence, token, logprob, shares, scored)
                 outputs.append(replace(output, pooled=pooled) if pooled else output)
-                if sequence.matching is not None:
-                    moves.append((sequence.matching, token))
             elif scored or pooled:
                 outputs.append(Output(sequence.request.id, prompt_logprobs=scored, pooled=pooled))
-        self.masks.advance(moves)
         for sequence, verdict in launched.verdicts:
             if self._sequences.get(sequence.request.id) is sequence and sequence.undecided:
                 self._decide(sequence, verdict)

@@ -79,7 +79,7 @@ class Grammar:
     def start(self) -> Matching:
         """The state before the first token of an output. Takes 10 microseconds and, later, 20 to 40 KB."""
         matcher = self.matchers[next(self.started) % len(self.matchers)]
-        return Matching(matcher.deep_copy(), self.first_mask.copy(), self.seconds, lexer=matcher)
+        return Matching(matcher.deep_copy(), self.first_mask.copy(), self.seconds, lexer=matcher, grammar=self)
 
 
 class GrammarCompiler:

@@ -19,10 +19,9 @@ logger = logging.getLogger(__name__)
 REFUSED_BYTES = 1 << 12
 """What is counted for a constraint that was refused, beside its source."""
 
-COPIES_A_THREAD = 2
-"""Of a grammar: a mask near the end of a bounded string takes 2 ms, and what shares its lexer waits for it. Eight
-threads need 1.6 ms for the masks of 64 rows with one copy for each, 1.3 with two, 1.2 with four (a JSON schema with
-bounded strings, 128,256 tokens; the slowest percent of steps 7.0, 3.7 and 3.9 ms)."""
+MOST_COPIES = 16
+"""Of a grammar: a mask near the end of a bounded string takes a millisecond, and what shares its lexer waits for it. A
+further copy takes a millisecond to compile and must find out about regular expressions by itself."""
 
 COMPILERS = 2
 """Threads, of which a hostile constraint takes one for some seconds."""
@@ -30,7 +29,7 @@ COMPILERS = 2
 
 def open_bank(config: EngineConfig, model: ModelConfig) -> "GrammarBank":
     """Where the requests of an engine find their grammars."""
-    folder, copies = Path(config.model), COPIES_A_THREAD * mask_threads(config)
+    folder, copies = Path(config.model), min(MOST_COPIES, 2 * mask_threads(config))
     compiler = CheckedCompiler(folder, model.vocab_size, model.eos_token_ids, copies=copies)
     return GrammarBank(ThreadLoader(COMPILERS, stack_bytes=STACK_BYTES), compiler, config.grammar_memory)
 

@@ -1,19 +1,26 @@
 """One output and its grammar: what has been matched so far, and which tokens may come next."""
 
 import time
+from collections.abc import Sequence as ReadOnlyList
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLExecutor, LLMatcher
+
+Moves = ReadOnlyList[tuple["Matching", int]]
+"""Outputs and their newest tokens."""
 
 SLOW_SECONDS = 0.005
 """CPU seconds from which masks are slow, on average. Over 128,000 tokens those of a JSON schema take 20 microseconds at
 the median and 110 on average, since some take 2 milliseconds, as near the end of a bounded string; those of nested
 counted repetitions take 1; what was made to be slow takes up to half a second.
 """
+QUICK_SECONDS = 0.001
+"""Up to which masks of one grammar are computed in one call: on average they are as quick as those of schemas, and none
+is waited for long."""
 NEWEST_SHARE = 0.25
 """Of the average over the masks of one output."""
 
@@ -25,15 +32,22 @@ class Matching:
     array. `pending`: the last token has been handed over, its mask is not there yet, and nothing else here may be
     touched. `behind`: a step has waited for the mask in vain. `seconds`: CPU time of its masks, the newest counting
     most. `error`: why there are no more masks. `lexer`: masks with the same one are computed one after another, in
-    however many threads.
+    however many threads. `grammar`: what the output must match.
     """
 
     def __init__(
-        self, matcher: "LLMatcher", mask: NDArray[np.uint32], seconds: float = 0.0, lexer: object = None
+        self,
+        matcher: "LLMatcher",
+        mask: NDArray[np.uint32],
+        seconds: float = 0.0,
+        *,
+        lexer: object = None,
+        grammar: object = None,
     ) -> None:
         self.mask = mask
         self.seconds = seconds
         self.lexer = self if lexer is None else lexer
+        self.grammar = self if grammar is None else grammar
         self.pending = False
         self.behind = False
         self.error: str | None = None
@@ -46,6 +60,11 @@ class Matching:
         return self.seconds > SLOW_SECONDS
 
     @property
+    def quick(self) -> bool:
+        """Whether others of its grammar may be kept waiting for its masks."""
+        return self.seconds <= QUICK_SECONDS
+
+    @property
     def ready(self) -> bool:
         """Whether a step may count on the mask: it is there, or it will be when the model has been run."""
         return not (self.pending and (self.slow or self.behind))
@@ -54,8 +73,8 @@ class Matching:
         """The mask behind `token`, which the mask before must have allowed. Never raises; see `error`."""
         started = time.thread_time()
         try:
-            if self.error is None and not self._matcher.consume_token(token):
-                self.error = self._matcher.get_error() or "the token was not allowed"
+            if self.error is None:
+                self._took(self._matcher.consume_token(token))
             if self.error is None:
                 self._fill()
         except Exception as error:  # whatever the library raises ends this output, and not the thread of all
@@ -82,9 +101,46 @@ class Matching:
     def _note(self, seconds: float) -> None:
         self.seconds += NEWEST_SHARE * (seconds - self.seconds)
 
+    def _took(self, allowed: bool) -> None:
+        if not allowed:
+            self.error = self._matcher.get_error() or "the token was not allowed"
+
     def _fill(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(*self._place)  # lets go of the interpreter
+        self._check()
+
+    def _check(self) -> None:
         if self._matcher.is_error():
             self.error = self._matcher.get_error()
         elif not self.mask.any():
             self.error = "no token of the vocabulary continues it"
+
+
+def advance_together(moves: Moves, executor: "LLExecutor", threads: int) -> None:
+    """`Matching.advance` of each, in the `threads` of the library's own executor.
+
+    That takes the interpreter's lock a few times a step, where threads of our own pass it on twice for every mask: a
+    decode step of 64 rows of a JSON schema, 5.5 ms without masks, took 5.9 ms with these and takes 5.6. CPU time is not
+    known of each, so that all have taken an equal share of the time as long as they were quick.
+    """
+    started = time.perf_counter()
+    moves = [(matching, token) for matching, token in moves if matching.error is None]
+    if not moves:
+        return
+    try:
+        allowed = executor.consume_token_par([(matching._matcher, token) for matching, token in moves])
+        for (matching, _), one in zip(moves, allowed, strict=True):
+            matching._took(one)
+        going = [matching for matching, _ in moves if matching.error is None]
+        masks = np.empty((len(going), len(moves[0][0].mask)), np.uint32)
+        rows = [(matching._matcher, row) for row, matching in enumerate(going)]
+        executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.strides[0], len(rows))
+        for matching, mask in zip(going, masks, strict=True):
+            np.copyto(matching.mask, mask)
+            matching._check()
+    except Exception as error:  # as in `advance`, and of which output is not known
+        for matching, _ in moves:
+            matching.error = matching.error or f"{type(error).__name__}: {error}"
+    seconds = (time.perf_counter() - started) / -(-len(moves) // threads)
+    for matching, _ in moves:
+        matching._note(min(seconds, SLOW_SECONDS))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
-from server.engine.masks import MaskThreads, by_lexer
+from server.engine.masks import MaskThreads, shared_out
 from server.engine.matching import Matching
 from server.engine.sequence import Output, Request, SamplingParams
 from tests.engine.tiny_engine import PROMPTS
@@ -110,7 +110,7 @@ class LazyMasks(MaskThreads):
     def wait(self, *_: object) -> None:
         self.vain += 1
         if self.vain > self.patience:
-            self._run(by_lexer(self.moves))
+            self._run(shared_out(self.moves))
             self.vain, self.moves = 0, []
 
     outwait = wait

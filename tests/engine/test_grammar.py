@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from llguidance import LLExecutor
 from tokenizers import Tokenizer
 
 from server.engine.config import EngineConfig
@@ -21,6 +22,7 @@ from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
+from server.engine.matching import advance_together
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from tests.engine.spoken import SPECIAL, spoken, tokenizer
 from tests.engine.tiny_engine import drain
@@ -114,6 +116,49 @@ def test_outputs_of_one_grammar_take_turns_among_its_copies(model: Path, words: 
             assert matching.error is None
             assert (matching.mask == matchings[0].mask).all()
             assert matching.mask.any()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, VOCABULARY - 1) | st.sampled_from(list("-0123456789")), max_size=6), max_size=5)
+)
+@settings(max_examples=40)
+def test_outputs_that_advance_together_are_as_if_each_did_alone(
+    whole: Grammar, words: Tokenizer, texts: list[list[int | str]]
+) -> None:
+    """Also where a token is not allowed, which ends that output only."""
+    ids = [[words.token_to_id(one) if isinstance(one, str) else one for one in text] for text in texts]
+    together, alone = ([whole.start() for _ in ids] for _ in range(2))
+    executor = LLExecutor(2)
+    for index in range(max(map(len, ids), default=0)):
+        moves = [(one, text[index]) for one, text in zip(together, ids, strict=True) if index < len(text)]
+        advance_together(moves, executor, 2)
+        for one, text in zip(alone, ids, strict=True):
+            if index < len(text):
+                one.advance(text[index])
+        for one, other in zip(together, alone, strict=True):
+            assert one.error == other.error
+            assert one.error is not None or (one.mask == other.mask).all()
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Grammar:
+    return GrammarCompiler(model, VOCABULARY, {EOS}, copies=2).compile(schema({"type": "integer"}))
+
+
+def test_what_the_library_raises_ends_the_outputs_and_not_the_thread(whole: Grammar) -> None:
+    one = whole.start()
+    advance_together([(one, 0), (one, 0)], LLExecutor(1), 1)
+    assert one.error is not None
+    assert one.error.startswith("RuntimeError: ")
+    advance_together([(one, 0)], LLExecutor(1), 1)
+
+
+def test_what_was_slow_together_is_timed_alone(whole: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call says how long all have taken; it makes none slow by itself."""
+    both, times = [whole.start() for _ in range(2)], iter([0.0, 60.0])
+    monkeypatch.setattr("server.engine.matching.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    advance_together([(one, int(one.allowed()[0])) for one in both], LLExecutor(1), 1)
+    assert [(one.quick, one.slow) for one in both] == [(False, False)] * 2
 
 
 def test_what_takes_long_to_compile_is_compiled_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

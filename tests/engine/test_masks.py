@@ -1,5 +1,7 @@
 """Masks: bits, their way to the device, and their place in sampling."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernels.reference import forbid, greedy
-from server.engine.masks import MaskThreads, by_lexer, take, upload_masks
+from server.engine.masks import MaskThreads, shared_out, take, upload_masks
 from server.engine.matching import SLOW_SECONDS, Matching
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
@@ -94,21 +96,31 @@ def test_one_slow_mask_is_forgiven_and_many_are_not() -> None:
     assert not own.slow
 
 
-@given(st.lists(st.integers(0, 5), max_size=40))
-def test_outputs_of_one_lexer_go_together_the_slowest_first(lexers: list[int]) -> None:
-    moves = [(Matching(None, mask_of({1}), seconds=lexer, lexer=str(lexer)), 0) for lexer in lexers]  # type: ignore[arg-type]
-    groups, found = by_lexer(moves), []
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from([0.0, 0.002, 0.02])), max_size=30))
+def test_quick_outputs_of_a_grammar_go_together_and_others_of_a_lexer(kinds: list[tuple[int, int, float]]) -> None:
+    moves = [(of_grammar(f"{name}", f"{name}-{copy}", seconds), 0) for name, copy, seconds in kinds]
+    groups, found = shared_out(moves), []
     while (group := take(groups)) is not None:
-        found.append(group)
+        found.append([matching for matching, _ in group])
     assert take(groups) is None
-    assert sorted(id(matching) for group in found for matching, _ in group) == sorted(id(m) for m, _ in moves)
-    assert [len({matching.lexer for matching, _ in group}) for group in found] == [1] * len(set(lexers))
-    sums = [sum(matching.seconds for matching, _ in group) for group in found]
+    assert sorted(map(id, [one for group in found for one in group])) == sorted(id(one) for one, _ in moves)
+    named = [{one.grammar if one.quick else one.lexer for one in group} for group in found]
+    assert [len(names) for names in named] == [1] * len({(q, n) for group in found for q, n in map(kind_of, group)})
+    assert all(len({one.quick for one in group}) == 1 for group in found)
+    sums = [sum(one.seconds for one in group) for group in found]
     assert sums == sorted(sums, reverse=True)
 
 
+def of_grammar(grammar: str, lexer: str, seconds: float) -> Matching:
+    return Matching(None, mask_of({1}), seconds, lexer=sys.intern(lexer), grammar=sys.intern(grammar))  # type: ignore[arg-type]
+
+
+def kind_of(one: Matching) -> tuple[bool, object]:
+    return one.quick, one.grammar if one.quick else one.lexer
+
+
 def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
-    assert [len(group) for group in by_lexer([(matching({1}), token) for token in range(7)])] == [1] * 7
+    assert [len(group) for group in shared_out([(matching({1}), token) for token in range(7)])] == [1] * 7
 
 
 class World:
