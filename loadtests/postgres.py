@@ -62,7 +62,7 @@ class PostgresServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.stop()
+            self.stop(signal.SIGQUIT)  # what it would write first is deleted with the rest
         finally:
             self._clear()
 

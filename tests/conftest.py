@@ -115,11 +115,20 @@ def adapters(make_adapter: MakeAdapter) -> dict[str, Path]:
     }
 
 
+def pulled(name: str) -> Path:
+    """The folder that `loramux pull` made of a model; tests never download one themselves."""
+    root = os.environ.get("LORAMUX_DATA_DIR") or Path.home() / ".local" / "share" / "loramux"
+    folder = Path(root) / "models" / name
+    if not folder.is_dir():
+        pytest.fail(f"{folder} is missing: run `loramux pull {name}` first, as `make test` does")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder that `loramux pull smollm2-135m` made; tests never download it themselves."""
-    root = os.environ.get("LORAMUX_DATA_DIR") or Path.home() / ".local" / "share" / "loramux"
-    folder = Path(root) / "models" / "smollm2-135m"
-    if not folder.is_dir():
-        pytest.fail(f"{folder} is missing: run `loramux pull smollm2-135m` first, as `make test` does")
-    return folder
+    return pulled("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return pulled("all-minilm-l6-v2")

@@ -1,6 +1,5 @@
 """Stores over one registry and one set of blobs, and adapters for them that differ in alpha only."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -54,12 +53,6 @@ class Stores:
 
 async def meaning(store: AdapterStore, tenant: str, name: str) -> Resolved:
     return (await store.resolve(tenant, [name]))[name]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def outcome(work: Awaitable[Any]) -> Any:

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from polling import until
 
 from adapters_store.leases import NOBODY, StoreLease
 from adapters_store.neighbours import Neighbours
 from adapters_store.peft_format import read_adapter
 from adapters_store.registry import BeingDeleted, NotFound, RegistryUnavailable
 from adapters_store.store import AdapterInUse, AdapterStore, UnknownAdapter
-from tests.adapters_store.stores import Stores, meaning, until
+from tests.adapters_store.stores import Stores, meaning
 
 HOUR = 3600.0
 

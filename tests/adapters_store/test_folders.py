@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from polling import until
 
 from adapters_store.blobs import BlobStore, BlobUnavailable
 from adapters_store.folders import Folders
 from adapters_store.registry import Resolved
-from tests.adapters_store.stores import until
 
 MakeFolders = Callable[..., Folders]
 

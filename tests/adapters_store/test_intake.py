@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from polling import until
 from safetensors.torch import load_file, save_file
 
 from adapters_store.peft_format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
@@ -12,7 +13,7 @@ from adapters_store.registry import NameTaken, NotFound, NotPermitted, Outcome, 
 from adapters_store.store import AdapterStore, NewAdapter
 from adapters_store.types import AdapterError, AdapterLimits
 from tests.adapters_store.damage import change
-from tests.adapters_store.stores import Stores, meaning, outcome, until
+from tests.adapters_store.stores import Stores, meaning, outcome
 
 
 class TestRegister:

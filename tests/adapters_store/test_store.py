@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from polling import until
 
 from adapters_store.peft_format import read_adapter
 from adapters_store.registry import NameTaken, NotFound, Quotas, Resolved
 from adapters_store.store import AdapterStore, NewAdapter, StoreOpenError, UnknownAdapter
 from adapters_store.types import AdapterError, AdapterLimits, LinearShape
-from tests.adapters_store.stores import Stores, meaning, outcome, until
+from tests.adapters_store.stores import Stores, meaning, outcome
 
 HOUR = 3600.0
 

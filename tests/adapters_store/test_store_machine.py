@@ -13,12 +13,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from polling import until
 from safetensors.torch import save_file
 
 from adapters_store.registry import BeingDeleted, NameTaken, NotFound, Resolved
 from adapters_store.store import AdapterInUse, AdapterStore, NewAdapter, StoreConfig, StoreLease, UnknownAdapter
 from adapters_store.types import TARGETS, LinearShape
-from tests.adapters_store.stores import until
 
 SHAPE = LinearShape(1, dict.fromkeys(TARGETS, 4), dict.fromkeys(TARGETS, 4))
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"

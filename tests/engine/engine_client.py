@@ -1,7 +1,6 @@
 """What tests of an engine in a process of its own share: how it is started, asked and waited for."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +28,6 @@ async def started(config: EngineConfig) -> AsyncIterator[EngineClient]:
 
 async def collect(client: EngineClient, request: Request) -> list[Output]:
     return [output async for output in client.submit(request)]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def is_idle(client: EngineClient) -> bool:

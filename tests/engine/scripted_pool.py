@@ -2,8 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 
+from polling import until
 from scripted import ScriptedMember
 
 from adapters_store.types import Mix
@@ -49,9 +49,3 @@ class Engines:
 
     def other(self, member: ScriptedMember) -> ScriptedMember:
         return next(each for each in self.members if each is not member)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0)

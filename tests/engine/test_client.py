@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from polling import until
 
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Mix
@@ -20,7 +21,7 @@ from server.engine.engine import Engine
 from server.engine.engine_process import EngineStartError
 from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
-from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started, until
+from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

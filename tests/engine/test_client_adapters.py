@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from polling import until
 
 from adapters_store.peft_format import read_adapter
 from adapters_store.types import Mix
@@ -16,7 +17,7 @@ from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.config import RequestError
 from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
-from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started, until
+from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

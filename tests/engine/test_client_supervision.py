@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from polling import until
 
 from server.engine.backoff import Backoff
 from server.engine.client import EngineClient
 from server.engine.sequence import FinishReason, Request
 from server.engine.suspects import Quarantined
-from tests.engine.engine_client import LONG, SHORT, collect, small_config, started, until
+from tests.engine.engine_client import LONG, SHORT, collect, small_config, started
 
 
 @pytest.fixture

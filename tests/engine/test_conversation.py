@@ -1,13 +1,14 @@
 """A front end's conversation with an engine whose every word is the test's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 import zmq
 import zmq.asyncio
+from polling import until
 from scripted import INFO
 
 from server.engine.conversation import EngineConversation
@@ -61,12 +62,6 @@ async def told(tmp_path: Path) -> AsyncIterator[Told]:
     made.begin()
     yield made
     await made.end()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def collect(talk: EngineConversation, request: Request) -> list[Output]:

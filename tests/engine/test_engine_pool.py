@@ -4,7 +4,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from scripted_pool import PARAMS, Engines, until
+from polling import until
+from scripted_pool import PARAMS, Engines
 
 from server.engine.adapter_calls import EngineUnavailable
 from server.engine.config import EngineConfig, EngineStats

@@ -1,6 +1,5 @@
 """The encoder process with all-MiniLM-L6-v2 and with folders that are none."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +10,6 @@ from routing.encoder_model import PREFIX
 from routing.encoder_width import encoder_width
 
 TEXTS = ["", "Translate to French: good morning", "what is 7 * 8?", "字" * 400, "long " * 20_000, "  ", "a\x00b \ud800"]
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    """The folder that `loramux pull all-minilm-l6-v2` made."""
-    root = os.environ.get("LORAMUX_DATA_DIR") or Path.home() / ".local" / "share" / "loramux"
-    folder = Path(root) / "models" / "all-minilm-l6-v2"
-    if not folder.is_dir():
-        pytest.fail(f"{folder} is missing: run `loramux pull all-minilm-l6-v2` first, as `make test` does")
-    return folder
 
 
 @pytest.mark.slow

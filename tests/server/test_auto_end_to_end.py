@@ -1,7 +1,6 @@
 """The model `auto` as its users meet it: a server process on the real model, with the real encoder and adapters."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -33,16 +32,6 @@ SAMPLES = [
 ]
 UNSEEN = "I need a few cheerful lines for the birthday card of my cousin, who plays the cello."
 Json = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    """The folder that `loramux pull all-minilm-l6-v2` made."""
-    root = os.environ.get("LORAMUX_DATA_DIR") or Path.home() / ".local" / "share" / "loramux"
-    folder = Path(root) / "models" / "all-minilm-l6-v2"
-    if not folder.is_dir():
-        pytest.fail(f"{folder} is missing: run `loramux pull all-minilm-l6-v2` first, as `make test` does")
-    return folder
 
 
 class Start:

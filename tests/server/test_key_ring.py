@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+from polling import until
 
 from adapters_store.registry import KeyRow
 from server.errors import Unavailable
@@ -47,12 +48,6 @@ def made(hash_key: CountingHash, tenant: str = "acme") -> tuple[KeyRow, str]:
 def wrong(key: str) -> str:
     """A key of the same id with another secret."""
     return key[:16] + secrets.token_urlsafe(32)
-
-
-async def until(condition: object) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.001)
 
 
 def test_what_is_stored_of_a_key() -> None:

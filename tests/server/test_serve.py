@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from fake_engine import REPLY
 from fakes import Harness
+from polling import until
 
 from server.config import ServeSettings
 from server.serve import BindError, Server, bind
@@ -39,12 +40,6 @@ async def running(harness: Harness, timeout: float) -> AsyncIterator[Running]:
         yield Running(server, f"http://127.0.0.1:{listener.getsockname()[1]}", serving, lines)
         server.handle_exit(signal.SIGTERM, None)
         await asyncio.wait_for(serving, 60)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_the_announcement(harness: Harness) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Loramux, commands
 from fakes import Harness, make_store
 from transformers import PreTrainedTokenizerFast
 from word_encoder import WordEncoder
@@ -61,6 +62,12 @@ async def routed(make_world: Callable[..., Harness], tmp_path: Path) -> AsyncIte
     async with open_world(harness, tmp_path) as world:
         yield world
     await harness.services.routers.close()
+
+
+@pytest.fixture
+def loramux(live: str) -> Loramux:
+    """The command line, as the administrator of the application on a socket calls it."""
+    return commands(live, ADMIN_KEY)
 
 
 @pytest.fixture

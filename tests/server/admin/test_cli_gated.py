@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from commands import Loramux, commands
+from commands import Loramux
 from fakes import Harness, write_adapter
 from rich.console import Console
 from test_gated_routers import make_folder
@@ -25,11 +25,6 @@ async def harness(make_world: Callable[..., Harness]) -> AsyncIterator[Harness]:
     harness = make_world()
     yield harness
     await harness.services.routers.close()
-
-
-@pytest.fixture
-def loramux(live: str) -> Loramux:
-    return commands(live, ADMIN_KEY)
 
 
 @pytest.fixture

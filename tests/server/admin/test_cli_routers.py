@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from commands import Loramux, commands, line_of
+from commands import Loramux, line_of
 from fakes import Harness
 from typer.testing import CliRunner
 from word_encoder import WordEncoder
@@ -48,11 +48,6 @@ async def harness(
     await harness.services.routers.start()
     yield harness
     await harness.services.routers.close()
-
-
-@pytest.fixture
-def loramux(live: str) -> Loramux:
-    return commands(live, ADMIN_KEY)
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from polling import until
 
 from server.engine.backoff import Backoff
 from server.frontends.channel import Channel
@@ -98,12 +99,6 @@ async def front(system: System) -> AsyncIterator[FrontEnd]:
     system.may_spawn.set()
     made.kill()
     await asyncio.wait_for(made.end(Stop()), 60)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_one_that_dies_is_followed(front: FrontEnd, system: System) -> None:

@@ -60,9 +60,3 @@ class Caller:
     async def _send(self, message: Any) -> None:
         await self.reads.wait()
         self.sent.append(message)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)

@@ -6,8 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from caller import Caller, until
+from caller import Caller
 from fakes import Harness
+from polling import until
 
 from routing.router import RouteQuery
 

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 import httpx
 import openai
 import pytest
-from caller import Caller, until
+from caller import Caller
 from fake_engine import REPLY
 from fakes import Harness
 from openai import AsyncOpenAI
+from polling import until
 from transformers import PreTrainedTokenizerFast
 
 from adapters_store.store import AdapterStore
