@@ -24,9 +24,10 @@ def roots(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def make_world(
-    tmp_path: Path, roots: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, roots: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Callable[..., Harness]]:
-    """`make_world(**limits)`: the harness of a server of its own, closed after the test."""
+    """`make_world(**limits)`: the harness of a server of its own, closed after the test. Readers of use do not wait."""
+    monkeypatch.setattr("server.usage.READ_SECONDS", 0.0)
     made: list[Harness] = []
 
     def make(sources: dict[str, Any] | None = None, process: Any = None, **limits: Any) -> Harness:
