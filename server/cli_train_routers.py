@@ -46,7 +46,9 @@ def train_meteora(
     null: Null = False,
     joint: Joint = False,
     beta: Annotated[float, typer.Option(min=0.0, help="Weight of the gates' loss.")] = 5.0,
-    white: Annotated[bool, typer.Option("--white", help="Learn in a basis in which inputs are white.")] = False,
+    white: Annotated[
+        bool, typer.Option("--white", help="Learn in a basis in which inputs are white; take a learning rate of 1e-2.")
+    ] = False,
     packed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of samples of several tasks.")] = 0.0,
     steps: Steps = 600,
     batch: Batch = 16,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from routing.evaluate.gates_report import document, write_report
 from routing.train.progress import say
 
 Json = dict[str, Any]
+
+Answers = dict[tuple[str, str], list[Json]]
+"""Lines by what was asked and of which method."""
 
 SETTING = ("device", "dtype", "model_fingerprint")
 
@@ -56,21 +59,22 @@ class Part:
         return lines
 
 
-def join(folders: Sequence[Path], out: Path, beside: str | None = None) -> Json:
+def join(folders: Sequence[Path], out: Path, beside: str | None = None, wordings: Collection[int] = ()) -> Json:
     """Writes gates.json, gates.md and plots of all methods into `out`, in the order of the folders; its content.
 
     All were asked the same rows in the same order: differences between methods of two evaluations are paired, and
     intervals are those of one process. A method that several asked has the answers of the first. `beside`: a method
-    that all others are compared with, as with the oracle adapters.
+    that all others are compared with, as with the oracle adapters. `wordings`: only rows of single tasks whose
+    instructions have one of them; none for all rows.
 
     Raises:
         AnswerError: an evaluation cannot be read, or differs from the first in its device, model or rows, two have
-            different routers of one label, or none asked the method `beside`.
+            different routers of one label, none asked the method `beside`, or no row has one of the `wordings`.
     """
     parts = [Part.read(folder) for folder in folders]
     _check_settings(parts)
     rows: dict[str, tuple[Path, list[tuple[str, int]]]] = {}
-    found: dict[tuple[str, str], list[Json]] = {}
+    found: Answers = {}
     for part in parts:
         for asked, method, lines in part.answers():
             own = [(str(line.get("task", line.get("tasks"))), int(line["row"])) for line in lines]
@@ -81,12 +85,24 @@ def join(folders: Sequence[Path], out: Path, beside: str | None = None) -> Json:
     if beside is not None and ("tasks", beside) not in found:
         methods = "; ".join(method for asked, method in found if asked == "tasks")
         raise AnswerError(f"beside {beside}: expected one of the methods: {methods}")
+    if wordings:
+        found = _worded(found, wordings)
     every = Lines([method for _, method in found])
     for (asked, method), lines in found.items():
         every.add(asked, method, lines)
     made = _document(parts, every, beside)
     write_report(out, made)
     return made
+
+
+def _worded(found: Answers, wordings: Collection[int]) -> Answers:
+    """Losses are those of the rows whose answers say their wording; composite prompts have none."""
+    told = (line for (asked, _), lines in found.items() if asked == "tasks" for line in lines)
+    kept = {(line["task"], line["row"]) for line in told if line.get("wording") in wordings}
+    if not kept:
+        raise AnswerError(f"wordings {', '.join(map(str, wordings))}: no row has one of them")
+    single = {key: lines for key, lines in found.items() if key[0] in ("tasks", "loss")}
+    return {key: [line for line in lines if (line["task"], line["row"]) in kept] for key, lines in single.items()}
 
 
 def _document(parts: Sequence[Part], lines: Lines, beside: str | None) -> Json:
@@ -128,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0 done, 2 the evaluations do not fit together."""
     asked = _parser().parse_args(arguments)
     try:
-        join(asked.evaluations, asked.out, asked.beside)
+        join(asked.evaluations, asked.out, asked.beside, asked.wordings)
     except AnswerError as error:
         say(str(error))
         return 2
@@ -136,11 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split(":")[0]
     parser = argparse.ArgumentParser(prog="python -m routing.evaluate.joined", description=about)
     parser.add_argument("evaluations", type=Path, nargs="+", metavar="EVALUATION", help="one's folder")
     parser.add_argument("--beside", metavar="METHOD", help="that all others are compared with, too")
+    parser.add_argument(
+        "--wordings", type=_numbers, default=(), metavar="N,N", help="only rows whose instructions have these [all]"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of tables and plots")
     return parser
 

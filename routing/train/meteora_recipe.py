@@ -12,7 +12,8 @@ BETA = 5.0
 """Weight of the gates' loss beside the language model's. MeteoRA's own experiments take 50.
 
 SmolLM2-135M with the demo's seven adapters, after 40 steps of 8 rows, one seed, 42 validation rows: L_LM is 0.05 with 5
-and 0.21 with 50, while the gates are equally often right (44.6% and 43.8% of all positions).
+and 0.21 with 50, while the gates are equally often right (44.6% and 43.8% of all positions). With eleven adapters, 300
+steps of 32 rows, 1,650 test rows, top 2, answers are 50.2, 66.5, 66.7, 66.2 and 65.8% right with 0, 1, 5, 20 and 50.
 """
 
 LEARNING_RATE = 5e-3

@@ -1,6 +1,7 @@
 """Evaluations of a few methods each, joined: the same document as of one process that asked them all."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,30 @@ def test_all_can_be_compared_with_one_of_them(parts: Path, tmp_path: Path) -> No
     assert "| above the oracle adapters | above oracle |" in head
     assert (oracle.split("|")[5].strip(), base.split("|")[4]) == ("", base.split("|")[5])
     assert main(["--out", str(tmp_path / "none"), "--beside", "oracles", *folders]) == 2
+
+
+def test_only_rows_of_some_wordings_can_count(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part, out = tmp_path / "b", str(tmp_path / "all")
+    shutil.copytree(parts / "b", part)
+    expected: dict[str, list[float]] = {"tasks": [], "loss": []}
+    for path in (part / "answers").glob("*.jsonl"):
+        head, *lines = map(json.loads, path.read_text().splitlines())
+        asked = path.name.partition("-")[0]
+        for line in lines if asked == "tasks" else ():
+            line["wording"] = 3 if line["row"] == 1 else 0
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in (head, *lines)))
+        if head["method"] == "first, top 2":
+            values = {"tasks": "score", "loss": "loss"}
+            expected[asked] = [line[values[asked]] for line in lines if line["row"] == 1]
+    assert main(["--out", out, "--wordings", "3,4", str(part)]) == 0
+    found = json.loads((tmp_path / "all" / "gates.json").read_text())
+    assert list(found["tasks"]["first, top 2"]["tasks"].values()) == expected["tasks"]
+    losses = found["perplexity"]["first, top 2"]["tasks"].values()
+    assert list(losses) == pytest.approx([math.exp(loss) for loss in expected["loss"]])
+    assert len(expected["loss"]) == len(NAMES)
+    assert found["composites"] == {}
+    assert main(["--out", out, "--wordings", "1,2", str(part)]) == 2
+    assert "wordings 1, 2: no row has one of them" in capsys.readouterr().err
 
 
 Edit = Callable[[Path, dict[str, Any]], None]
