@@ -107,7 +107,8 @@ def _decode(session: Session, name: str, constraint: Constraint | None, count: i
 def measure(
     engine: Engine, requests: Iterable[Request], *, warm: int, steps: int, clock: Callable[[], float]
 ) -> tuple[list[float], int]:
-    """Seconds of `steps` steps after `warm` others in which all requests decode, and the tokens that they gave.
+    """Seconds of `steps` steps after `warm` others in which all requests decode, and the tokens that they gave: of more
+    steps if they gave none.
 
     A row whose mask is late gives none in its step, so that tokens are counted and not steps. Raises BenchError if a
     request ends meanwhile.
@@ -120,8 +121,9 @@ def measure(
         waiting -= {output.request_id for output in engine.step() if output.tokens}
     for _ in range(warm):
         engine.step()
-    seconds, tokens = [], 0
-    for _ in range(steps):
+    seconds: list[float] = []
+    tokens = 0
+    while len(seconds) < steps or not tokens:
         started = clock()
         outputs = engine.step()
         seconds.append(clock() - started)

@@ -110,7 +110,7 @@ class MaskThreads:
     def _run(self, groups: deque[Moves]) -> None:
         while (group := take(groups)) is not None:
             if len(group) > 1 and group[0][0].quick:
-                advance_together(group, self._library_threads(), self._num_threads)
+                advance_together(group, self._library_threads())
             else:
                 for matching, token in group:
                     matching.advance(token)

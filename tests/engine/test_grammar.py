@@ -22,7 +22,7 @@ from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
-from server.engine.matching import advance_together
+from server.engine.matching import TOGETHER_SECONDS, advance_together
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from tests.engine.spoken import SPECIAL, spoken, tokenizer
 from tests.engine.tiny_engine import drain
@@ -131,7 +131,7 @@ def test_outputs_that_advance_together_are_as_if_each_did_alone(
     executor = LLExecutor(2)
     for index in range(max(map(len, ids), default=0)):
         moves = [(one, text[index]) for one, text in zip(together, ids, strict=True) if index < len(text)]
-        advance_together(moves, executor, 2)
+        advance_together(moves, executor)
         for one, text in zip(alone, ids, strict=True):
             if index < len(text):
                 one.advance(text[index])
@@ -147,18 +147,21 @@ def whole(model: Path) -> Grammar:
 
 def test_what_the_library_raises_ends_the_outputs_and_not_the_thread(whole: Grammar) -> None:
     one = whole.start()
-    advance_together([(one, 0), (one, 0)], LLExecutor(1), 1)
+    advance_together([(one, 0), (one, 0)], LLExecutor(1))
     assert one.error is not None
     assert one.error.startswith("RuntimeError: ")
-    advance_together([(one, 0)], LLExecutor(1), 1)
+    advance_together([(one, 0)], LLExecutor(1))
 
 
 def test_what_was_slow_together_is_timed_alone(whole: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call says how long all have taken; it makes none slow by itself."""
-    both, times = [whole.start() for _ in range(2)], iter([0.0, 60.0])
+    """One call says how long all have taken; it makes none slow by itself, and if it is quick says nothing of each."""
+    both, times = [whole.start() for _ in range(2)], iter([0.0, TOGETHER_SECONDS, 1.0, 61.0])
     monkeypatch.setattr("server.engine.matching.time", SimpleNamespace(perf_counter=lambda: next(times)))
-    advance_together([(one, int(one.allowed()[0])) for one in both], LLExecutor(1), 1)
-    assert [(one.quick, one.slow) for one in both] == [(False, False)] * 2
+    for one in both:
+        one.seconds = 0.0
+    for quick in (True, False):
+        advance_together([(one, int(one.allowed()[-1])) for one in both], LLExecutor(1))
+        assert [(one.error, one.quick, one.slow) for one in both] == [(None, quick, False)] * 2
 
 
 def test_what_takes_long_to_compile_is_compiled_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
