@@ -111,11 +111,12 @@ class MaskThreads:
         while (group := take(groups)) is not None:
             if len(group) > 1 and group[0][0].quick:
                 advance_together(group, self._library_threads())
+                for matching, _ in group:
+                    matching.pending = False
             else:
                 for matching, token in group:
                     matching.advance(token)
-            for matching, _ in group:
-                matching.pending = False
+                    matching.pending = False
         with self._news:
             self._news.notify_all()
 

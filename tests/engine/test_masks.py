@@ -1,6 +1,7 @@
 """Masks: bits, their way to the device, and their place in sampling."""
 
 import sys
+from collections import deque
 
 import numpy as np
 import pytest
@@ -117,6 +118,21 @@ def of_grammar(grammar: str, lexer: str, seconds: float) -> Matching:
 
 def kind_of(one: Matching) -> tuple[bool, object]:
     return one.quick, one.grammar if one.quick else one.lexer
+
+
+def test_a_step_need_not_wait_for_all_of_a_lexer() -> None:
+    """What is computed one by one is there one by one."""
+    pending: list[list[bool]] = []
+
+    class Watched(Matching):
+        def advance(self, _: int) -> None:
+            pending.append([one.pending for one, _ in group])
+
+    group = [(Watched(None, mask_of({1}), 0.002, lexer="same"), 0) for _ in range(3)]  # type: ignore[arg-type]
+    for one, _ in group:
+        one.pending = True
+    MaskThreads(1)._run(deque([group]))
+    assert pending == [[True, True, True], [False, True, True], [False, False, True]]
 
 
 def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
