@@ -51,6 +51,7 @@ class MaskThreads:
         self._lanes = (ThreadPoolExecutor(num_threads, "masks"), ThreadPoolExecutor(1, "slow-masks"))
         self._news = threading.Condition()
         self._executor: LLExecutor | None = None
+        self._alone = False
 
     def advance(self, moves: Moves) -> None:
         """Compute the mask behind each token. The matchings are `pending` until that is done."""
@@ -109,8 +110,9 @@ class MaskThreads:
 
     def _run(self, groups: deque[Moves]) -> None:
         while (group := take(groups)) is not None:
-            if len(group) > 1 and group[0][0].quick:
-                advance_together(group, self._library_threads())
+            library = self._library_threads() if len(group) > 1 and group[0][0].quick else None
+            if library is not None:
+                advance_together(group, library)
                 for matching, _ in group:
                     matching.pending = False
             else:
@@ -120,12 +122,17 @@ class MaskThreads:
         with self._news:
             self._news.notify_all()
 
-    def _library_threads(self) -> "LLExecutor":
+    def _library_threads(self) -> "LLExecutor | None":
+        """None if they cannot be had, as where the threads of a container are limited: ours do it alone then."""
         with self._news:
-            if self._executor is None:
+            if self._executor is None and not self._alone:
                 from llguidance import LLExecutor
 
-                self._executor = LLExecutor(self._num_threads)
+                try:
+                    self._executor = LLExecutor(self._num_threads)
+                except Exception as error:
+                    self._alone = True
+                    logger.warning("no %d threads to compute masks together: %s", self._num_threads, error)
             return self._executor
 
 

@@ -81,7 +81,7 @@ class Matching:
                 self._took(self._matcher.consume_token(token))
             if self.error is None:
                 self._fill()
-        except Exception as error:  # whatever the library raises ends this output, and not the thread of all
+        except BaseException as error:  # whatever the library raises, also a panic, ends this output, not the thread
             self.error = f"{type(error).__name__}: {error}"
         self._note(time.thread_time() - started)
 
@@ -142,7 +142,7 @@ def advance_together(moves: Moves, executor: "LLExecutor") -> None:
         for matching, mask in zip(going, masks, strict=True):
             np.copyto(matching.mask, mask)
             matching._check()
-    except Exception as error:  # as in `advance`, and of which output is not known
+    except BaseException as error:  # as in `advance`, and of which output is not known
         for matching, _ in moves:
             matching.error = matching.error or f"{type(error).__name__}: {error}"
     if time.perf_counter() - started > TOGETHER_SECONDS:

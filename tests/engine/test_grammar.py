@@ -22,6 +22,7 @@ from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
+from server.engine.masks import MaskThreads
 from server.engine.matching import TOGETHER_SECONDS, advance_together
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from tests.engine.spoken import SPECIAL, spoken, tokenizer
@@ -151,6 +152,29 @@ def test_what_the_library_raises_ends_the_outputs_and_not_the_thread(whole: Gram
     assert one.error is not None
     assert one.error.startswith("RuntimeError: ")
     advance_together([(one, 0)], LLExecutor(1))
+
+
+def test_where_the_library_gets_no_threads_masks_are_computed_one_by_one(
+    whole: Grammar, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container with a limit, which is said once."""
+
+    def refused(num_threads: int) -> LLExecutor:
+        raise ValueError(f"{num_threads} threads: Resource temporarily unavailable (os error 11)")
+
+    monkeypatch.setattr("llguidance.LLExecutor", refused)
+    masks, alone, both = MaskThreads(1), whole.start(), [whole.start() for _ in range(2)]
+    for _ in range(3):
+        token = int(alone.allowed()[-1])
+        alone.advance(token)
+        for one in both:
+            one.seconds = 0.0
+        masks.advance([(one, token) for one in both])
+        masks.wait(both, 60.0)
+        assert [(one.pending, one.error) for one in both] == [(False, None)] * 2
+        assert all((one.mask == alone.mask).all() for one in both)
+    masks.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_what_was_slow_together_is_timed_alone(whole: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:

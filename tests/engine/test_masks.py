@@ -1,7 +1,9 @@
 """Masks: bits, their way to the device, and their place in sampling."""
 
 import sys
+import threading
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from kernels.reference import forbid, greedy
 from server.engine.masks import MaskThreads, shared_out, take, upload_masks
-from server.engine.matching import SLOW_SECONDS, Matching
+from server.engine.matching import QUICK_SECONDS, SLOW_SECONDS, Matching, advance_together
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
 
@@ -76,6 +78,54 @@ def test_rows_choose_from_what_they_may_and_leave_others_alone(rows: list[set[in
                 assert tokens[row] == max(allowed, key=lambda token: float(logits[row, token]))
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | ALLOWED,
+            st.builds(
+                SamplingParams,
+                temperature=st.sampled_from([0.0, 0.0, 1.0]),
+                logprobs=st.sampled_from([None, None, 2]),
+                logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.floats(-5, 5), max_size=1),
+                presence_penalty=st.sampled_from([0.0, 1.0]),
+                min_tokens=st.sampled_from([0, 3]),
+                seed=st.integers(0, 9),
+            ),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.integers(0, 1000),
+)
+def test_rows_of_all_kinds_choose_beside_each_other_as_alone(
+    rows: list[tuple[set[int] | None, SamplingParams, bool]], dtype: torch.dtype, noise: int
+) -> None:
+    """Masked or not, and with a NaN that counts where its token may come. The most likely tokens are stop tokens."""
+    logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(noise)).to(dtype)
+    logits[:, 0] = -9.0
+    sequences = []
+    likely = logits.argmax(dim=-1).tolist()
+    for index, (allowed, params, is_nan) in enumerate(rows):
+        sequences.append(Sequence.of(Request(str(index), (1,), replace(params, stop_token_ids=frozenset(likely)))))
+        sequences[-1].matching = None if allowed is None else matching(allowed)
+        logits[index, 0] = torch.nan if is_nan else logits[index, 0]
+    together, logprobs = sample(logits.clone(), sequences, frozenset()).read()
+    for row, (sequence, (allowed, params, is_nan)) in enumerate(zip(sequences, rows, strict=True)):
+        ((token,), (own,)) = sample(logits[row : row + 1].clone(), [sequence], frozenset()).read()
+        assert together[row] == token
+        assert (logprobs[row] is None) == (own is None) == (params.logprobs is None or token is None)
+        assert (token is None) == (is_nan and (allowed is None or 0 in allowed - without(params, likely, allowed)))
+        if token is not None and allowed is not None:
+            assert token in allowed - without(params, likely, allowed)
+
+
+def without(params: SamplingParams, stops: list[int], allowed: set[int]) -> set[int]:
+    """What may not come yet."""
+    return set(stops) if params.min_tokens and allowed - set(stops) else set()
+
+
 def test_a_pending_mask_is_not_looked_at() -> None:
     sequence = Sequence.of(Request("r", (1,), SamplingParams(temperature=0.0)))
     sequence.matching = matching({3})
@@ -137,6 +187,80 @@ def test_a_step_need_not_wait_for_all_of_a_lexer() -> None:
 
 def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
     assert [len(group) for group in shared_out([(matching({1}), token) for token in range(7)])] == [1] * 7
+
+
+class Panic(BaseException):
+    """As where Rust panics: what PyO3 raises then is no Exception."""
+
+
+class Panicking:
+    """A matcher, and an executor."""
+
+    def consume_token(self, token: int) -> bool:
+        raise Panic(f"at {token}")
+
+    def consume_token_par(self, moves: list[tuple[object, int]]) -> list[bool]:
+        raise Panic(f"at {moves[0][1]}")
+
+
+def test_a_panic_ends_its_output_and_leaves_no_other_waiting() -> None:
+    masks = MaskThreads(1)
+    moves = [(Matching(Panicking(), mask_of({1}), 2 * QUICK_SECONDS), token) for token in range(3)]  # type: ignore[arg-type]
+    masks.advance(moves)
+    masks.wait([one for one, _ in moves], 60.0)
+    masks.close()
+    assert [(one.pending, one.error) for one, _ in moves] == [(False, f"Panic: at {token}") for token in range(3)]
+
+
+def test_a_panic_in_a_common_call_ends_all_of_it() -> None:
+    moves = [(matching({1}), token) for token in range(2)]
+    advance_together(moves, Panicking())  # type: ignore[arg-type]
+    assert [one.error for one, _ in moves] == ["Panic: at 0"] * 2
+
+
+class Failing:
+    """A matcher that takes every token and has no mask then, and an executor of such."""
+
+    def consume_token_par(self, moves: list[tuple[object, int]]) -> list[bool]:
+        return [True] * len(moves)
+
+    def unsafe_compute_mask_ptr(self, *_: object) -> None: ...
+
+    def is_error(self) -> bool:
+        return True
+
+    def get_error(self) -> str:
+        return "too many items"
+
+
+def test_a_mask_that_fails_in_a_common_call_is_an_error() -> None:
+    one = Matching(Failing(), mask_of({1}))  # type: ignore[arg-type]
+    advance_together([(one, 0)], Failing())  # type: ignore[arg-type]
+    assert one.error == "too many items"
+
+
+class Held(Panicking):
+    """A matcher that computes until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def consume_token(self, token: int) -> bool:
+        self.told.wait(60.0)
+        return super().consume_token(token)
+
+
+def test_what_is_slow_delays_nothing_else() -> None:
+    masks, held = MaskThreads(1), Held()
+    slow = Matching(held, mask_of({1}), 2 * SLOW_SECONDS)  # type: ignore[arg-type]
+    other = Matching(Panicking(), mask_of({1}))  # type: ignore[arg-type]
+    masks.advance([(slow, 0), (other, 0)])
+    masks.wait([other], 30.0)
+    assert (slow.pending, other.pending) == (True, False)
+    held.told.set()
+    masks.wait([slow], 60.0)
+    masks.close()
+    assert not slow.pending
 
 
 class World:
