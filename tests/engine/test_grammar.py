@@ -14,7 +14,6 @@ import jsonschema
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from llguidance import LLExecutor
 from tokenizers import Tokenizer
 
 from server.engine.config import EngineConfig
@@ -22,8 +21,6 @@ from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
 from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
-from server.engine.masks import MaskThreads
-from server.engine.matching import TOGETHER_SECONDS, advance_together
 from server.engine.sequence import FinishReason, Request, SamplingParams
 from tests.engine.spoken import SPECIAL, spoken, tokenizer
 from tests.engine.tiny_engine import drain
@@ -102,90 +99,6 @@ def accepts(grammar: Grammar, text: str, words: Tokenizer) -> bool:
         matching.advance(token)
         assert matching.error is None
     return EOS in matching.allowed()
-
-
-def test_outputs_of_one_grammar_take_turns_among_its_copies(model: Path, words: Tokenizer) -> None:
-    """Which are computed at the same time, and allow the same."""
-    grammar = GrammarCompiler(model, VOCABULARY, {EOS}, copies=3).compile(schema({"type": "integer"}))
-    matchings = [grammar.start() for _ in range(6)]
-    lexers = [matching.lexer for matching in matchings]
-    assert len({id(lexer) for lexer in lexers}) == 3
-    assert lexers[:3] == lexers[3:]
-    for token in words.encode("-120").ids:
-        for matching in matchings:
-            matching.advance(token)
-            assert matching.error is None
-            assert (matching.mask == matchings[0].mask).all()
-            assert matching.mask.any()
-
-
-@given(
-    st.lists(st.lists(st.integers(0, VOCABULARY - 1) | st.sampled_from(list("-0123456789")), max_size=6), max_size=5)
-)
-@settings(max_examples=40)
-def test_outputs_that_advance_together_are_as_if_each_did_alone(
-    whole: Grammar, words: Tokenizer, texts: list[list[int | str]]
-) -> None:
-    """Also where a token is not allowed, which ends that output only."""
-    ids = [[words.token_to_id(one) if isinstance(one, str) else one for one in text] for text in texts]
-    together, alone = ([whole.start() for _ in ids] for _ in range(2))
-    executor = LLExecutor(2)
-    for index in range(max(map(len, ids), default=0)):
-        moves = [(one, text[index]) for one, text in zip(together, ids, strict=True) if index < len(text)]
-        advance_together(moves, executor)
-        for one, text in zip(alone, ids, strict=True):
-            if index < len(text):
-                one.advance(text[index])
-        for one, other in zip(together, alone, strict=True):
-            assert one.error == other.error
-            assert one.error is not None or (one.mask == other.mask).all()
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path) -> Grammar:
-    return GrammarCompiler(model, VOCABULARY, {EOS}, copies=2).compile(schema({"type": "integer"}))
-
-
-def test_what_the_library_raises_ends_the_outputs_and_not_the_thread(whole: Grammar) -> None:
-    one = whole.start()
-    advance_together([(one, 0), (one, 0)], LLExecutor(1))
-    assert one.error is not None
-    assert one.error.startswith("RuntimeError: ")
-    advance_together([(one, 0)], LLExecutor(1))
-
-
-def test_where_the_library_gets_no_threads_masks_are_computed_one_by_one(
-    whole: Grammar, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As in a container with a limit, which is said once."""
-
-    def refused(num_threads: int) -> LLExecutor:
-        raise ValueError(f"{num_threads} threads: Resource temporarily unavailable (os error 11)")
-
-    monkeypatch.setattr("llguidance.LLExecutor", refused)
-    masks, alone, both = MaskThreads(1), whole.start(), [whole.start() for _ in range(2)]
-    for _ in range(3):
-        token = int(alone.allowed()[-1])
-        alone.advance(token)
-        for one in both:
-            one.seconds = 0.0
-        masks.advance([(one, token) for one in both])
-        masks.wait(both, 60.0)
-        assert [(one.pending, one.error) for one in both] == [(False, None)] * 2
-        assert all((one.mask == alone.mask).all() for one in both)
-    masks.close()
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_what_was_slow_together_is_timed_alone(whole: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call says how long all have taken; it makes none slow by itself, and if it is quick says nothing of each."""
-    both, times = [whole.start() for _ in range(2)], iter([0.0, TOGETHER_SECONDS, 1.0, 61.0])
-    monkeypatch.setattr("server.engine.matching.time", SimpleNamespace(perf_counter=lambda: next(times)))
-    for one in both:
-        one.seconds = 0.0
-    for quick in (True, False):
-        advance_together([(one, int(one.allowed()[-1])) for one in both], LLExecutor(1))
-        assert [(one.error, one.quick, one.slow) for one in both] == [(None, quick, False)] * 2
 
 
 def test_what_takes_long_to_compile_is_compiled_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
