@@ -1,5 +1,6 @@
 """What tests of an engine in a process of its own share: how it is started, asked and waited for."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,6 +29,25 @@ async def started(config: EngineConfig) -> AsyncIterator[EngineClient]:
 
 async def collect(client: EngineClient, request: Request) -> list[Output]:
     return [output async for output in client.submit(request)]
+
+
+async def begun(client: EngineClient, request: Request) -> "asyncio.Task[list[Output]]":
+    """Its outputs; returns at the first of them, since a short request may run between two snapshots of the engine."""
+    first = asyncio.Event()
+
+    async def read() -> list[Output]:
+        outputs = []
+        try:
+            async for output in client.submit(request):
+                outputs.append(output)
+                first.set()
+        finally:
+            first.set()
+        return outputs
+
+    task = asyncio.create_task(read())
+    await asyncio.wait_for(first.wait(), 60)
+    return task
 
 
 def is_idle(client: EngineClient) -> bool:

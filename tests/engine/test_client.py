@@ -21,7 +21,7 @@ from server.engine.engine import Engine
 from server.engine.engine_process import EngineStartError
 from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
-from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started
+from tests.engine.engine_client import LONG, SHORT, begun, collect, is_idle, small_config, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -106,8 +106,7 @@ async def test_leaving_a_stream_frees_its_sequence(client: EngineClient) -> None
         async for _ in stream:
             break
     await until(lambda: client.stats.running == 0 and client.stats.kv_used_blocks == 0)
-    task = asyncio.create_task(collect(client, Request("cancelled", (2, 3, 4), LONG)))
-    await until(lambda: client.stats.running == 1)
+    task = await begun(client, Request("cancelled", (2, 3, 4), LONG))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -115,8 +114,7 @@ async def test_leaving_a_stream_frees_its_sequence(client: EngineClient) -> None
 
 
 async def test_an_abort_reaches_the_reader(client: EngineClient) -> None:
-    task = asyncio.create_task(collect(client, Request("r", (2, 3, 4), LONG)))
-    await until(lambda: client.stats.running == 1)
+    task = await begun(client, Request("r", (2, 3, 4), LONG))
     client.abort("r")
     outputs = await asyncio.wait_for(task, 60)
     assert outputs[-1].finish_reason is FinishReason.ABORT

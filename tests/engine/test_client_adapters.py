@@ -17,7 +17,7 @@ from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.config import RequestError
 from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
-from tests.engine.engine_client import LONG, SHORT, collect, is_idle, small_config, started
+from tests.engine.engine_client import LONG, SHORT, begun, collect, is_idle, small_config, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -123,8 +123,7 @@ async def test_pins_survive_an_engine(
     await until(lambda: own_client.residency == {pinned: "device", other: "device"})
     own_client.unpin(other)
     own_client.on_residency = lambda digest, tier: told.append((digest, tier))
-    stuck = asyncio.create_task(collect(own_client, replace(ask("r", pinned, adapters["all4"]), params=LONG)))
-    await until(lambda: own_client.stats.running == 1)
+    stuck = await begun(own_client, replace(ask("r", pinned, adapters["all4"]), params=LONG))
     assert own_client.pid is not None
     os.kill(own_client.pid, signal.SIGKILL)
     assert (await stuck)[-1].finish_reason is FinishReason.ERROR

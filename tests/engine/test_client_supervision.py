@@ -14,7 +14,7 @@ from server.engine.backoff import Backoff
 from server.engine.client import EngineClient
 from server.engine.sequence import FinishReason, Request
 from server.engine.suspects import Quarantined
-from tests.engine.engine_client import LONG, SHORT, collect, small_config, started
+from tests.engine.engine_client import LONG, SHORT, begun, collect, small_config, started
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ async def client(tiny_model: Path) -> AsyncIterator[EngineClient]:
 
 async def test_a_stuck_engine_is_seen_and_replaced(client: EngineClient) -> None:
     """SIGSTOP is what a step that never ends looks like from outside."""
-    running = asyncio.create_task(collect(client, Request("r", (2, 3, 4), LONG)))
-    await until(lambda: client.stats.running == 1)
+    running = await begun(client, Request("r", (2, 3, 4), LONG))
     assert not client.stalled
     stuck = client.pid
     assert stuck is not None
@@ -87,15 +86,13 @@ async def test_a_request_that_engines_never_looked_at_is_not_why_they_died(clien
 @pytest.mark.slow
 async def test_a_request_that_engines_die_of_is_not_tried_a_third_time(client: EngineClient) -> None:
     poison, innocent = Request("p", (2, 3, 4), LONG), Request("i", (5, 6), LONG)
-    first = [asyncio.create_task(collect(client, request)) for request in (poison, innocent)]
-    await until(lambda: client.stats.running == 2)
+    first = await asyncio.gather(*(begun(client, request) for request in (poison, innocent)))
     assert client.pid is not None
     os.kill(client.pid, signal.SIGKILL)
     assert [(await task)[-1].finish_reason for task in first] == [FinishReason.ERROR] * 2
     await until(lambda: client.alive)
     assert (await collect(client, replace(innocent, params=SHORT)))[-1].finish_reason is FinishReason.LENGTH
-    second = asyncio.create_task(collect(client, replace(poison, id="p2")))
-    await until(lambda: client.stats.running == 1)
+    second = await begun(client, replace(poison, id="p2"))
     assert client.pid is not None
     os.kill(client.pid, signal.SIGKILL)
     assert (await second)[-1].finish_reason is FinishReason.ERROR
