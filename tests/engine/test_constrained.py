@@ -31,20 +31,9 @@ from tests.engine.constrained_requests import (
     text_of,
 )
 from tests.engine.delayed_steps import CPU, DelayedSteps
-from tests.engine.spoken import spoken, tokenizer
 from tests.engine.tiny_engine import PROMPTS, Registered, drain, outputs_of, texts, tokens_of
 
 Make = Callable[..., Engine]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return spoken(tiny_model, tmp_path_factory.mktemp("spoken") / "model")
-
-
-@pytest.fixture(scope="module")
-def words() -> Tokenizer:
-    return tokenizer()
 
 
 @pytest.fixture

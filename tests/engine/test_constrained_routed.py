@@ -28,23 +28,12 @@ from tests.engine.gated_world import make_router
 from tests.engine.gated_world import request as gated
 from tests.engine.plain_routing import MILORA, make_prompt_router, routed
 from tests.engine.routed_world import routed_engine
-from tests.engine.spoken import spoken, tokenizer
 from tests.engine.tiny_engine import PROMPTS, Registered, drain, run, texts
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
 CONSTRAINTS: tuple[Constraint | None, ...] = (SCHEMA, REGEX, CHOICE, None)
 MIX = {"all4": 0.5, "qv16": -0.3}
 Ask = Callable[[str, tuple[int, ...], SamplingParams], Request]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return spoken(tiny_model, tmp_path_factory.mktemp("spoken") / "model")
-
-
-@pytest.fixture(scope="module")
-def words() -> Tokenizer:
-    return tokenizer()
 
 
 @pytest.fixture(scope="module")

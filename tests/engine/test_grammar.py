@@ -22,21 +22,11 @@ from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
 from server.engine.sequence import FinishReason, Request, SamplingParams
-from tests.engine.spoken import SPECIAL, spoken, tokenizer
+from tests.engine.spoken import SPECIAL
 from tests.engine.tiny_engine import drain
 
 EOS = 1
 VOCABULARY = 512
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return spoken(tiny_model, tmp_path_factory.mktemp("spoken") / "model")
-
-
-@pytest.fixture(scope="module")
-def words() -> Tokenizer:
-    return tokenizer()
 
 
 @pytest.fixture(scope="module")

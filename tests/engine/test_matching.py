@@ -13,21 +13,10 @@ from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.grammar import Grammar, GrammarCompiler
 from server.engine.masks import MaskThreads
 from server.engine.matching import TOGETHER_SECONDS, advance_together
-from tests.engine.spoken import spoken, tokenizer
 
 EOS = 1
 VOCABULARY = 512
 INTEGER = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "integer"}')
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return spoken(tiny_model, tmp_path_factory.mktemp("spoken") / "model")
-
-
-@pytest.fixture(scope="module")
-def words() -> Tokenizer:
-    return tokenizer()
 
 
 def test_outputs_of_one_grammar_take_turns_among_its_copies(model: Path, words: Tokenizer) -> None:
