@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ class Cluster:
         """Process id of a replica's engine, as soon as it has one."""
         until(lambda: bool(_engines(replica)))
         return _engines(replica)[0]
+
+    def busy(self, replica: int) -> int:
+        """Processor time of a replica's engine so far, in ticks."""
+        fields = Path(f"/proc/{self.engine_of(replica)}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
 
     def metric(self, name: str, label: str = "") -> float:
         """Sum over its labels, or those lines that have this one, as some front end has it."""
@@ -113,6 +119,18 @@ class Stream(threading.Thread):
                     return
                 self.text += event["choices"][0]["text"]
                 self.has_begun.set()
+
+
+@contextmanager
+def halted(*pids: int) -> Iterator[None]:
+    """These processes stand still meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def until(condition: Callable[[], bool], seconds: float = 180.0) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from cluster import Cluster, Stream, until
+from cluster import Cluster, Stream, halted, until
 
 from loadtests.postgres import MISSING, find_binaries, running_server
 from loadtests.upload import upload
@@ -125,36 +125,26 @@ def test_a_stream_says_what_a_whole_answer_does(cluster: Cluster, adapter: str) 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_all_that_it_had(cluster: Cluster, adapter: str, stream: bool) -> None:
     body = {"model": adapter, "prompt": [5] * 20, "max_tokens": 480, "ignore_eos": True, "stream": stream}
-    replicas = cluster.engine_replicas()
-    engines = [cluster.engine_of(replica) for replica in replicas]
-    for engine in engines:  # so that nothing is over before its client leaves
-        os.kill(engine, signal.SIGSTOP)
-    try:
-        with cluster.client() as client, pytest.raises(httpx.TimeoutException):
-            client.post("/v1/completions", json=body, timeout=2)
-    finally:
-        for engine in engines:
-            os.kill(engine, signal.SIGCONT)
+    engines = [cluster.engine_of(replica) for replica in cluster.engine_replicas()]
+    # Halted, so that nothing is over before its client leaves.
+    with halted(*engines), cluster.client() as client, pytest.raises(httpx.TimeoutException):
+        client.post("/v1/completions", json=body, timeout=2)
     check_nothing_is_left(cluster)
 
 
 def test_a_replica_killed_under_load_loses_no_request(cluster: Cluster, adapter: str) -> None:
     prompts = [[5, 6, 7, index] for index in range(12)]
+    until(lambda: len(cluster.engine_replicas()) >= 2)
+    before = {replica: cluster.busy(replica) for replica in cluster.engine_replicas()}
     with cluster.client() as client:
         expected = [text_of(complete(client, adapter, LONG, prompt=prompt)) for prompt in prompts]
-        until(lambda: len(cluster.engine_replicas()) >= 2)
-        victim, *others = cluster.engine_replicas()
-        stopped = [cluster.engine_of(replica) for replica in others]
-        for engine in stopped:  # what begins now, does so on the victim
-            os.kill(engine, signal.SIGSTOP)
-        try:
+        # Where the adapter is, the same prompts go again; what begins while the others stand still, does so there.
+        victim = max(before, key=lambda replica: cluster.busy(replica) - before[replica])
+        with halted(*(cluster.engine_of(replica) for replica in before if replica != victim)):
             streams = [Stream(cluster.url, model=adapter, prompt=prompt, max_tokens=LONG) for prompt in prompts]
             until(lambda: any(stream.has_begun.is_set() for stream in streams))
             os.kill(cluster.engine_of(victim), signal.SIGSTOP)
             os.kill(victim, signal.SIGKILL)
-        finally:
-            for engine in stopped:
-                os.kill(engine, signal.SIGCONT)
         for stream in streams:
             stream.join()
         failed = [stream for stream in streams if stream.error is not None]
