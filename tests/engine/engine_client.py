@@ -10,7 +10,9 @@ from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
 from server.engine.sequence import Output, Request, SamplingParams
 
-LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+ENDLESS = 20_000
+"""Tokens that the model of these tests may have in a sequence. The engine has room for one of them."""
+LONG = SamplingParams(temperature=0.0, max_tokens=ENDLESS - 200, ignore_eos=True)
 SHORT = replace(LONG, max_tokens=8)
 
 

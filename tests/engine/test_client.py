@@ -21,15 +21,15 @@ from server.engine.engine import Engine
 from server.engine.engine_process import EngineStartError
 from server.engine.sequence import FinishReason, Request
 from server.model.config import ModelConfig
-from tests.engine.engine_client import LONG, SHORT, begun, collect, is_idle, small_config, started
+from tests.engine.engine_client import ENDLESS, LONG, SHORT, begun, collect, is_idle, small_config, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def living(tiny_model: Path) -> AsyncIterator[EngineClient]:
+async def living(endless_model: Path) -> AsyncIterator[EngineClient]:
     """One for all tests that leave it as it was."""
-    async with started(small_config(tiny_model)) as client:
+    async with started(small_config(endless_model)) as client:
         yield client
 
 
@@ -42,18 +42,18 @@ async def client(living: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def own_client(tiny_model: Path) -> AsyncIterator[EngineClient]:
+async def own_client(endless_model: Path) -> AsyncIterator[EngineClient]:
     """One of the test's own."""
-    async with started(small_config(tiny_model)) as client:
+    async with started(small_config(endless_model)) as client:
         yield client
 
 
 async def test_outputs_equal_those_of_the_engine_in_process(
-    client: EngineClient, tiny_model: Path, adapters: dict[str, Path]
+    client: EngineClient, endless_model: Path, adapters: dict[str, Path]
 ) -> None:
-    weights = read_adapter(adapters["all4"], ModelConfig.from_folder(tiny_model).linear_shape).weights
+    weights = read_adapter(adapters["all4"], ModelConfig.from_folder(endless_model).linear_shape).weights
     request = Request("r", (5, 6, 7), SHORT, Mix.of([(weights.digest, 0.5)]), {weights.digest: str(adapters["all4"])})
-    engine = Engine.from_config(small_config(tiny_model))
+    engine = Engine.from_config(small_config(endless_model))
     engine.add_request(request)
     expected = []
     while engine.has_work:
@@ -75,10 +75,8 @@ async def test_kill_9_under_load(own_client: EngineClient) -> None:
     results = await asyncio.wait_for(asyncio.gather(*tasks), 60)
     for outputs in results:
         assert [bool(output.finish_reason) for output in outputs] == [False] * (len(outputs) - 1) + [True]
-        # Where this process had to wait for long, one may have come to its end before.
-        assert outputs[-1].finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
-        assert bool(outputs[-1].error) == (outputs[-1].finish_reason is FinishReason.ERROR)
-    assert any(outputs[-1].error for outputs in results)
+        assert outputs[-1].finish_reason is FinishReason.ERROR
+        assert outputs[-1].error
     assert not own_client.alive
     with pytest.raises(EngineUnavailable):
         await collect(own_client, requests[0])
@@ -122,7 +120,7 @@ async def test_an_abort_reaches_the_reader(client: EngineClient) -> None:
 
 async def test_a_refusal_is_raised_with_its_field(client: EngineClient) -> None:
     with pytest.raises(RequestError) as refused:
-        await collect(client, Request("r", (2,) * 600, SHORT))
+        await collect(client, Request("r", (2,) * ENDLESS, SHORT))
     assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
     assert (await collect(client, Request("r", (2, 3), SHORT)))[-1].finish_reason is FinishReason.LENGTH
 

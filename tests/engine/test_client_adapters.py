@@ -23,9 +23,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def living(tiny_model: Path) -> AsyncIterator[EngineClient]:
+async def living(endless_model: Path) -> AsyncIterator[EngineClient]:
     """One for all tests that neither kill it nor count what it has done."""
-    async with started(small_config(tiny_model)) as client:
+    async with started(small_config(endless_model)) as client:
         yield client
 
 
@@ -41,9 +41,9 @@ async def client(living: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def own_client(tiny_model: Path) -> AsyncIterator[EngineClient]:
+async def own_client(endless_model: Path) -> AsyncIterator[EngineClient]:
     """One of the test's own."""
-    async with started(small_config(tiny_model)) as client:
+    async with started(small_config(endless_model)) as client:
         yield client
 
 

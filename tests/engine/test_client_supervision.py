@@ -18,8 +18,8 @@ from tests.engine.engine_client import LONG, SHORT, begun, collect, small_config
 
 
 @pytest.fixture
-async def client(tiny_model: Path) -> AsyncIterator[EngineClient]:
-    async with started(small_config(tiny_model)) as client:
+async def client(endless_model: Path) -> AsyncIterator[EngineClient]:
+    async with started(small_config(endless_model)) as client:
         yield client
 
 

@@ -179,9 +179,10 @@ async def test_keys(live: str) -> None:
 
 
 def test_no_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = CliRunner().invoke(cli.app, ["chat", "--url", url, "Hi"])
+    with socket.socket() as silent:  # it has the port, so that nobody else gets it, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = CliRunner().invoke(cli.app, ["chat", "--url", url, "Hi"])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"loramux: no server at {url} ")
     assert "loramux serve --model" in done.stderr

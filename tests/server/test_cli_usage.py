@@ -63,9 +63,10 @@ def test_help_has_examples(command: str) -> None:
 
 
 def test_no_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = runner.invoke(cli.app, ["state", "--url", url])
+    with socket.socket() as silent:  # it has the port, so that nobody else gets it, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = runner.invoke(cli.app, ["state", "--url", url])
     assert done.exit_code == 1
     assert f"no server at {url}" in line_of(done)
     assert "loramux serve --model" in line_of(done)

@@ -19,6 +19,7 @@ from served import MESSAGES, Served, reference_text
 KEY = "the-admin-key"
 NAMES = ("all4", "wide24", "rslora8", "qv16")
 TOKENS = 48
+FIRST_TOKENS = "time_to_first_token_seconds_count"
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +82,20 @@ def recovered(served: Served, killed: int | None = None) -> bool:
 
 
 def test_requests_that_a_dead_engine_had_not_answered_are_answered_by_the_other(served: Served) -> None:
-    """The engine is stopped before they come, so that it has answered none of those that it dies with."""
+    """Both stand still while they come, so that each gets every second one, and the dead one has answered none."""
     served.until(lambda: recovered(served))
-    moved = served.metric("loramux_requests_moved_total")
-    pid = served.engine_pids[0]
-    os.kill(pid, signal.SIGSTOP)
+    moved, first = (served.metric(f"loramux_{name}") for name in ("requests_moved_total", FIRST_TOKENS))
+    pid, other = served.engine_pids
+    for each in (pid, other):
+        os.kill(each, signal.SIGSTOP)
 
     async def burst() -> list[Answer]:
         async with asking(served) as client:
             tasks = [asyncio.create_task(ask(client, "tiny", 200, f"Question {number}")) for number in range(16)]
-            # As soon as the other engine answers some, others wait in this one: each gets every second request.
-            await asyncio.to_thread(
-                served.until, lambda: served.metric("loramux_time_to_first_token_seconds_count") >= 4
-            )
+            await asyncio.to_thread(served.until, lambda: state(served)["requests"] == len(tasks))
+            os.kill(other, signal.SIGCONT)
+            # The first that came have been placed by now, half of them in the engine that stands still.
+            await asyncio.to_thread(served.until, lambda: served.metric(f"loramux_{FIRST_TOKENS}") >= first + 4)
             os.kill(pid, signal.SIGKILL)
             return await asyncio.gather(*tasks)
 

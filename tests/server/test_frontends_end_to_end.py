@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fronts import each_front, front_pids
 from served import MESSAGES, OPTIONS, Served
 
 KEY = "the-admin-key"
@@ -33,51 +33,6 @@ def served(served_model: Path, tmp_path: Path, adapters: dict[str, Path]) -> Ite
         assert served.stop() == 0
     assert served.process.stdout is not None
     served.process.stdout.close()
-
-
-def front_pids(served: Served) -> list[int]:
-    """The front ends, oldest first."""
-    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
-    found = []
-    for pid in children:
-        with suppress(FileNotFoundError, ProcessLookupError):  # it may end while one looks
-            if b"frontends.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
-    return sorted(found)
-
-
-def pid_of(served: Served, port: int) -> int:
-    """The front end at the other end of the connection from this port."""
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    ends = {f"socket:[{fields[9]}]" for fields in lines if fields[2].endswith(f":{port:04X}")}
-    for pid in front_pids(served):
-        for file in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                if os.readlink(file) in ends:
-                    return pid
-    raise LookupError(port)
-
-
-@asynccontextmanager
-async def each_front(served: Served, count: int = 1) -> AsyncIterator[dict[int, list[httpx.AsyncClient]]]:
-    """So many clients for every front end: each has one connection, which goes there.
-
-    A front end that has just been started listens only after a while, and all connections go to the others until then.
-    """
-    found: dict[int, list[httpx.AsyncClient]] = {pid: [] for pid in front_pids(served)}
-    async with AsyncExitStack() as stack:
-        while min(map(len, found.values())) < count:
-            one = httpx.Limits(max_connections=1)
-            client = httpx.AsyncClient(base_url=served.url, headers=served.headers, timeout=120, limits=one)
-            reply = await client.get("/version")
-            port = reply.extensions["network_stream"].get_extra_info("client_addr")[1]
-            clients = found[pid_of(served, port)]
-            if len(clients) < count:
-                clients.append(client)
-                stack.push_async_callback(client.aclose)
-            else:
-                await client.aclose()
-        yield found
 
 
 async def until(condition: Any, seconds: float = 60.0) -> None:
@@ -130,8 +85,8 @@ async def test_a_front_end_dies_under_load(served: Served) -> None:
 
 @pytest.mark.slow
 async def test_a_front_end_that_hangs_is_replaced(served_model: Path, tmp_path: Path) -> None:
-    """Before the kernel has given it connections for long; the other one serves on."""
-    options = ("--frontends", "2", "--admin-key", KEY, "--stall-timeout", "5")
+    """Before the kernel has given it connections for long; the other one, however it has to wait, serves on."""
+    options = ("--frontends", "2", "--admin-key", KEY, "--stall-timeout", "15")
     served = Served(served_model, tmp_path / "data", *options, key=KEY)
     try:
         async with each_front(served) as clients:
@@ -143,7 +98,7 @@ async def test_a_front_end_that_hangs_is_replaced(served_model: Path, tmp_path: 
                 pids = front_pids(served)
                 return len(pids) == 2 and hanging not in pids
 
-            await until(is_replaced)
+            await until(is_replaced, 120)
             assert other in front_pids(served)
         async with each_front(served) as clients:
             for (client,) in clients.values():
