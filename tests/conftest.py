@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.byte_tokenizer import byte_level_tokenizer
 
+SLOW_SECONDS = 600.0
+"""A slow test's, where it has no limit of its own. Beside four other processes on two cores 180 were too few."""
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MakeAdapter = Callable[..., Path]
 
@@ -31,7 +33,10 @@ settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are left out where there is none."""
+    """Slow ones have more time, and what needs a GPU is left out where there is none."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     if HAS_GPU:
         return
     left_out = [item for item in items if "gpu" in item.keywords and item.get_closest_marker("gpu")]

@@ -7,14 +7,17 @@ Options are the settings of `loramux serve`, those of `RaySettings` as `--ray-*`
 import os
 import re
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from server.config import SettingsError
+from server.config import ServeSettings, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from deploy.ray_serve.settings import RaySettings
 
 APPLICATION = "loramux"
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -35,17 +38,30 @@ def main(options: Sequence[str]) -> int:
         print(f"loramux: {error}", file=sys.stderr)
         return WRONG_USAGE
     try:
-        import ray
-        from ray import serve
-
-        from deploy.ray_serve.application import build
+        import ray  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         print("loramux: this command needs ray: run `pip install 'loramux[ray]'`", file=sys.stderr)
         return FAILED
+    from server.serve import BindError
+
+    try:
+        with free_port(settings.serve) as port:
+            return _serve(settings, spread, address, port)
+    except BindError as error:
+        print(f"loramux: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _serve(settings: Settings, spread: "RaySettings", address: str | None, port: int) -> int:
+    """Until a signal; the exit code."""
+    import ray
+    from ray import serve
+
+    from deploy.ray_serve.application import build
+
     stop = threading.Event()
-    port = settings.serve.port or _free_port(settings.serve.host)
     start_ray(ray, address)
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has just put a handler of its own there, which aborts
         signal.signal(number, lambda *_: stop.set())
@@ -64,6 +80,22 @@ def main(options: Sequence[str]) -> int:
         if address is None:
             serve.shutdown()
         ray.shutdown()
+
+
+@contextmanager
+def free_port(settings: ServeSettings) -> Iterator[int]:
+    """The port that is set, or a free one, which is held until the block ends.
+
+    Nobody listens there meanwhile but Serve, which shares ports. Ray opens hundreds of connections before, and one of
+    them could get a port for its end that is not held.
+    """
+    if settings.port:
+        yield settings.port
+        return
+    from server.frontends.parent import reserve
+
+    with reserve(settings) as held:
+        yield held.getsockname()[1]
 
 
 def read_options(options: Sequence[str]) -> dict[str, Any]:
@@ -106,11 +138,6 @@ def start_ray(ray: Any, address: str | None) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
     )
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

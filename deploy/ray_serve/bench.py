@@ -9,15 +9,15 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deploy.ray_serve.__main__ import APPLICATION, start_ray
+from deploy.ray_serve.__main__ import APPLICATION, free_port, start_ray
 from server.bench_front import BODIES, MODEL, SAID, Front, Json, Measured, PacedClient, answered, connected, streamed
 from server.chat import ChatTokenizer
 from server.config import RoutingSettings, ServeSettings, Settings
@@ -68,8 +68,8 @@ class OnRay:
     def __init__(self, folder: Path, rate: float) -> None:
         self._folder = folder
         self._rate = rate
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self._ports = ExitStack()
+        self.port = self._ports.enter_context(free_port(ServeSettings(port=0)))
         self._data = tempfile.TemporaryDirectory()
         self._pids: dict[int, str] = {}
 
@@ -97,6 +97,7 @@ class OnRay:
 
         serve.shutdown()
         ray.shutdown()
+        self._ports.close()
         self._data.cleanup()
 
     @property

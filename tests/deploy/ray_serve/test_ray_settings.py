@@ -1,17 +1,19 @@
 """How an application for Ray Serve is configured, and what is refused."""
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from ray.serve._private.http_util import set_socket_reuse_port
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.ray_serve import app
-from deploy.ray_serve.__main__ import WRONG_USAGE, main, read_options, reason
+from deploy.ray_serve.__main__ import WRONG_USAGE, free_port, main, read_options, reason
 from deploy.ray_serve.settings import RaySettings, read_settings
-from server.config import SettingsError
+from server.config import ServeSettings, SettingsError
 
 SHARED = {"model": "m", "database_url": "postgresql://db/loramux", "blob_url": "s3://bucket/adapters"}
 
@@ -116,3 +118,16 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     assert message in captured.err
     assert captured.err.startswith("loramux: ")
     assert captured.err.count("\n") == 1
+
+
+def test_a_free_port_is_serves_and_nobody_elses() -> None:
+    with free_port(ServeSettings(port=0)) as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as serves:
+            assert set_socket_reuse_port(serves)
+            serves.bind(("127.0.0.1", port))
+            serves.listen()
+            socket.create_connection(("127.0.0.1", port)).close()
+    with free_port(ServeSettings(port=8123)) as port:
+        assert port == 8123
