@@ -25,7 +25,10 @@ class Loader(Protocol):
     def submit(
         self, work: Callable[[], Result], done: Callable[[Result | Exception], None], *, urgent: bool = False
     ) -> None:
-        """Have `work` done, the urgent before the rest; `poll` then gives its result, or what it raised, to `done`."""
+        """Have `work` done, the urgent before the rest; `poll` then gives its result, or what it raised, to `done`.
+
+        What was raised and is no Exception comes as `as_exception` has it.
+        """
         ...
 
     def poll(self) -> None:
@@ -41,6 +44,16 @@ class Loader(Protocol):
         ...
 
 
+def as_exception(error: BaseException) -> Exception:
+    """What was raised, for whoever waits for it. A panic of a library in Rust is no Exception, and becomes the cause of
+    one."""
+    if isinstance(error, Exception):
+        return error
+    failure = RuntimeError(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 @dataclass(order=True)
 class _Task:
     rank: tuple[bool, int]
@@ -52,8 +65,8 @@ class _Task:
         try:
             prepare()
             self.result = self.work()
-        except Exception as error:
-            self.result = error
+        except BaseException as error:  # a thread that ended here would take with it what somebody waits for
+            self.result = as_exception(error)
 
 
 class ThreadLoader:

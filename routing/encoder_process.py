@@ -122,12 +122,12 @@ class EncoderLoop:
         numbers = [text.number for text in taken]
         try:
             model = self.models.get(taken[0].encoder, taken[0].change, taken[0].plain)
-        except Exception as error:  # whatever is wrong with this encoder, others go on
+        except BaseException as error:  # whatever is wrong with this encoder, also a panic in Rust, others go on
             send(self.socket, Failed(numbers, _sentence(error)))
             return
         try:
             send(self.socket, Embedded(numbers, model.width, _embed(model, taken)))
-        except Exception as error:
+        except BaseException as error:
             if len(taken) > 1:  # one text must not fail those that happened to share its pass
                 for text in taken:
                     self._answer([text])

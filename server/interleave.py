@@ -23,8 +23,9 @@ async def interleave(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerat
                 async for item in stream:
                     items.put_nowait(item)
             items.put_nowait(None)
-        except Exception as error:
+        except BaseException as error:  # also a panic of the tokenizer's: whoever reads must not wait for this stream
             items.put_nowait(error)
+            raise
 
     # A task group cannot be left open across a yield: closing this generator would be an error of the group's.
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]

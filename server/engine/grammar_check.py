@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -133,6 +134,9 @@ def serve(compiler: GrammarCompiler, seconds: float) -> None:
             error = None
         except GrammarError as refused:
             error = str(refused)
+        except BaseException:  # of the library, also a panic: without an answer it would count as too slow
+            traceback.print_exc()
+            error = "it cannot be compiled"
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(error).encode() + b"\n")
 

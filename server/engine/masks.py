@@ -130,7 +130,7 @@ class MaskThreads:
 
                 try:
                     self._executor = LLExecutor(self._num_threads)
-                except Exception as error:
+                except BaseException as error:  # also a panic: the outputs of this group wait for us
                     self._alone = True
                     logger.warning("no %d threads to compute masks together: %s", self._num_threads, error)
             return self._executor

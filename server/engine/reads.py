@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters_store.loader import Loader, ThreadLoader
+from adapters_store.loader import Loader, ThreadLoader, as_exception
 from adapters_store.pages import PackedAdapter, rank_pages
 from adapters_store.tiers import HostTier, Read
 from adapters_store.types import AdapterError
@@ -150,8 +150,8 @@ class Reads:
         started = self._clock()
         try:
             packed: PackedAdapter | Exception = self._read(digest, self._readings[digest].path)
-        except Exception as error:
-            packed = error
+        except BaseException as error:  # whatever it is, this adapter's requests wait for it
+            packed = as_exception(error)
         return _Outcome(digest, packed, self._clock() - started)
 
     def _finish(self, outcome: _Outcome | Exception) -> None:

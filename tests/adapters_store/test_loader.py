@@ -8,6 +8,7 @@ import pytest
 
 from adapters_store import loader as module
 from adapters_store.loader import ThreadLoader
+from tests.panic import Panic
 
 
 @pytest.fixture
@@ -65,6 +66,26 @@ def test_what_work_raises_is_a_result(make: Callable[..., ThreadLoader]) -> None
     loader.submit(lambda: 1, told.append)
     finish(loader)
     assert told == [error, 1]
+
+
+@pytest.mark.parametrize(("error", "said"), [(Panic("at 3"), "Panic: at 3"), (SystemExit(2), "SystemExit: 2")])
+def test_what_is_no_exception_is_a_result_too_and_ends_no_thread(
+    make: Callable[..., ThreadLoader], error: BaseException, said: str
+) -> None:
+    loader = make()
+    told: list[object] = []
+
+    def fail() -> None:
+        raise error
+
+    for _ in range(3):
+        loader.submit(fail, told.append)
+    loader.submit(threading.get_ident, told.append)
+    finish(loader)
+    *failures, thread = told
+    assert [(type(each), str(each)) for each in failures] == [(RuntimeError, said)] * 3
+    assert all(isinstance(each, RuntimeError) and each.__cause__ is error for each in failures)
+    assert thread in [each.ident for each in threads()]
 
 
 def test_the_urgent_goes_first_and_the_rest_in_order(make: Callable[..., ThreadLoader]) -> None:

@@ -20,6 +20,7 @@ from server.engine.plan import Chunk
 from server.engine.reads import page_check
 from server.engine.sequence import Output, Request, SamplingParams, Sequence, TokenLogprobs
 from tests.adapters_store.library import LIBRARY, PACKED, check_content, make_pool
+from tests.panic import Panic
 
 BYTES = max(packed.num_bytes for packed in PACKED.values())
 """Of the largest adapter of the library."""
@@ -65,12 +66,14 @@ class ManualLoader:
 
 
 class Disk:
-    """Reads adapters of the library, counting; those in `broken` cannot be read. `packed` in this order."""
+    """Reads adapters of the library, counting; those in `broken` cannot be read, those in `panics` are too much for the
+    library that reads. `packed` in this order."""
 
     def __init__(self, num_pages: Mapping[str, int]) -> None:
         self.reads: Counter[str] = Counter()
         self.packed: list[str] = []
         self.broken: set[str] = set()
+        self.panics: set[str] = set()
         self.check = page_check(num_pages)
 
     def __call__(self, digest: str, path: str) -> PackedAdapter:
@@ -78,6 +81,8 @@ class Disk:
         self.reads[digest] += 1
         if digest in self.broken:
             raise AdapterError("adapter_corrupt", f"adapter {digest} is damaged")
+        if digest in self.panics:
+            raise Panic(f"at adapter {digest}")
         self.check(PACKED[digest].group_ranks)
         self.packed.append(digest)
         return PACKED[digest]

@@ -17,6 +17,7 @@ from server.engine.masks import MaskThreads, shared_out, take, upload_masks
 from server.engine.matching import QUICK_SECONDS, SLOW_SECONDS, Matching, advance_together
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
+from tests.panic import Panic
 
 WORDS = 3
 VOCABULARY = 90
@@ -187,10 +188,6 @@ def test_a_step_need_not_wait_for_all_of_a_lexer() -> None:
 
 def test_outputs_without_a_lexer_of_their_own_are_apart() -> None:
     assert [len(group) for group in shared_out([(matching({1}), token) for token in range(7)])] == [1] * 7
-
-
-class Panic(BaseException):
-    """As where Rust panics: what PyO3 raises then is no Exception."""
 
 
 class Panicking:

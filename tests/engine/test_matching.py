@@ -13,6 +13,7 @@ from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.grammar import Grammar, GrammarCompiler
 from server.engine.masks import MaskThreads
 from server.engine.matching import TOGETHER_SECONDS, advance_together
+from tests.panic import Panic
 
 EOS = 1
 VOCABULARY = 512
@@ -69,13 +70,14 @@ def test_what_the_library_raises_ends_the_outputs_and_not_the_thread(whole: Gram
     advance_together([(one, 0)], LLExecutor(1))
 
 
+@pytest.mark.parametrize("kind", [ValueError, Panic])
 def test_where_the_library_gets_no_threads_masks_are_computed_one_by_one(
-    whole: Grammar, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    whole: Grammar, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
     """As in a container with a limit, which is said once."""
 
     def refused(num_threads: int) -> LLExecutor:
-        raise ValueError(f"{num_threads} threads: Resource temporarily unavailable (os error 11)")
+        raise kind(f"{num_threads} threads: Resource temporarily unavailable (os error 11)")
 
     monkeypatch.setattr("llguidance.LLExecutor", refused)
     masks, alone, both = MaskThreads(1), whole.start(), [whole.start() for _ in range(2)]

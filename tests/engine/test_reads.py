@@ -53,6 +53,22 @@ def test_a_read_that_has_begun_goes_on_without_those_who_left() -> None:
     assert "00" in loading.host
 
 
+def test_a_read_that_panics_ends_its_own_request_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    loading = Loading()
+    loading.disk.panics.add("00")
+    for name, digest in (("first", "00"), ("other", "01")):
+        loading.add(name, single(digest))
+    loading.finish()
+    (output,) = loading.outputs["first"]
+    assert (output.error, output.error_code) == ("adapter 00 could not be loaded", "adapter_unavailable")
+    assert loading.ending("other") == "length"
+    assert "Panic: at adapter 00" in caplog.text
+    loading.disk.panics.clear()
+    loading.add("again", single("00"))
+    loading.finish()
+    assert loading.ending("again") == "length"
+
+
 def test_a_flood_of_reads_delays_nobody_else_by_more_than_one() -> None:
     loading = Loading()
     for digest in sorted(LIBRARY)[:9]:

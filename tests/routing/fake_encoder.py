@@ -27,6 +27,10 @@ def vector(identity: str, text: str) -> np.ndarray:
     return (numbers / np.linalg.norm(numbers)).astype(np.float32)
 
 
+class Panic(BaseException):
+    """As where a tokenizer in Rust panics."""
+
+
 class FakeEncoder:
     """Notes in `log` what it loads and embeds, and waits in every pass while there is a file `hold`."""
 
@@ -52,6 +56,8 @@ class FakeEncoder:
             os.kill(os.getpid(), signal.SIGKILL)
         if "bad" in texts:
             raise ValueError("this text is\nbad")
+        if "panic" in texts:
+            raise Panic("at this text")
         if "nan" in texts:
             return np.full((len(texts), WIDTH), np.nan, dtype=np.float32)
         return np.stack([vector(self.id, text) for text in texts])

@@ -128,7 +128,9 @@ async def test_the_memory_is_bounded_by_last_use_and_keyed_by_encoder(make_proce
     assert fake_folder.lines("load") == [None, "change"]
 
 
-@pytest.mark.parametrize(("text", "said"), [("bad", "this text is bad"), ("nan", "finite vectors")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("bad", "this text is bad"), ("nan", "finite vectors"), ("panic", "at this text")]
+)
 async def test_a_text_that_fails_fails_alone(make_process: Make, fake_folder: Folder, text: str, said: str) -> None:
     process = make_process()
     first = await busy(fake_folder, process)
