@@ -9,13 +9,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from server.engine.config import EngineConfig
-from server.engine.constraint import Constraint, ConstraintKind
+from server.engine.constraint import Constraint
 from server.engine.engine import Engine
 from server.engine.grammar import GrammarError, grammar_text
 from server.engine.grammar_bank import COMPILERS
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
 from server.engine.sequence import FinishReason, Output, Request
 from tests.engine.constrained_requests import CHOICE, CHOICES, GREEDY, constrained, text_of
+from tests.engine.constraints import regex
 from tests.engine.delayed_steps import CPU
 from tests.engine.tiny_engine import PROMPTS, tokens_of
 from tests.panic import Panic
@@ -42,7 +43,7 @@ sys.exit(grammar_check.main())
 
 
 def panicking(name: object) -> Constraint:
-    return Constraint(ConstraintKind.REGEX, f"{MARK}{name}")
+    return regex(f"{MARK}{name}")
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_panic_in_the_other_process_is_no_lack_of_time(model: Path, capfd: pyt
         for _ in range(2):
             with pytest.raises(GrammarError, match=r"^it cannot be compiled$"):
                 compiler.compile(panicking(padding))
-        assert compiler.compile(Constraint(ConstraintKind.REGEX, "b" + padding)).num_bytes > 0
+        assert compiler.compile(regex("b" + padding)).num_bytes > 0
         assert len(compiler._all) == 1
     finally:
         compiler.close()

@@ -10,20 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jsonschema
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from server.engine.config import EngineConfig
 from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
-from server.engine.engine import Engine
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 from server.engine.grammar_check import SMALL_SOURCE, CheckedCompiler
-from server.engine.sequence import FinishReason, Request, SamplingParams
-from tests.engine.spoken import SPECIAL
-from tests.engine.tiny_engine import drain
+from tests.engine.constraints import lark, regex, schema
 
 EOS = 1
 VOCABULARY = 512
@@ -39,25 +32,6 @@ def checked(model: Path) -> Iterator[CheckedCompiler]:
     compiler = CheckedCompiler(model, VOCABULARY, {EOS}, seconds=0.5)
     yield compiler
     compiler.close()
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    engine = Engine.from_config(EngineConfig(str(model), device="cpu", kv_memory=1 << 24, page_memory=1 << 20))
-    yield engine
-    engine.close()
-
-
-def schema(value: object) -> Constraint:
-    return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(value))
-
-
-def regex(source: str) -> Constraint:
-    return Constraint(ConstraintKind.REGEX, source)
-
-
-def lark(source: str) -> Constraint:
-    return Constraint(ConstraintKind.GRAMMAR, source)
 
 
 def compile_deep(compiler: GrammarCompiler | CheckedCompiler, constraint: Constraint) -> Grammar:
@@ -286,93 +260,3 @@ while engine.has_work:
         "free length None",
         "r error response_format: this server has no grammar library (llguidance)",
     ]
-
-
-SCALARS = st.none() | st.booleans() | st.integers(-50, 50) | st.text('ab é"\\\n', max_size=3)
-NAMES = st.text("abc_", min_size=1, max_size=3)
-FEW = st.integers(0, 2)
-
-
-def integers(low: int, width: int) -> dict[str, Any]:
-    return {"type": "integer", "minimum": low, "maximum": low + width}
-
-
-def strings(least: int, more: int) -> dict[str, Any]:
-    return {"type": "string", "minLength": least, "maxLength": least + more}
-
-
-def arrays(items: Any, least: int, more: int) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": least, "maxItems": least + more}
-
-
-def objects(properties: dict[str, Any], optional: set[str]) -> dict[str, Any]:
-    required = [name for name in properties if name not in optional]
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-SIMPLE = [{"type": "boolean"}, {"type": ["boolean", "null"]}, {"type": "string", "pattern": "^[a-c]{1,4}x?$"}]
-SCHEMAS = st.recursive(
-    st.sampled_from(SIMPLE)
-    | st.builds(integers, st.integers(-99, 99), st.integers(0, 200))
-    | st.builds(strings, FEW, st.integers(0, 4))
-    | st.fixed_dictionaries({"enum": st.lists(SCALARS, min_size=1, max_size=4)})
-    | st.fixed_dictionaries({"const": SCALARS}),
-    lambda parts: (
-        st.builds(objects, st.dictionaries(NAMES, parts, max_size=3), st.sets(NAMES))
-        | st.builds(arrays, parts, FEW, FEW)
-        | st.fixed_dictionaries({"anyOf": st.lists(parts, min_size=1, max_size=3)})
-    ),
-    max_leaves=6,
-)
-PIECES = st.sampled_from(["a", "b", "é", r"\.", "[a-f]", "[^a-z\n]", r"[0-9]", "(ab|c)", " ", "漢"])
-REGEXES = st.recursive(
-    PIECES,
-    lambda parts: (
-        st.builds("".join, st.lists(parts, min_size=1, max_size=3))
-        | st.builds("({}|{})".format, parts, parts)
-        | st.builds(lambda one, least, more: f"({one}){{{least},{least + more}}}", parts, FEW, FEW)
-    ),
-    max_leaves=6,
-)
-
-
-def text_of(engine: Engine, words: Tokenizer, constraint: Constraint, seed: int) -> str | None:
-    """What the random model says under the constraint; None if it came to no end. See the test of special tokens."""
-    assume(not any(special in constraint.source for special in SPECIAL))
-    params = SamplingParams(seed=seed, max_tokens=400, constraint=constraint)
-    engine.add_request(Request("r", (7, 8, 9), params))
-    outputs = drain(engine)["r"]
-    assert outputs[-1].error is None
-    if outputs[-1].finish_reason is not FinishReason.STOP:
-        return None
-    return str(words.decode([token for output in outputs for token in output.tokens]))
-
-
-@settings(max_examples=40, deadline=None)
-@given(SCHEMAS, st.integers(0, 1000))
-def test_random_schemas_hold(engine: Engine, words: Tokenizer, value: Any, seed: int) -> None:
-    text = text_of(engine, words, schema(value), seed)
-    assert text is not None
-    jsonschema.validate(json.loads(text), value)
-
-
-@settings(max_examples=40, deadline=None)
-@given(REGEXES, st.integers(0, 1000))
-def test_random_regular_expressions_hold(engine: Engine, words: Tokenizer, pattern: str, seed: int) -> None:
-    text = text_of(engine, words, regex(pattern), seed)
-    assert text is not None
-    assert re.fullmatch(pattern, text)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.text(max_size=6), min_size=1, max_size=5), st.integers(0, 1000))
-def test_random_choices_hold(engine: Engine, words: Tokenizer, choices: list[str], seed: int) -> None:
-    text = text_of(engine, words, Constraint(ConstraintKind.CHOICE, json.dumps(choices)), seed)
-    assert text in choices
-
-
-def test_what_is_but_the_spelling_of_a_special_token_is_refused(engine: Engine) -> None:
-    """The library reads the token in the text that it forces, and that is none that the grammar takes."""
-    engine.add_request(Request("r", (7, 8, 9), SamplingParams(max_tokens=20, constraint=regex("<s>"))))
-    (output,) = drain(engine)["r"]
-    assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "invalid_constraint")

@@ -1,7 +1,8 @@
-"""A tiny trainable chat model, a random Llama over a byte-level vocabulary; and processes of a fake encoder."""
+"""A tiny trainable chat model, a random Llama over a byte-level vocabulary; processes of a fake encoder, and processes
+on one registry."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from encoder_folder import Folder, Make
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adapters_store.registry import Registry, TenantRow
 from routing.encoder import EncoderProcess
+from tests.routing.prototype_process import Process
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
@@ -72,3 +75,35 @@ async def make_process(fake_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> 
     for process in made:
         await process.close()
         assert process.pid is None
+
+
+@pytest.fixture(scope="session")
+def registry_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry that knows the tenant acme."""
+    path = tmp_path_factory.mktemp("sync") / "registry.db"
+    registry = Registry.open(f"sqlite:///{path}", lambda: 1.0)
+    registry.accounts.add(TenantRow("acme"))
+    registry.close()
+    return path
+
+
+@pytest.fixture
+def registry_url(registry_template: Path, tmp_path: Path) -> str:
+    (tmp_path / "registry.db").write_bytes(registry_template.read_bytes())
+    return f"sqlite:///{tmp_path / 'registry.db'}"
+
+
+@pytest.fixture
+def process(registry_url: str) -> Iterator[Process]:
+    """One on a registry of this test's own."""
+    registry = Registry.open(registry_url, lambda: 1.0)
+    yield Process(registry)
+    registry.close()
+
+
+@pytest.fixture
+def other(registry_url: str) -> Iterator[Process]:
+    """Another one on the same registry."""
+    registry = Registry.open(registry_url, lambda: 1.0)
+    yield Process(registry)
+    registry.close()
