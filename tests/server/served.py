@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 MESSAGES = [{"role": "user", "content": "Hello world, how is the quick brown fox?"}]
 OPTIONS = ["--kv-memory", "64MiB", "--page-memory", "8MiB", "--num-threads", "1", "--device", "cpu", "--port", "0"]
-OPTIONS += ["--encoder", "none"]
+OPTIONS += ["--encoder", "none", "--shutdown-timeout", "100"]  # however slow the machine is on which streams are to end
 
 
 class Served:

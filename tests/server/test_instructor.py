@@ -22,8 +22,11 @@ EMMA = {"name": "Emma", "age": 48}
 def said(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = ("--adapters", str(ADAPTERS), "--max-model-len", "1024", "--page-memory", "64MiB")
     served = Served(smollm2, tmp_path_factory.mktemp("data"), *options)
-    yield wait_for(run("instructor_runs.py", "forced", served.url))
-    assert served.stop() == 0
+    try:
+        yield wait_for(run("instructor_runs.py", "forced", served.url))
+    finally:
+        code = served.stop()
+    assert code == 0
 
 
 def is_person(value: Any) -> bool:

@@ -19,7 +19,7 @@ import pytest
 ENGINE_REPLICA = b"ray::ServeReplica:loramux:engines"
 OPTIONS = ["--device", "cpu", "--num-threads", "1", "--encoder", "none", "--port", "0"]
 OPTIONS += ["--kv-memory", "16MiB", "--page-memory", "2MiB", "--host-memory", "16MiB"]
-OPTIONS += ["--ray-cpus-per-engine", "0.1", "--ray-cpus-per-front-end", "0.1"]
+OPTIONS += ["--ray-cpus-per-engine", "0.1", "--ray-cpus-per-front-end", "0.1", "--shutdown-timeout", "120"]
 QUICK = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5" for who in ("HANDLE", "REPLICA")}
 """Serve's autoscaler looks at what it was told during the last ten seconds otherwise."""
 ALONE = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_oom_score_adjustment": "0"}
