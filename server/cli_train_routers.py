@@ -49,6 +49,9 @@ def train_meteora(
     white: Annotated[
         bool, typer.Option("--white", help="Learn in a basis in which inputs are white; take a learning rate of 1e-2.")
     ] = False,
+    reworded: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of rows with other words in the instruction; take 0.5.")
+    ] = 0.0,
     packed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of samples of several tasks.")] = 0.0,
     steps: Steps = 600,
     batch: Batch = 16,
@@ -69,6 +72,7 @@ def train_meteora(
         joint=joint,
         beta=beta,
         white=white,
+        reworded=reworded,
         packed=packed,
         steps=steps,
         batch_size=batch,

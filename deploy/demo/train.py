@@ -21,7 +21,7 @@ from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.milora import train_milora
 from routing.train.moa import train_moa
 from routing.train.prompt_recipe import MiloraRecipe, MoaRecipe
-from routing.train.router_recipe import RouterRun
+from routing.train.router_recipe import AUTO, PRECISIONS, RouterRun
 
 RECIPE = AdapterRecipe()
 GATES = MeteoraRecipe(learning_rate=5e-3, steps=160, batch_size=8, packed=0.25, warmup_steps=10)
@@ -59,7 +59,9 @@ def main(arguments: list[str]) -> int:
 def train_gates(options: argparse.Namespace, tasks: Path) -> None:
     """Trains a token-level router over the adapters under `<out>`, into `<gates>`; it is stored in bf16."""
     adapters = {name: options.out / name for name in TASKS}
-    run = RouterRun(device=options.device, progress=not options.plain, evaluation_rows=6, name="gates")
+    run = RouterRun(
+        device=options.device, progress=not options.plain, evaluation_rows=6, name="gates", precision=options.precision
+    )
     result = train_meteora(options.model, read_tasks(tasks), adapters, options.gates, GATES, run)
     write_gates(result.folder, result.card, load_gates(result.folder), dtype=torch.bfloat16)
     metrics = result.card.training["metrics"]
@@ -111,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--moa", type=Path, help="train only the MoA router over the adapters, into here")
     parser.add_argument("--milora", type=Path, help="train only the MiLoRA router over the adapters, into here")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, default=AUTO, help="of the model's products, with --gates")
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate)
     parser.add_argument("--evaluation-rows", type=int, default=100)

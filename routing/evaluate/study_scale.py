@@ -72,6 +72,9 @@ class Scale:
 WHITE = ("--white", "--learning-rate", "1e-2")
 """Of rates from 5e-4 to 1e-2, that at which gates of single linears were right most often after 300 steps."""
 
+REWORDED = ("--reworded", "0.5")
+"""The share that was measured."""
+
 SCALES = {
     "cuda": Scale(
         device="cuda",
@@ -98,11 +101,13 @@ SCALES = {
         variants=(
             Variant("white", "white", WHITE),
             Variant("white-longer", "white, 900 steps", WHITE, Loop(900, 32)),
+            Variant("reworded-longer", "white, reworded, 900 steps", (*WHITE, *REWORDED), Loop(900, 32)),
             Variant("longer", "900 steps", loop=Loop(900, 32)),
             Variant("faster", "rate 2e-2", ("--learning-rate", "2e-2")),
             Variant("white-joint", "white, adapters trained along", (*WHITE, "--joint")),
             *(Variant(f"beta-{beta}", f"beta {beta}", ("--beta", str(beta))) for beta in (0, 1, 20, 50)),
             Variant("medium-white-longer", "white, 900 steps", WHITE, Loop(900, 32), MEDIUM),
+            Variant("medium-reworded-longer", "white, reworded, 900 steps", (*WHITE, *REWORDED), Loop(900, 32), MEDIUM),
         ),
         whole=True,
     ),

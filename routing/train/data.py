@@ -29,7 +29,7 @@ class TaskRow:
     @property
     def prompt(self) -> str:
         """The one user message of the chat."""
-        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        return "\n".join(part for part in (self.instruction, self.input) if part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.mixed_batches import Mixture, collate_mixed
 from routing.train.progress import Report, progress_bar
 from routing.train.recipe_command import run_command
+from routing.train.rewording import Versions, vocabulary
 from routing.train.router_recipe import RouterRun
 from routing.train.router_training import CHECKPOINT, GateResult, encoded, fit_settings, training_record
 from routing.train.trained_adapters import factor_weights, round_experts, write_experts
@@ -60,7 +61,7 @@ def train_meteora(
     check_out(out)
     model = load_gated_model(model_folder, tasks, adapters, recipe, run.device)
     check_card(model.card(recipe, run, {}, recipe.temperature))  # rather than after hours
-    train = encoded(model, "train", [task.train for task in tasks], recipe.max_length)
+    train = _examples(model, tasks, recipe)
     held_out = encoded(model, "valid", [task.valid[: run.evaluation_rows] for task in tasks], recipe.max_length)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(run.progress) as report:
@@ -80,6 +81,16 @@ def train_meteora(
     card = write_gates(out, model.card(recipe, run, training, recipe.temperature), gates)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return GateResult(out, card, tuple(losses), time.perf_counter() - started)
+
+
+def _examples(model: GatedModel, tasks: Sequence[Task], recipe: MeteoraRecipe) -> Sequence[Sequence[Example]]:
+    """Each task's training rows, or their versions."""
+    rows = [task.train for task in tasks]
+    found = encoded(model, "train", rows, recipe.max_length)
+    if not recipe.reworded:
+        return found
+    words, how = vocabulary(model.tokenizer), (recipe.reworded, recipe.max_length, recipe.seed)
+    return [Versions(model.tokenizer, own, examples, words, *how) for own, examples in zip(rows, found, strict=True)]
 
 
 def _fit(

@@ -34,10 +34,10 @@ class MeteoraRecipe(RouterRecipe):
     The loss is L_LM + `beta` L_gate. L_LM counts answers, with `prompts_count` prompts too. L_gate counts the positions
     `gate_positions`: "all", or those that predict a token of an "answer"; its labels are smoothed by `smoothing`.
     `white`: the gates learn in a basis in which their inputs are white (`gate_basis`). `joint`: the adapters learn,
-    too, as in the published code (the paper says that only gates do). `packed` is the share of samples that are
-    rows of two or three tasks in one sequence. `learning_rate` is the gates' peak, `adapter_rate` that of the adapters:
-    linear warm-up over `warmup_steps`, then a cosine to zero at `steps`. A row has at most `max_length` tokens, and so
-    has a pack.
+    too, as in the published code (the paper says that only gates do). `reworded` is the share of rows whose instruction
+    has other words (`rewording`), `packed` that of samples that are rows of two or three tasks in one sequence.
+    `learning_rate` is the gates' peak, `adapter_rate` that of the adapters: linear warm-up over `warmup_steps`, then a
+    cosine to zero at `steps`. A row has at most `max_length` tokens, and so has a pack.
     """
 
     top_k: int = 2
@@ -49,6 +49,7 @@ class MeteoraRecipe(RouterRecipe):
     smoothing: float = 0.0
     gate_positions: str = ALL
     prompts_count: bool = False
+    reworded: float = 0.0
     packed: float = 0.0
     learning_rate: float = LEARNING_RATE
     steps: int = 600
@@ -73,6 +74,6 @@ class MeteoraRecipe(RouterRecipe):
             ),
             "smoothing": (0 <= self.smoothing < 1, "a number from 0 to below 1"),
             "gate_positions": (self.gate_positions in POSITIONS, " or ".join(POSITIONS)),
-            "packed": (0 <= self.packed <= 1, "a share from 0 to 1"),
+            **{name: (0 <= getattr(self, name) <= 1, "a share from 0 to 1") for name in ("reworded", "packed")},
             **{name: at_least_zero(getattr(self, name)) for name in ("adapter_rate", "learning_rate")},
         }
