@@ -1,5 +1,6 @@
 """Masks: bits, their way to the device, and their place in sampling."""
 
+import math
 import sys
 import threading
 from collections import deque
@@ -261,7 +262,8 @@ def test_what_is_slow_delays_nothing_else() -> None:
 
 
 class World:
-    """A clock that moves when a thread waits, and what happens at some of its seconds."""
+    """A clock that moves when a thread waits, and what happens at some of its seconds. Who waits is told of the last
+    masks only."""
 
     def __init__(self, matchings: list[Matching], done: dict[float, int], runs_until: float) -> None:
         self.now = 0.0
@@ -277,7 +279,8 @@ class World:
         return self.now < self._runs_until
 
     def wait(self, seconds: float) -> None:
-        self.now += min([seconds, *(at - self.now for at in self._done if at > self.now)])
+        last = max(self._done, default=math.inf)
+        self.now += min(seconds, last - self.now) if last > self.now else seconds
         for at, count in self._done.items():
             if at <= self.now:
                 for one in self._matchings[:count]:
@@ -298,6 +301,8 @@ class World:
         ({4.0: 3, 6.0: 4}, 5.0, 0, 6.0, 1.0),  # one row: an eighth of a step
         ({4.0: 3, 7.0: 4}, 5.0, 1, 6.0, 1.0),
         ({4.0: 3, 5.5: 3, 7.0: 4}, 0.0, 1, 4.0, 4.0),  # three came within what four are worth, then it was enough
+        ({0.5: 2, 1.5: 3, 7.0: 4}, 0.0, 1, 1.5, 1.5),  # the fewer are missing, the sooner: the last is worth a second
+        ({0.5: 3, 7.0: 4}, 0.0, 1, 1.0, 1.0),
         ({}, 5.0, 4, 9.0, 4.0),
         ({}, 0.0, 4, 4.0, 4.0),
     ],
