@@ -204,10 +204,15 @@ def test_long_chains_overflow_no_stack(compiler: GrammarCompiler, constraint: Co
 ENDLESS = [
     schema({"patternProperties": {f"^p{index}x": {} for index in range(700)}}),
     lark("\n".join(f"start{index or ''}: start{index + 1}" for index in range(2500))),
+    schema({"multipleOf": 10_000_019}),
+    Constraint(ConstraintKind.JSON_SCHEMA, '{"multiple\\u004ff": 10000019}'),
+    lark('start: %json {"multipleOf": 10000019}'),
 ]
 
 
-@pytest.mark.parametrize("constraint", ENDLESS, ids=["patternProperties", "an error below a chain"])
+@pytest.mark.parametrize(
+    "constraint", ENDLESS, ids=["patternProperties", "an error below a chain", "multiples", "spelled otherwise", "Lark"]
+)
 def test_what_takes_too_long_is_refused_and_the_next_one_is_not(
     checked: CheckedCompiler, constraint: Constraint
 ) -> None:
