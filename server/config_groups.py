@@ -54,8 +54,9 @@ class HttpSettings(BaseModel):
 
     `cors_origins`: pages of these origins may call, `*` means all; none by default. `keep_alive`: a stream that was
     silent for so long sends a comment, 0 sends none. `reader_timeout`: a stream whose reader took nothing for so long
-    ends. `request_timeout`: headers or a body that have not come by then, and hardly get on, are given up. Beyond
-    `max_connections`, or what the limit of descriptors allows, connections are refused.
+    ends. `request_timeout`: headers or a body that have not come by then, and hardly get on, are given up.
+    `idle_timeout`: a connection without requests for so long is closed; a proxy before the server should give its own
+    up sooner. Beyond `max_connections`, or what the limit of descriptors allows, connections are refused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +65,7 @@ class HttpSettings(BaseModel):
     keep_alive: float = Field(default=15.0, ge=0, allow_inf_nan=False)
     reader_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     request_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    idle_timeout: int = Field(default=75, ge=1)
     max_connections: int = Field(default=16_384, ge=1)
 
     @field_validator("cors_origins")

@@ -63,6 +63,8 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
+    # Many proxies keep connections for 60 seconds, and openai's client, as httpx, for 5, which is uvicorn's own time: a
+    # request that comes as the server closes is lost.
     return uvicorn.Config(
         app,
         http=protocol(http),
@@ -70,6 +72,7 @@ def uvicorn_config(app: ASGIApp, http: HttpSettings) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=http.idle_timeout,
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,
     )
 

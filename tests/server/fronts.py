@@ -24,7 +24,7 @@ def front_pids(served: Served) -> list[int]:
 class ToOne(httpx.AsyncBaseTransport):
     """To one of the front ends over one connection, whenever that was used last.
 
-    A server closes what was idle for five seconds, and the kernel gives the next connection to whichever front end it
+    A server closes what was idle for long, and the kernel gives the next connection to whichever front end it
     likes, so before every request it is asked where this one ends. A front end that has just been started listens only
     after a while, and all connections go to the others until then.
     """

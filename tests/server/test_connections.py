@@ -56,6 +56,13 @@ async def said(link: Link, sent: bytes) -> tuple[int, dict[str, Any], bytes]:
     return int(head.split()[1]), json.loads(body), head.lower()
 
 
+async def test_a_connection_is_closed_that_has_been_idle_for_long(harness: Harness) -> None:
+    async with serving(harness, idle_timeout=1) as connect:
+        status, _, head = await said(await connect(), WHOLE)
+        assert (status, b"connection: close" in head) == (200, False), "the answer left it open"
+    assert uvicorn_config(harness.app, HttpSettings()).timeout_keep_alive == 75
+
+
 async def test_connections_beyond_the_limit_are_refused_and_the_others_go_on(harness: Harness) -> None:
     harness.engine.gate.clear()
     async with serving(harness, max_connections=3) as connect:
