@@ -20,6 +20,7 @@ from routing.train.batches import encode
 from routing.train.meteora import train_meteora
 from routing.train.meteora_recipe import MeteoraRecipe
 from routing.train.mixed_batches import Mixture, Sample
+from routing.train.rewording import Versions, vocabulary
 from routing.train.router_recipe import RouterRun
 
 RECIPE = MeteoraRecipe(
@@ -33,6 +34,7 @@ RECIPE = MeteoraRecipe(
     smoothing=0.2,
     gate_positions="answer",
     prompts_count=True,
+    reworded=0.5,
     packed=0.6,
     learning_rate=0.05,
     steps=4,
@@ -146,7 +148,9 @@ def test_gates_end_where_a_plain_loop_ends(
     result = train_meteora(chat_model, TASKS, written[0], tmp_path / "router", RECIPE, run)
     tokenizer: Any = AutoTokenizer.from_pretrained(chat_model)
     rows = [encode(tokenizer, task.train, 60) for task in TASKS]
-    mixture = Mixture(rows, 3, 5, 0.6, 60)
+    words = vocabulary(tokenizer)
+    versions = [Versions(tokenizer, task.train, own, words, 0.5, 60, 5) for task, own in zip(TASKS, rows, strict=True)]
+    mixture = Mixture(versions, 3, 5, 0.6, 60)
     model = PlainModel(chat_model, written[1])
     model.look([(label, example.ids) for label, own in zip(LABELS, rows, strict=True) for example in own[:16]])
     learned: dict[object, Tensor] = {**model.gates, **model.factors}
