@@ -211,6 +211,11 @@ def curve_name(router: EvaluatedRouter) -> str:
     return f"{router.label}, top 2"
 
 
+def named(label: str) -> str:
+    """The method that names the adapters which were trained with this router."""
+    return f"oracle, adapters of {label}"
+
+
 def _check_names(jobs: Sequence[Job]) -> None:
     counts = Counter((job.part, job.method) for job in jobs)
     if twice := [method for (_, method), count in counts.items() if count > 1]:
@@ -265,7 +270,7 @@ def _gated(
     asked: GateEvaluation, names: Sequence[str], routers: Sequence[EvaluatedRouter], folders: AdapterFolders
 ) -> list[GateMethod]:
     """Every router with its two best rows, and with as many as it was trained with where they are more; the first one
-    also with the best alone, and with each adapter swapped."""
+    also with the best alone, and with each adapter swapped. Adapters that were trained with a router are named, too."""
     found = [
         router_method(f"{router.label}, top {top_k}", router, folders.digests, top_k)
         for router in routers
@@ -276,6 +281,10 @@ def _gated(
         name = f"{routers[0].label}, top 2, {swapped_name(task)}"
         found.append(router_method(name, routers[0], {**folders.digests, task: other}, 2))
         found.append(oracle(names, {**folders.digests, task: other}, f"oracle, {swapped_name(task)}"))
+    for router in routers:
+        if router.own.beside():
+            trained = {task: folders.digests[router.own.name(task)] for task in names}
+            found.append(oracle(names, trained, named(router.label)))
     return found
 
 

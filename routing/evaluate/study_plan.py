@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from routing.evaluate.study_scale import MEDIUM, SMALL, Loop, Scale
+from routing.evaluate.gate_plan import named
+from routing.evaluate.study_scale import MEDIUM, SMALL, Loop, Scale, Variant
 from routing.evaluate.study_steps import Step, needed
 from routing.train.many import task_names
 from routing.train.moelora import MoeLoraRecipe
@@ -158,9 +159,10 @@ class _Maker:
                 continue
             rows = _rows(self.scale.rows)
             parts = [self._part(f"{group}-beside", group, ("oracle", "base"), *rows, "--perplexity")]
-            for name, label in ((main, "MeteoRA"), *((each.name, each.label) for each in variants)):
-                router = f"--router={label}={self._trained(name)}"
-                parts.append(self._part(name, group, tops(label), *rows, router, "--perplexity"))
+            for each in (Variant(main, "MeteoRA", group=group), *variants):
+                methods = (*tops(each.label), *((named(each.label),) if each.joint else ()))
+                router = f"--router={each.label}={self._trained(each.name)}"
+                parts.append(self._part(each.name, group, methods, *rows, router, "--perplexity"))
             yield from (*parts, self._joined(f"{group}-variants", parts, tops("MeteoRA")[1]))
 
     def composites(self) -> Step:

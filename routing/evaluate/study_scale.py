@@ -30,6 +30,11 @@ class Variant:
     loop: Loop | None = None
     group: str = SMALL
 
+    @property
+    def joint(self) -> bool:
+        """Whether their adapters are trained along: they are others than those of the main ones then."""
+        return "--joint" in self.options
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -104,10 +109,19 @@ SCALES = {
             Variant("reworded-longer", "white, reworded, 900 steps", (*WHITE, *REWORDED), Loop(900, 32)),
             Variant("longer", "900 steps", loop=Loop(900, 32)),
             Variant("faster", "rate 2e-2", ("--learning-rate", "2e-2")),
-            Variant("white-joint", "white, adapters trained along", (*WHITE, "--joint")),
+            Variant("joint-longer", "white, joint, 900 steps", (*WHITE, "--joint"), Loop(900, 32)),
+            Variant("both-longer", "white, reworded, joint, 900 steps", (*WHITE, *REWORDED, "--joint"), Loop(900, 32)),
+            Variant("reworded-longest", "white, reworded, 2700 steps", (*WHITE, *REWORDED), Loop(2700, 32)),
             *(Variant(f"beta-{beta}", f"beta {beta}", ("--beta", str(beta))) for beta in (0, 1, 20, 50)),
             Variant("medium-white-longer", "white, 900 steps", WHITE, Loop(900, 32), MEDIUM),
             Variant("medium-reworded-longer", "white, reworded, 900 steps", (*WHITE, *REWORDED), Loop(900, 32), MEDIUM),
+            Variant(
+                "medium-both-longer",
+                "white, reworded, joint, 900 steps",
+                (*WHITE, *REWORDED, "--joint"),
+                Loop(900, 32),
+                MEDIUM,
+            ),
         ),
         whole=True,
     ),

@@ -119,6 +119,7 @@ def tiny(scale: Scale) -> Scale:
     variants = (
         Variant("other", "beta 0", ("--beta", "0")),
         Variant("longer", "3 steps", ("--white",), Loop(3, 2)),
+        Variant("along", "along", ("--joint",)),
         Variant("medium-longer", "3 steps", loop=Loop(3, 2), group=MEDIUM),
     )
     fewer = {"curve": (2,), "new": ("xyz",), "modules": (1, 7), "variants": variants}
@@ -163,8 +164,9 @@ def test_the_whole_study_runs_on_a_tiny_model(
     assert milora["tasks"]["MiLoRA"]["above"] is not None
     assert set(milora["prompt_routers"]) == {"MiLoRA", "plain LoRA", *others}
     variants = json.loads((places.out / "eval-small-variants" / "gates.json").read_text())
-    tops = [f"{label}, top {k}" for label in ("MeteoRA", "beta 0", "3 steps") for k in (1, 2)]
-    assert list(variants["tasks"]) == list(variants["perplexity"]) == ["oracle", "base", *tops]
+    tops = [f"{label}, top {k}" for label in ("MeteoRA", "beta 0", "3 steps", "along") for k in (1, 2)]
+    wanted = ["oracle", "base", *tops, "oracle, adapters of along"]
+    assert set(variants["tasks"]) == set(variants["perplexity"]) == set(wanted)
     medium = json.loads((places.out / "eval-medium-variants" / "gates.json").read_text())
     assert set(medium["tasks"]["oracle"]["tasks"]) == set(MORE)
     composites = json.loads((places.out / "eval-composites" / "gates.json").read_text())
