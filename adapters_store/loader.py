@@ -27,7 +27,8 @@ class Loader(Protocol):
     ) -> None:
         """Have `work` done, the urgent before the rest; `poll` then gives its result, or what it raised, to `done`.
 
-        What was raised and is no Exception comes as `as_exception` has it.
+        What was raised and is no Exception comes as `as_exception` has it. Where nothing can do it, as without threads,
+        that is its result.
         """
         ...
 
@@ -108,8 +109,7 @@ class ThreadLoader:
             heapq.heappush(self._queue, _Task((not urgent, next(self._order)), work, done))
             self._pending += 1
             if self._resting < len(self._queue) and self._threads < self._num_threads:
-                self._threads += 1
-                self._start_thread()
+                self._grow()
             self._to_do.notify()
 
     def poll(self) -> None:
@@ -134,6 +134,20 @@ class ThreadLoader:
                 self._news.wait(deadline - time.monotonic())
             self._finished.clear()
             self._pending = 0
+
+    def _grow(self) -> None:
+        """One more thread. If the system has none, those that run do its work too; without any, what waits has failed.
+        The lock is held."""
+        try:
+            self._start_thread()
+            self._threads += 1  # the thread waits for the lock
+        except (RuntimeError, MemoryError) as error:
+            if not self._threads:
+                for task in self._queue:
+                    task.result = error
+                self._finished += self._queue
+                self._queue.clear()
+                self._news.notify_all()
 
     def _start_thread(self) -> None:
         usual = threading.stack_size(self._stack_bytes)  # of all threads that start from now on

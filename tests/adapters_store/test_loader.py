@@ -10,6 +10,9 @@ from adapters_store import loader as module
 from adapters_store.loader import ThreadLoader
 from tests.panic import Panic
 
+NO_MACHINE_HAS = 1 << 50
+"""Bytes of a stack, more than there are addresses: the system starts no thread with it."""
+
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., ThreadLoader]]:
@@ -118,6 +121,51 @@ def test_as_many_threads_as_work_and_no_more(make: Callable[..., ThreadLoader]) 
     finish(loader)
     assert told == [None] * 6
     assert len(running) == 3
+
+
+def test_work_for_which_the_system_has_no_thread_fails_and_later_work_does_not(
+    make: Callable[..., ThreadLoader],
+) -> None:
+    loader, barrier = make(2), threading.Barrier(2, timeout=60)
+    told: list[object] = []
+    loader._stack_bytes = NO_MACHINE_HAS
+    for _ in range(3):
+        loader.submit(lambda: 1, told.append)
+    assert loader.pending == 3
+    finish(loader)
+    assert [str(each) for each in told] == ["can't start new thread"] * 3
+    loader._stack_bytes = 0
+    for _ in range(2):
+        loader.submit(barrier.wait, told.append)
+    finish(loader)
+    assert sorted(told[3:]) == [0, 1], "both threads there are"  # type: ignore[type-var]
+
+
+def test_work_waits_for_the_threads_there_are_where_the_system_has_no_more(make: Callable[..., ThreadLoader]) -> None:
+    loader, gate, started = make(2), threading.Event(), threading.Event()
+    barrier = threading.Barrier(2, timeout=60)
+    told: list[object] = []
+
+    def first() -> int:
+        started.set()
+        gate.wait()
+        return 1
+
+    loader.submit(first, told.append)
+    assert started.wait(60)
+    loader._stack_bytes = NO_MACHINE_HAS
+    for number in (2, 3):
+        loader.submit(lambda number=number: number, told.append)
+    loader.poll()
+    assert not told
+    gate.set()
+    finish(loader)
+    assert told == [1, 2, 3]
+    loader._stack_bytes = 0
+    for _ in range(2):
+        loader.submit(barrier.wait, told.append)
+    finish(loader)
+    assert sorted(told[3:]) == [0, 1], "the second thread is there again"  # type: ignore[type-var]
 
 
 def test_work_submitted_by_a_report_is_pending(make: Callable[..., ThreadLoader]) -> None:
