@@ -23,6 +23,7 @@
 status, see `refusal`.
 """
 
+import asyncio
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -32,6 +33,9 @@ from adapters_store.registry import RegistryError
 from adapters_store.types import AdapterError
 
 BUG = "internal error; the server's log has the details"
+NO_FAILURE = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+"""What is raised to end a task, a generator or the process. All else is a failure of what raises it, also what is no
+Exception: PyO3 raises such for a panic of a library in Rust, as of a tokenizer."""
 RETRY_SECONDS = 2
 """What `Retry-After` tells clients while the engine restarts: a small model is back after two to three seconds."""
 QUOTA_SECONDS = 60

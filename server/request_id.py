@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.deps import Services
 from server.error_handlers import error_response
-from server.errors import ServerError, Unavailable
+from server.errors import NO_FAILURE, ServerError, Unavailable
 from server.journal import Journal, opened
 from server.observer import Observer
 from server.trace_context import parse_traceparent
@@ -26,9 +26,9 @@ class RequestIds:
     """ASGI middleware, the outermost one. Ids that are long or not plain ASCII are replaced, not echoed.
 
     It opens the request's journal, and hands it to the observer of the application's state. A trace, the caller's or
-    this server's own, is answered with `traceresponse`. What no handler caught is a bug: it is logged with the id and
-    answered with 500, traceback and all kept back. A request that is cancelled because the server stops is answered
-    with 503. `new_id` gives hex digits, 16 at least.
+    this server's own, is answered with `traceresponse`. What no handler caught is a bug, here or in a library: it is
+    logged with the id and answered with 500, traceback and all kept back. A request that is cancelled because the
+    server stops is answered with 503. `new_id` gives hex digits, 16 at least.
     """
 
     def __init__(self, app: ASGIApp, new_id: Callable[[], str]) -> None:
@@ -68,7 +68,9 @@ class RequestIds:
                 cut = Unavailable("the server is shutting down: look later whether this was done", code="draining")
                 await error_response(cut)(scope, receive, send)
             raise
-        except Exception:
+        except NO_FAILURE:
+            raise
+        except BaseException:
             if journal.status:
                 raise
             logger.exception("a request failed")

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from server import journal
 from server.choice import Piece
 from server.config import HttpSettings
-from server.errors import ClientGone, ServerError
+from server.errors import NO_FAILURE, ClientGone, ServerError
 from server.openai.answer import Answer
 from server.openai.pulse import Pulse
 
@@ -112,7 +112,9 @@ class EventStream(Response):
         except ServerError as error:
             journal.failed(error.code)
             last = _event(error.body())
-        except Exception:
+        except NO_FAILURE:
+            raise
+        except BaseException:
             logger.exception("a stream failed")
             journal.failed(ServerError.code)
             last = _event(ServerError().body())
