@@ -67,7 +67,7 @@ class GrammarError(ValueError):
 class Grammar:
     """A compiled constraint, once or several times over. first_mask and seconds: as `Matching` has them.
 
-    num_bytes: an estimate, of all `matchers` together.
+    num_bytes: an estimate or what was measured, of all `matchers` together.
     """
 
     matchers: tuple["LLMatcher", ...]

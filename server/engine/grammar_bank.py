@@ -47,7 +47,7 @@ class Compiler(Protocol):
 class GrammarBank:
     """Grammars by constraint. Not thread-safe; `loader` runs `compiler`, and both are the bank's.
 
-    budget: estimated bytes of the grammars that no request uses; the least recently used go first.
+    budget: bytes, as `Grammar` counts them, of the grammars that no request uses; the least recently used go first.
     """
 
     def __init__(self, loader: Loader, compiler: Compiler, budget: int) -> None:
@@ -105,7 +105,7 @@ class GrammarBank:
         self._loader.close(0.0)
 
     def drop_idle(self) -> int:
-        """Forget all that no request uses: its estimated bytes."""
+        """Forget all that no request uses: its bytes."""
         dropped = self._idle_bytes
         self._found = {one: found for one, found in self._found.items() if one in self._users}
         self._idle_bytes = 0

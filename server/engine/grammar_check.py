@@ -1,7 +1,8 @@
 """Constraints tried in a process of its own, which ends when one takes too long.
 
 `python -m server.engine.grammar_check SECONDS FOLDER VOCABULARY EOS...` reads a JSON line for each constraint, kind and
-source, and answers each with a line, null or the reason why it cannot be used. A line before all says that it is ready.
+source, and answers each with a line: the bytes that it holds once compiled, or the reason why it cannot be used. A line
+before all says that it is ready.
 """
 
 import json
@@ -14,8 +15,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from server.engine.allocated import allocated_bytes
 from server.engine.constraint import LONGEST_SOURCE, Constraint, ConstraintKind
 from server.engine.grammar import STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 
@@ -24,7 +27,7 @@ SMALL_SOURCE = 1024
 takes a second."""
 HARD = re.compile(r"multipleOf|\\u00[4-7]")
 """What no constraint is too small for, and ASCII as JSON escapes, which may spell it. The multiples of a number have
-as many states as it is large, which no limit of the library's counts: those of 400,009 take two seconds and 200 MB, and
+as many states as it is large, which no limit of the library's counts: those of 400,009 take two seconds and 113 MB, and
 those of ten million were never done."""
 CHECK_SECONDS = 3.0
 """CPU time for one. The library's limits do not bound it: 500 `patternProperties`, 7 KB, take a minute, and an error
@@ -58,12 +61,14 @@ class CheckedCompiler:
 
     def compile(self, constraint: Constraint) -> Grammar:
         """Raises GrammarError if the constraint cannot be used, or takes too long to find out."""
-        size = len(constraint.source)
+        size, held = len(constraint.source), 0
         if size <= LONGEST_SOURCE and (size > SMALL_SOURCE or HARD.search(constraint.source)):
-            self._check(constraint)
-        return self._compiler.compile(constraint)
+            held = self._check(constraint)
+        grammar = self._compiler.compile(constraint)
+        return replace(grammar, num_bytes=max(grammar.num_bytes, held * len(grammar.matchers)))
 
-    def _check(self, constraint: Constraint) -> None:
+    def _check(self, constraint: Constraint) -> int:
+        """The bytes that it holds, once; 0 where the system does not tell. Raises GrammarError."""
         process = self._take()
         line = json.dumps([constraint.kind, constraint.source]).encode() + b"\n"
         answer = _ask(process, line)
@@ -72,9 +77,10 @@ class CheckedCompiler:
             raise GrammarError(f"it is too complex: {self._seconds:g} seconds were not enough to compile it")
         with self._lock:
             self._idle.append(process)
-        error = json.loads(answer)
-        if error is not None:
-            raise GrammarError(error)
+        found: int | str = json.loads(answer)
+        if isinstance(found, str):
+            raise GrammarError(found)
+        return found
 
     def close(self) -> None:
         """End all processes."""
@@ -135,17 +141,19 @@ def serve(compiler: GrammarCompiler, seconds: float) -> None:
     answers.write(b"null\n")
     for line in sys.stdin.buffer:
         kind, source = json.loads(line)
+        before = allocated_bytes()
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            compiler.compile(Constraint(ConstraintKind(kind), source))
-            error = None
+            grammar = compiler.compile(Constraint(ConstraintKind(kind), source))
+            found: int | str = allocated_bytes() - before
+            del grammar
         except GrammarError as refused:
-            error = str(refused)
+            found = str(refused)
         except BaseException:  # of the library, also a panic: without an answer it would count as too slow
             traceback.print_exc()
-            error = "it cannot be compiled"
+            found = "it cannot be compiled"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(json.dumps(error).encode() + b"\n")
+        answers.write(json.dumps(found).encode() + b"\n")
 
 
 def main() -> int:
