@@ -1,9 +1,11 @@
 """Packed adapters in their pages. What only a GPU can show is tested on one, in tests/gpu."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters_store.pages import pack
 from adapters_store.types import GROUPS
@@ -37,7 +39,7 @@ def test_pages_are_written_in_their_order() -> None:
 
 
 class FakeEvent:
-    """Over when the test says so."""
+    """Over when the test says so. The host has no way to wait for it, as for a `FakeStream`."""
 
     is_over = False
 
@@ -60,13 +62,50 @@ class FakeStream:
         self.awaited.append(event)
 
 
-@pytest.mark.parametrize("digest", sorted(LIBRARY))
-def test_the_way_through_the_buffer_gives_the_same_pages(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each stream waits for the other: copies for the steps before them, later steps for the copies."""
+class Copies(TorchDispatchMode):
+    """Remembers of each copy where it comes from, and whether the host waits for it where devices differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            _, source, *non_blocking = args
+            self.made.append((source.untyped_storage().data_ptr(), not any(non_blocking)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+    """The current stream, of a device on which all memory is the host's."""
     steps = FakeStream()
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: steps)
+    return steps
+
+
+@pytest.mark.parametrize("digest", sorted(LIBRARY))
+def test_the_host_waits_for_no_copy_and_for_nothing_that_was_launched_before(digest: str, steps: FakeStream) -> None:
+    pool, packed = make_pool(5), PACKED[digest]
+    uploader = Uploader(pool.tensors, CPU)
+    pages = {name: tuple(range(len(group.pages))) for name, group in packed.groups.items()}
+    given = {
+        part.untyped_storage().data_ptr() for group in packed.groups.values() for page in group.pages for part in page
+    }
+    with Copies() as copies:
+        upload = uploader.start(packed, pages)
+    assert not any(event.is_over for event in steps.events)
+    waits = [waits for source, waits in copies.made if source in given]
+    assert len(waits) == 2 * sum(len(group.pages) for group in packed.groups.values())
+    assert not any(waits)
+    assert not upload.done()
+
+
+@pytest.mark.parametrize("digest", sorted(LIBRARY))
+def test_the_way_through_the_buffer_gives_the_same_pages(digest: str, steps: FakeStream) -> None:
+    """And each stream waits for the other: copies for the steps before them, later steps for the copies."""
     pool, twin, packed = make_pool(5), make_pool(5), PACKED[digest]
     uploader = Uploader(pool.tensors, CPU)
     for buffers in uploader._buffers.values():
