@@ -19,6 +19,13 @@ from server.json_structure import TooComplex, check_structure
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 IN_THREAD = 1 << 16
 """Bodies of so many bytes are parsed in a thread: the event loop has a millisecond for one, not more."""
+WORDS = {
+    "model_type": "expected an object",
+    "dict_type": "expected an object",
+    "too_short": "expected at least {min_length}, found {actual_length}",
+    "too_long": "expected at most {max_length}, found {actual_length}",
+}
+"""What clients are told where pydantic speaks of Python's types, by the kind of its error."""
 DRAINED = 4
 """A body up to this many times the limit is read to its end, so that its sender gets to see the refusal."""
 
@@ -138,7 +145,8 @@ def validate(model: type[M], data: dict[str, Any], limits: LimitSettings) -> M:
         raise BadRequest(f"{param}: there is no such field here", param=param, code="unknown_parameter")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     code = "missing_required_parameter" if kind == "missing" else code
-    message = first["msg"].removeprefix("Value error, ")
+    said = WORDS[kind].format(**first.get("ctx", {})) if kind in WORDS else first["msg"]
+    message = said.removeprefix("Value error, ")
     raise BadRequest(f"{param}: {message}" if param else message, param=param, code=code)
 
 

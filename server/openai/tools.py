@@ -68,7 +68,11 @@ class AllowedTools(RequestModel):
 
 def _choice(value: object) -> object:
     """A word as an object of that type."""
-    return {"type": value} if isinstance(value, str) and value in ("auto", "none", "required") else value
+    if isinstance(value, str) and value in ("auto", "none", "required"):
+        return {"type": value}
+    if isinstance(value, dict):
+        return value
+    raise PydanticCustomError("choice_type", 'expected "auto", "none", "required" or an object that names a function')
 
 
 class ToolChoice(RequestModel):
