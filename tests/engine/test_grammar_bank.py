@@ -1,5 +1,7 @@
 """Grammars in memory: compiled once, kept while they are used and as long as there is room, forgotten after that."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -74,6 +76,28 @@ def test_a_refusal_names_the_field_of_whoever_asks_and_is_remembered() -> None:
         bank.leave(constraint)
         bank.check_integrity()
     assert factory.compiled == ["bad"]
+
+
+def test_of_what_is_refused_nothing_but_the_reason_is_kept() -> None:
+    class Tables:
+        """What the library had built when it refused."""
+
+    built: list[weakref.ref[Tables]] = []
+
+    class Building(Factory):
+        def compile(self, constraint: Constraint) -> Grammar:
+            tables = Tables()
+            built.append(weakref.ref(tables))
+            return super().compile(constraint)
+
+    loader = ManualLoader()
+    bank = GrammarBank(loader, Building(), 10 * REFUSED_BYTES)
+    bank.enter(regex("bad"))
+    finish(loader)
+    gc.collect()
+    assert [tables() for tables in built] == [None]
+    with pytest.raises(RequestError):
+        bank.get(regex("bad"))
 
 
 def test_a_bug_of_the_library_is_a_refusal(caplog: pytest.LogCaptureFixture) -> None:
