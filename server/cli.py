@@ -151,12 +151,17 @@ def serve(
     set_up_log(settings, "front")
     from server.frontends.front_end import FrontEndError
     from server.frontends.parent import serve as serve_together
+    from server.local_only import log_who_may_ask
     from server.serve import START_ERRORS, BindError
     from server.serve import serve as serve_alone
 
+    def announce(line: str) -> None:
+        print(line, flush=True)
+        log_who_may_ask(settings.serve)
+
     run = serve_alone if settings.serve.frontends == 1 else serve_together
     with _failing(*START_ERRORS, BindError, FrontEndError):
-        run(settings, announce=lambda line: print(line, flush=True))
+        run(settings, announce)
 
 
 @app.command()

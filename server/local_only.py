@@ -1,5 +1,6 @@
 """What a server without keys does not do for pages of the web: everything here is allowed to whoever may connect."""
 
+import logging
 import re
 from collections.abc import Collection
 
@@ -7,11 +8,23 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.body import has_body
-from server.config import is_loopback
+from server.config import ServeSettings, is_loopback
 from server.error_handlers import error_response
 from server.errors import Forbidden, ServerError, UnsupportedMediaType
 
+logger = logging.getLogger(__name__)
+
 _HOST = re.compile(r"(?:https?://)?(\[[0-9a-f:.]+\]|[^/:@\[\]]+)(?::\d{1,5})?", re.IGNORECASE)
+
+
+def log_who_may_ask(settings: ServeSettings) -> None:
+    """A line of the log about a server without keys, which whoever starts it may not be aware of."""
+    if not settings.is_open:
+        return
+    if is_loopback(settings.host):
+        logger.info("no key is set: every program of this machine may do everything, others cannot connect")
+    else:
+        logger.warning("no key is set: whoever reaches %s may do everything", settings.host)
 
 
 class LocalOnly:

@@ -124,6 +124,25 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert settings.data_dir == tmp_path
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "every program of this machine may do everything"),
+        (("--host", "0.0.0.0", "--insecure"), "whoever reaches 0.0.0.0 may do everything"),
+        (("--admin-key", "k"), None),
+        (("--host", "0.0.0.0", "--api-key", "k"), None),
+    ],
+)
+def test_a_server_without_keys_says_so_when_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str | None
+) -> None:
+    monkeypatch.setattr(server.serve, "serve", lambda settings, announce: announce("it serves"))  # noqa: ARG005
+    done = runner.invoke(cli.app, ["serve", "--model", "m", *options])
+    assert done.stdout == "it serves\n"
+    assert ("no key is set" in done.stderr) is (said is not None)
+    assert (said or "") in done.stderr
+
+
 def test_the_kernels_distribution_is_refused(tmp_path: Path) -> None:
     """Hugging Face's `kernels` and our package of that name cannot be in one environment."""
     installed = tmp_path / "kernels-0.9.0.dist-info"
