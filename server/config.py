@@ -8,7 +8,9 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -224,7 +226,9 @@ def load_settings(overrides: Mapping[str, Any] | None = None, file: Path | None 
         settings = FromSources(**(overrides or {}))
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
-    except (ValueError, OSError) as error:  # a file that is no TOML, an environment variable that is no JSON
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"--config {file}: cannot be read as TOML ({error})") from error
+    except ValueError as error:  # an environment variable that is no JSON
         raise SettingsError(f"cannot read the settings: {error}") from error
     return settings
 
@@ -252,13 +256,7 @@ def _short_names() -> dict[str, str]:
 
 def _check_environment() -> None:
     """pydantic-settings ignores variables that match no field; here a misspelt one is an error."""
-    groups: dict[str, type[BaseModel]] = {
-        "serve": ServeSettings,
-        "limits": LimitSettings,
-        "http": HttpSettings,
-        "sources": SourceSettings,
-        "routing": RoutingSettings,
-    }
+    known = {_variable(name): name for name in _names()}
     for name, value in os.environ.items():
         if (
             not name.startswith(PREFIX)
@@ -266,16 +264,39 @@ def _check_environment() -> None:
             or KUBERNETES.match(f"{name}={value}")
         ):
             continue
-        group, _, field = name.removeprefix(PREFIX).lower().partition("__")
-        known = field in groups[group].model_fields if group in groups else group in Settings.model_fields and not field
-        if not known:
-            raise SettingsError(f"environment variable {name} is no setting of loramux")
+        if name.upper() not in known:
+            meant = _meant(name.removeprefix(PREFIX).replace("__", ".").lower(), list(known.values()))
+            hint = f", did you mean {_variable(meant)}?" if meant else ""
+            raise SettingsError(f"environment variable {name} is no setting of loramux{hint}")
+
+
+def _names() -> Iterator[str]:
+    """Dotted names of all settings, such as `serve.port`."""
+    for name, field in Settings.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            yield from (f"{name}.{inner}" for inner in group.model_fields)
+        else:
+            yield name
+
+
+def _variable(name: str) -> str:
+    """The setting's name in the environment."""
+    return f"{PREFIX}{name.replace('.', '__')}".upper()
+
+
+def _meant(name: str, known: Sequence[str]) -> str | None:
+    """What somebody meant who wrote `name`: the same setting of another group, or one spelled much like it."""
+    elsewhere = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = elsewhere or get_close_matches(name, known, 1, 0.8)
+    return close[0] if close else None
 
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {name}"
+        meant = _meant(name, [*_names(), *Settings.model_fields])
+        return f"unknown setting {name}" + (f", did you mean {meant}?" if meant else "")
     message = first["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if name else message

@@ -62,8 +62,11 @@ def test_no_sizes(text: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ({"serve": {"prot": 1}}, "unknown setting serve.prot"),
-        ({"server": {}}, "unknown setting server"),
+        ({"serve": {"prot": 1}}, r"^unknown setting serve\.prot, did you mean serve\.port\?$"),
+        ({"port": 1}, r"^unknown setting port, did you mean serve\.port\?$"),
+        ({"serve": {"min_score": 1}}, r"did you mean routing\.min_score\?$"),
+        ({"server": {}}, r"^unknown setting server, did you mean serve\?$"),
+        ({"serve": {"zzz": 1}}, r"^unknown setting serve\.zzz$"),
         ({"serve": {"port": "x"}}, "serve.port"),
         ({"serve": {"port": 70000}}, "serve.port"),
         ({"serve": {"device": "tpu"}}, "serve.device"),
@@ -90,16 +93,26 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_alone(monkeypatc
     assert load_settings().serve.port == 8000
 
 
-@pytest.mark.parametrize("name", ["LORAMUX_SERVE__PROT", "LORAMUX_PORT", "LORAMUX_SERVE", "LORAMUX_DATA_DIR__X"])
-def test_unknown_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("LORAMUX_SERVE__PROT", ", did you mean LORAMUX_SERVE__PORT?"),
+        ("LORAMUX_PORT", ", did you mean LORAMUX_SERVE__PORT?"),
+        ("LORAMUX_SERVE", ""),
+        ("LORAMUX_DATA_DIR__X", ", did you mean LORAMUX_DATA_DIR?"),
+        ("LORAMUX_ZZZ", ""),
+    ],
+)
+def test_unknown_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(SettingsError, match=name):
+    with pytest.raises(SettingsError) as refused:
         load_settings()
+    assert str(refused.value) == f"environment variable {name} is no setting of loramux{meant}"
 
 
 @pytest.mark.parametrize("text", ["[serve\n", "[serve]\nprot = 1\n", "serve = 3\n"])
 def test_bad_files(tmp_path: Path, text: str) -> None:
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=r"s\.toml" if text == "[serve\n" else "serve"):
         load_settings(file=write(tmp_path / "s.toml", text))
     with pytest.raises(SettingsError, match="no such file"):
         load_settings(file=tmp_path / "none.toml")
