@@ -70,9 +70,9 @@ class SourcePolicy:
         return limits.get(name, self.archive_limits.max_bytes)
 
 
-def source_not_allowed(message: str) -> AdapterError:
-    """403: the policy does not let the caller read there."""
-    return AdapterError("source_not_allowed", f"{message}: expected a source that its settings allow", 403)
+def source_not_allowed(message: str, expected: str) -> AdapterError:
+    """403: the policy does not let the caller read there. `expected` names the setting that would."""
+    return AdapterError("source_not_allowed", f"{message}: expected {expected}", 403)
 
 
 def source_unavailable(message: str) -> AdapterError:

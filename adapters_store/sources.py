@@ -120,7 +120,8 @@ class _LocalFolder:
         self._roots = [Path(os.path.realpath(root)) for root in policy.file_roots]
         if not any(map(self._path.is_relative_to, (*policy.file_roots, *self._roots))):
             # the same answer whether or not it exists
-            raise source_not_allowed("source lies outside of the folders from which the server may read")
+            message = "source lies outside of the folders from which the server may read"
+            raise source_not_allowed(message, "one below an --adapter-root, and the admin key")
         handle = self._open_beneath(self._path, any_kind=True)
         if handle is None:
             raise AdapterError("bad_source", "source does not exist: expected a folder or an archive there", 400)
@@ -175,7 +176,7 @@ class _HubRepository:
         if not match or ".." in source:
             raise AdapterError("bad_source", "source is not understood: expected hf://org/repository@revision", 400)
         if policy.hub_endpoint is None:
-            raise source_not_allowed("source hf:// is switched off")
+            raise source_not_allowed("source hf:// is switched off", "the setting sources.hub_endpoint")
         self._repo = match["repo"]
         self._policy = policy
         token = policy.hub_token or False
@@ -231,7 +232,8 @@ class _Bucket:
         if not parts.netloc or parts.query or parts.fragment or ".." in parts.path.split("/"):
             raise AdapterError("bad_source", "source is not understood: expected s3://bucket/prefix", 400)
         if parts.netloc not in policy.s3_buckets:
-            raise source_not_allowed("source names a bucket from which the server may not read")
+            message = "source names a bucket from which the server may not read"
+            raise source_not_allowed(message, "one of the setting sources.s3_buckets, and the admin key")
         self._store = s3_store(parts.netloc, "", policy.s3_endpoint, policy.s3_region)
         self._key = unquote(parts.path).strip("/")
 

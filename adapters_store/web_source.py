@@ -69,7 +69,8 @@ class WebFolder:
             message = "source, or a redirect of it, is not understood: expected https://host/path"
             raise AdapterError("bad_source", message, 400)
         if (host if port == 443 else f"{host}:{port}") not in self._policy.https_hosts:
-            raise source_not_allowed("source, or a redirect of it, names a host from which the server may not read")
+            message = "source, or a redirect of it, names a host from which the server may not read"
+            raise source_not_allowed(message, "one of the setting sources.https_hosts")
         return parts
 
     def _judge(self, response: httpcore.Response) -> str | None:

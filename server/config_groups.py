@@ -99,6 +99,7 @@ class RoutingSettings(BaseModel):
 class SourceSettings(BaseModel):
     """Where adapters may be fetched from, and how much, in bytes and seconds.
 
+    `https_hosts` are names, with a port that is not 443 as `name:8443`. Credentials of buckets are AWS's own variables.
     An empty `hub_endpoint` switches hf:// off. Tenants' own registrations use neither the buckets nor the token.
     """
 

@@ -11,7 +11,7 @@ from server.api_docs.error_codes import ERROR_CODES
 from server.api_docs.schema_text import described, rows, values
 from server.app import create_app
 from server.body import schema_of
-from server.config import HttpSettings, LimitSettings, Settings
+from server.config import HttpSettings, LimitSettings, RoutingSettings, Settings, SourceSettings
 from server.openai.chat import ChatRequest
 from server.openai.completions import CompletionRequest
 from server.openai.embeddings import EmbeddingsRequest
@@ -85,6 +85,8 @@ def api_document() -> str:
         HEADERS,
         _settings("Limits", "limits", LimitSettings),
         _settings("How answers travel", "http", HttpSettings),
+        _settings("Where adapters may come from", "sources", SourceSettings),
+        _settings("How `auto` chooses", "routing", RoutingSettings),
         _errors(),
         *_admin(),
     ]
@@ -170,12 +172,17 @@ def _admin() -> Iterator[str]:
 
 def _settings(title: str, group: str, model: type[BaseModel]) -> str:
     lines = [
-        [f"`{group}.{name}`", values(schema), _literal(schema.get("default", ""))]
+        [f"`{group}.{name}`", values(schema), _default(schema)]
         for name, schema in model.model_json_schema()["properties"].items()
     ]
     about = " ".join((model.__doc__ or "").split())
     where = f"In a file (`[{group}]`) or the environment (`LORAMUX_{group.upper()}__...`)."
     return f"## {title}\n\n{about} {where}\n\n{_table(('setting', 'values', 'default'), lines)}"
+
+
+def _default(schema: Mapping[str, Any]) -> str:
+    default = schema.get("default")
+    return "" if default is None else _literal(default)
 
 
 def _errors() -> str:

@@ -212,9 +212,19 @@ def test_sources_that_are_not_understood(source: str, tmp_path: Path) -> None:
     assert (error.code, error.status) == ("bad_source", 400)
 
 
-def test_nothing_is_allowed_by_default(tmp_path: Path) -> None:
-    for source in ("file:///etc", "hf://a/b", "s3://bucket/x", "https://example.com/x"):
-        assert refused(source, tmp_path / "into", SourcePolicy()).code == "source_not_allowed"
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [
+        ("file:///etc", "--adapter-root"),
+        ("hf://a/b", "sources.hub_endpoint"),
+        ("s3://bucket/x", "sources.s3_buckets"),
+        ("https://example.com/x", "sources.https_hosts"),
+    ],
+)
+def test_nothing_is_allowed_by_default(source: str, setting: str, tmp_path: Path) -> None:
+    error = refused(source, tmp_path / "into", SourcePolicy())
+    assert error.code == "source_not_allowed"
+    assert setting in error.message
 
 
 @pytest.fixture(scope="module")

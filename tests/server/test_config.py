@@ -1,6 +1,7 @@
 """Where settings come from, and what is refused."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,15 @@ def test_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert settings.sources.hub_token is not None
     assert "secret" not in repr(settings)
     assert settings.serve.adapter_root == (tmp_path,)
+
+
+def test_the_documented_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    (block,) = re.findall(r"```\n(\[serve\]\n.*?)```", text, re.DOTALL)
+    monkeypatch.setenv("LORAMUX_ADMIN_KEY", "k")
+    settings = load_settings(file=write(tmp_path / "s.toml", block))
+    assert settings.serve.host == "0.0.0.0"
+    assert settings.sources.s3_buckets == ("our-adapters",)
 
 
 def test_what_clients_read_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
