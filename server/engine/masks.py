@@ -53,6 +53,7 @@ class MaskThreads:
         self._news = threading.Condition()
         self._executor: LLExecutor | None = None
         self._alone = False
+        self._short = False
 
     def advance(self, moves: Moves) -> None:
         """Compute the mask behind each token. The matchings are `pending` until that is done."""
@@ -61,8 +62,14 @@ class MaskThreads:
             for matching, _ in batch:
                 matching.pending = True
             groups = shared_out(batch)
-            for _ in range(min(len(groups), 1 if slow else self._num_threads)):
-                lane.submit(self._run, groups)
+            try:
+                for _ in range(min(len(groups), 1 if slow else self._num_threads)):
+                    lane.submit(self._run, groups)
+            except RuntimeError as error:  # the system has no thread for it: those that there are do it with this one
+                if not self._short:
+                    logger.warning("masks hold up the engine's steps: %s", error)
+                self._short = True
+                self._run(groups)
         if moves:
             time.sleep(0)  # lets the threads have the interpreter's lock until they no longer need it
 

@@ -1,5 +1,6 @@
 """Outputs under a constraint: always of its language, whatever else is asked for and whatever shares the batch."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,20 @@ def test_constrained_and_free_rows_give_what_each_gives_alone(make: Make) -> Non
     assert ahead == together
     assert preempted == together
     assert few_blocks.scheduler.preemptions > 0
+
+
+def test_where_the_system_has_no_threads_outputs_are_the_same(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Until it has some again; what is missing is said once."""
+    engine, usual = make(mask_threads=3), texts(outputs_of(make(), batch()))
+    compile_all(engine, batch())
+    before = threading.stack_size(1 << 50)  # no thread starts with that
+    try:
+        assert texts(outputs_of(engine, batch())) == usual
+    finally:
+        threading.stack_size(before)
+    assert [record.message for record in caplog.records] == ["masks hold up the engine's steps: can't start new thread"]
+    assert texts(outputs_of(engine, batch())) == usual
+    engine.check_integrity()
 
 
 def test_max_tokens_cuts(make: Make, words: Tokenizer) -> None:
