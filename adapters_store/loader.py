@@ -27,8 +27,7 @@ class Loader(Protocol):
     ) -> None:
         """Have `work` done, the urgent before the rest; `poll` then gives its result, or what it raised, to `done`.
 
-        What was raised and is no Exception comes as `as_exception` has it. Where nothing can do it, as without threads,
-        that is its result.
+        What was raised and is no Exception comes as `as_exception` has it, and NoThread where nobody can do it.
         """
         ...
 
@@ -43,6 +42,10 @@ class Loader(Protocol):
     def close(self, seconds: float) -> None:
         """Begin nothing more, and give what runs this long to end. Nothing is reported from here on."""
         ...
+
+
+class NoThread(OSError):
+    """The system has no thread for the work. It may have one later."""
 
 
 def as_exception(error: BaseException) -> Exception:
@@ -144,7 +147,7 @@ class ThreadLoader:
         except (RuntimeError, MemoryError) as error:
             if not self._threads:
                 for task in self._queue:
-                    task.result = error
+                    task.result = NoThread(str(error))
                 self._finished += self._queue
                 self._queue.clear()
                 self._news.notify_all()

@@ -297,4 +297,7 @@ def _client_error(error: EngineUnavailable | RequestError | ServerError) -> Serv
     if error.code == "adapter_unavailable":
         logger.error("an adapter cannot be read: %s", error)
         return Unavailable("an adapter of this request cannot be read at the moment", code="adapter_unavailable")
+    if error.code == "constraint_unavailable":
+        logger.error("a constraint cannot be compiled: %s", error)
+        return Unavailable("the constraint of this request cannot be compiled at the moment", code=error.code)
     return BadRequest(str(error), param=error.param, code=error.code)

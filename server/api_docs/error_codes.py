@@ -134,6 +134,7 @@ ERROR_CODES = tuple(
                 "engine_error": "The engine died while it answered.",
                 "adapter_unavailable": "An adapter's files cannot be read at the moment.",
                 "router_unavailable": "The encoder or a router's files cannot be read at the moment.",
+                "constraint_unavailable": "The engine's system has no thread or process that compiles it.",
                 "encoder_unavailable": "The embedding model is being restarted.",
                 "registry_unavailable": "The database cannot be reached.",
                 "store_unavailable": "Adapters' files cannot be read or written at the moment.",

@@ -38,7 +38,7 @@ class Compiler(Protocol):
     """Makes grammars, in any thread."""
 
     def compile(self, constraint: Constraint) -> Grammar:
-        """Raises GrammarError."""
+        """Raises GrammarError, or OSError or MemoryError where the system refuses what it needs."""
         ...
 
     def close(self) -> None: ...
@@ -55,6 +55,7 @@ class GrammarBank:
         self._compiler = compiler
         self._budget = budget
         self._found: dict[Constraint, Grammar | GrammarError] = {}  # the least recently used first
+        self._passing: set[Constraint] = set()  # of the refused ones, those that may be fine when they come again
         self._users: Counter[Constraint] = Counter()
         self._compiling: set[Constraint] = set()
         self._idle_bytes = 0
@@ -76,12 +77,13 @@ class GrammarBank:
         if not self._users[constraint]:
             del self._users[constraint]
             if constraint in self._found:
-                self._idle_bytes += _num_bytes(constraint, self._found[constraint])
-                self._forget()
+                self._rest(constraint)
 
     def get(self, constraint: Constraint) -> Grammar | None:
         """The grammar, or None while it is being compiled. Raises RequestError if it cannot be used."""
         found = self._found.get(constraint)
+        if constraint in self._passing:
+            raise RequestError(str(found), param=constraint.param, code="constraint_unavailable")
         if isinstance(found, GrammarError):
             raise RequestError(f"{constraint.param}: {found}", param=constraint.param, code="invalid_constraint")
         return found
@@ -120,21 +122,34 @@ class GrammarBank:
             raise RuntimeError(f"requests use {len(lost)} grammars that nobody compiles")
         if len(self._compiling) > self._loader.pending:
             raise RuntimeError(f"{len(self._compiling)} grammars are awaited, {self._loader.pending} tasks are pending")
+        if lost := self._passing - (self._users.keys() & self._found.keys()):
+            raise RuntimeError(f"{len(lost)} refusals that pass are kept for nobody")
         idle = sum(_num_bytes(one, found) for one, found in self._found.items() if one not in self._users)
         if idle != self._idle_bytes or idle > self._budget:
             raise RuntimeError(f"idle grammars of {idle} bytes count as {self._idle_bytes}, of {self._budget} allowed")
 
     def _take(self, constraint: Constraint, found: Grammar | Exception) -> None:
         self._compiling.remove(constraint)
-        if isinstance(found, Exception) and not isinstance(found, GrammarError):
+        if isinstance(found, OSError | MemoryError):
+            self._passing.add(constraint)
+            found = GrammarError(f"the system does not let it be compiled ({str(found) or type(found).__name__})")
+        elif isinstance(found, Exception) and not isinstance(found, GrammarError):
             logger.error("a constraint of kind %s could not be compiled", constraint.kind, exc_info=found)
             found = GrammarError("it cannot be compiled")
         elif isinstance(found, GrammarError):
             found = GrammarError(str(found))  # what was raised has a traceback, and with it the grammar: 0.8 MB
         self._found[constraint] = found
         if constraint not in self._users:
-            self._idle_bytes += _num_bytes(constraint, found)
-            self._forget()
+            self._rest(constraint)
+
+    def _rest(self, constraint: Constraint) -> None:
+        """Nobody uses it now."""
+        if constraint in self._passing:
+            self._passing.remove(constraint)
+            del self._found[constraint]
+            return
+        self._idle_bytes += _num_bytes(constraint, self._found[constraint])
+        self._forget()
 
     def _forget(self) -> None:
         for constraint in tuple(self._found):

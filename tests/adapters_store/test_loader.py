@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from adapters_store import loader as module
-from adapters_store.loader import ThreadLoader
+from adapters_store.loader import NoThread, ThreadLoader
 from tests.panic import Panic
 
 NO_MACHINE_HAS = 1 << 50
@@ -133,7 +133,7 @@ def test_work_for_which_the_system_has_no_thread_fails_and_later_work_does_not(
         loader.submit(lambda: 1, told.append)
     assert loader.pending == 3
     finish(loader)
-    assert [str(each) for each in told] == ["can't start new thread"] * 3
+    assert [(type(each), str(each)) for each in told] == [(NoThread, "can't start new thread")] * 3
     loader._stack_bytes = 0
     for _ in range(2):
         loader.submit(barrier.wait, told.append)

@@ -108,6 +108,33 @@ def test_a_constraint_may_be_compiled_after_a_panic(
     assert text_of(run(engine, [request])["r"], words) == f"{MARK}again"
 
 
+def test_without_threads_or_processes_a_constrained_request_ends_and_the_next_one_need_not(
+    engine: Engine, words: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may have some when it comes."""
+    assert engine.arrivals.grammars is not None
+    tried = regex("a" * (SMALL_SOURCE + 1))
+    requests = [Request(str(one), PROMPTS[0], constrained(GREEDY, one)) for one in (CHOICE, tried)]
+    free = Request("free", PROMPTS[1], GREEDY)
+
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.arrivals.grammars._loader, "_stack_bytes", 1 << 50)  # no thread starts with that
+        outputs = run(engine, [*requests, free])
+        assert [outputs[request.id][-1].error_code for request in requests] == ["constraint_unavailable"] * 2
+        assert len(tokens_of(outputs["free"])) == GREEDY.max_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen", refused)
+        outputs = run(engine, requests)
+        assert text_of(outputs[requests[0].id], words) in CHOICES
+        assert outputs[requests[1].id][-1].error_code == "constraint_unavailable"
+    text = text_of(run(engine, requests)[requests[1].id], words)
+    assert text
+    assert not text.strip("a")
+
+
 def test_a_panic_in_the_other_process_is_no_lack_of_time(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """And the process goes on."""
     compiler = CheckedCompiler(model, 512, {1})

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters_store.loader import NoThread
 from server.engine.config import RequestError
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.grammar import Grammar, GrammarError
@@ -22,9 +23,10 @@ def regex(source: str, param: str = "response_format") -> Constraint:
 
 
 class Factory:
-    """Compiles everything but what begins with "bad"; grammars are of one size."""
+    """Compiles everything but what begins with "bad"; grammars are of one size. `lacks`: what the system refuses."""
 
     def __init__(self) -> None:
+        self.lacks: dict[str, Exception] = {}
         self.compiled: list[str] = []
         self.closed = False
 
@@ -32,6 +34,8 @@ class Factory:
         self.compiled.append(constraint.source)
         if constraint.source == "bug":
             raise KeyError("of the library")
+        if constraint.source in self.lacks:
+            raise self.lacks[constraint.source]
         if constraint.source.startswith("bad"):
             raise GrammarError("it is bad")
         nothing: Any = None
@@ -110,6 +114,43 @@ def test_a_bug_of_the_library_is_a_refusal(caplog: pytest.LogCaptureFixture) -> 
     assert "KeyError" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoThread("can't start new thread"), "can't start new thread"),
+        (OSError(11, "again"), "again"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+@pytest.mark.parametrize("leaves_first", [False, True])
+def test_what_the_system_refuses_is_tried_again_for_who_comes_later(
+    error: Exception, said: str, leaves_first: bool
+) -> None:
+    loader, factory = ManualLoader(), Factory()
+    bank = GrammarBank(loader, factory, 10 * SIZE)
+    factory.lacks["a"] = error
+    for _ in range(2):
+        bank.enter(regex("a"))
+    if leaves_first:
+        for _ in range(2):
+            bank.leave(regex("a"))
+    finish(loader)
+    bank.check_integrity()
+    if not leaves_first:
+        for _ in range(2):
+            with pytest.raises(RequestError, match=said) as refused:
+                bank.get(regex("a"))
+            assert (refused.value.param, refused.value.code) == ("response_format", "constraint_unavailable")
+            bank.leave(regex("a"))
+            bank.check_integrity()
+    assert not len(bank)
+    del factory.lacks["a"]
+    bank.enter(regex("a"))
+    finish(loader)
+    assert bank.get(regex("a")) is not None
+    bank.check_integrity()
+
+
 def test_the_least_recently_used_goes_first() -> None:
     loader, factory = ManualLoader(), Factory()
     bank = GrammarBank(loader, factory, 2 * SIZE)
@@ -150,14 +191,16 @@ def test_a_request_may_leave_while_its_grammar_is_compiled() -> None:
     assert not bank.compiling
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(["enter", "leave", "run"]), st.sampled_from(["a", "bb", "bad", "bad2"])))
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["enter", "leave", "run"]), st.sampled_from(["a", "bb", "bad", "bad2", "full"]))
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(STEPS, st.integers(0, 3 * SIZE + REFUSED_BYTES))
 def test_whatever_comes_and_goes(steps: list[tuple[str, str]], budget: int) -> None:
-    loader = ManualLoader()
-    bank = GrammarBank(loader, Factory(), budget)
+    loader, factory = ManualLoader(), Factory()
+    bank = GrammarBank(loader, factory, budget)
     users: list[str] = []
     for what, source in steps:
         if what == "enter":
@@ -167,8 +210,9 @@ def test_whatever_comes_and_goes(steps: list[tuple[str, str]], budget: int) -> N
             users.remove(source)
             bank.leave(regex(source))
         elif what == "run":
+            factory.lacks = {"full": OSError("full")} if source == "full" else {}
             finish(loader)
-            for one in set(users) - {"bad", "bad2"}:
+            for one in set(users) - {"bad", "bad2", "full"}:
                 assert bank.get(regex(one)) is not None
         bank.check_integrity()
 

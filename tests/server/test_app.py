@@ -143,6 +143,7 @@ async def test_a_dead_engine_is_503(client: httpx.AsyncClient, harness: Harness)
             "lora.adapters",
         ),
         (RequestError("cannot open /secret/adapter", code="adapter_unavailable"), 503, "adapter_unavailable", None),
+        (RequestError("fork of /secret", code="constraint_unavailable"), 503, "constraint_unavailable", None),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
