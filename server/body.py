@@ -26,6 +26,8 @@ WORDS = {
     "too_long": "expected at most {max_length}, found {actual_length}",
 }
 """What clients are told where pydantic speaks of Python's types, by the kind of its error."""
+CODES = {"missing": "missing_required_parameter", "unsupported": "unsupported_parameter"}
+"""Codes of kinds of errors that have one of their own; `unsupported` is what our own validators raise."""
 DRAINED = 4
 """A body up to this many times the limit is read to its end, so that its sender gets to see the refusal."""
 
@@ -144,7 +146,7 @@ def validate(model: type[M], data: dict[str, Any], limits: LimitSettings) -> M:
     if kind == "extra_forbidden":
         raise BadRequest(f"{param}: there is no such field here", param=param, code="unknown_parameter")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    code = "missing_required_parameter" if kind == "missing" else code
+    code = CODES.get(kind, code)
     said = WORDS[kind].format(**first.get("ctx", {})) if kind in WORDS else first["msg"]
     message = said.removeprefix("Value error, ")
     raise BadRequest(f"{param}: {message}" if param else message, param=param, code=code)

@@ -27,9 +27,10 @@ HEAD = """# The HTTP API
 
 Written from the code by `python -m server.api_docs docs/api.md`; a test compares. OpenAI's own reference says what its
 fields mean; here stands what this server makes of each. **Supported** fields do what they do at OpenAI or vLLM,
-**ignored** ones are checked and change nothing, **refused** ones are answered 400 `unsupported_parameter` unless the
-value changes nothing. Fields that are not listed are ignored, as OpenAI does; in `lora` and in admin calls they are
-refused. `null` is the same as absent. JSON types are taken as they are: `"1"` and `true` are no numbers.
+**ignored** ones are checked and change nothing, **refused** ones are answered 400 `unsupported_parameter` unless they
+have the listed value, which changes nothing. Fields that are not listed are ignored, as OpenAI does; in `lora` and in
+admin calls they are refused. `null` is the same as absent. JSON types are taken as they are: `"1"` and `true` are no
+numbers.
 """
 HEADERS = """## Headers
 

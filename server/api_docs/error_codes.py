@@ -53,6 +53,7 @@ ERROR_CODES = tuple(
             {
                 "model_not_found": "No such model, adapter or revision, or not for this tenant.",
                 "adapter_not_found": "The same in admin calls.",
+                "revision_not_found": "The name has no such revision.",
                 "router_not_found": "No such router.",
                 "tenant_not_found": "No such tenant.",
                 "key_not_found": "No such key.",
@@ -70,6 +71,7 @@ ERROR_CODES = tuple(
                 "adapter_deleting": "The name is being deleted; `Retry-After`.",
                 "router_exists": "The name is taken: another one, or `replace`.",
                 "tenant_exists": "The id is taken.",
+                "key_exists": "A new key has the id of another one by chance: ask again.",
                 "tenant_in_use": "The tenant still has adapters.",
                 "pins_exhausted": "Pinned adapters would take more than half of the page pool.",
                 "conflict": "Another change came in between.",

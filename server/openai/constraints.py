@@ -59,13 +59,26 @@ class StructuredOutputs(RequestModel):
     json_object: bool | None = None
     """Any object."""
     structural_tag: None = None
-    """Not supported."""
+    """Refused."""
     whitespace_pattern: None = None
-    """Not supported: between the tokens of JSON are at most a space, or a new line and its indentation."""
+    """Refused: between the tokens of JSON are at most a space, or a new line and its indentation."""
     disable_any_whitespace: Literal[False] | None = None
-    """Not supported."""
+    """Refused."""
     disable_additional_properties: Literal[False] | None = None
-    """Not supported: the schema says it."""
+    """Refused: the schema says it."""
+
+    @field_validator(
+        "structural_tag",
+        "whitespace_pattern",
+        "disable_any_whitespace",
+        "disable_additional_properties",
+        mode="before",
+    )
+    @classmethod
+    def _not_served(cls, value: object) -> object:
+        if value is not None and value is not False:
+            raise PydanticCustomError("unsupported", "not supported by this server")
+        return value
 
     @model_validator(mode="after")
     def _one_kind(self) -> "StructuredOutputs":

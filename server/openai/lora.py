@@ -33,7 +33,7 @@ class LoraOptions(RouterFields, RequestModel):
     model_config = ConfigDict(extra="forbid")
 
     adapters: list[LoraAdapter] | None = None
-    """The mix; at most `limits.adapters`. Excludes `router`."""
+    """The mix, which wins over an adapter that `model` names; at most `limits.adapters`. Excludes `router`."""
     sticky: bool | None = None
     """Default false. Keeps the decision of the conversation's first user turn."""
     explain: bool | None = None

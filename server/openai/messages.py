@@ -87,7 +87,7 @@ class ChatMessage(RequestModel):
     @classmethod
     def _no_older_form(cls, value: object) -> None:
         if value is not None:
-            raise ValueError("not supported by this server; use tool_calls")
+            raise PydanticCustomError("unsupported", "not supported by this server; use tool_calls")
 
     @property
     def text(self) -> str:

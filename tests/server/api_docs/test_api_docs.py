@@ -24,7 +24,9 @@ from server.tenants import DEFAULT_TENANT
 
 ROOT = Path(__file__).parents[3]
 CODE = re.compile(r"[a-z]+(_[a-z]+)+")
-ELSEWHERE = {"store_claimed"}
+KINDS = {"NotFound": "not_found", "NameTaken": "exists"}
+"""Errors of the registry whose codes begin with their first argument."""
+ELSEWHERE = {"store_claimed", "registry_other_model"}
 """What only a start meets."""
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 SAMPLES: dict[str, Any] = {"text": "x", "boolean": True, "object of texts, at most 16": {"a": "b"}, "any": {"x": [1]}}
@@ -100,9 +102,14 @@ def codes() -> Iterator[tuple[str, str]]:
                     called = getattr(node.func, "id", getattr(node.func, "attr", ""))
                     given += (
                         node.args[:1]
-                        if called.endswith("Error") and not called.startswith("Pydantic") and node.args[1:]
+                        if called.endswith(("Error", "__init__"))
+                        and not called.startswith("Pydantic")
+                        and node.args[1:]
                         else []
                     )
+                    first = getattr(node.args[0], "value", None) if node.args else None
+                    if called in KINDS and re.fullmatch("[a-z]+", str(first)):
+                        yield f"{first}_{KINDS[called]}", f"{path.relative_to(ROOT)}:{node.lineno}"
                 elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "code":
                     given = [node.value]
                 for value in given:

@@ -204,7 +204,12 @@ FIELDS = [
     chat("structured_outputs.choice", structured_outputs={"choice": []}),
     chat("structured_outputs.choice.1", "invalid_type", structured_outputs={"choice": ["a", 1]}),
     chat("structured_outputs.json_object", "invalid_type", structured_outputs={"json_object": 1}),
-    chat("structured_outputs.structural_tag", structured_outputs={"structural_tag": "{}"}),
+    chat("structured_outputs.structural_tag", "unsupported_parameter", structured_outputs={"structural_tag": "{}"}),
+    chat(
+        "structured_outputs.disable_any_whitespace",
+        "unsupported_parameter",
+        structured_outputs={"disable_any_whitespace": True},
+    ),
     text("structured_outputs.grammar", "invalid_type", structured_outputs={"grammar": {}}),
     chat("user", "invalid_type", user=5),
     chat("store", "invalid_type", store="yes"),

@@ -78,7 +78,11 @@ TOOLS = [
         "invalid_type",
         **said(tool_calls=[{**CALL, "function": {"name": "f", "arguments": {}}}]),
     ),
-    chat("messages.1.function_call", **said(content="", function_call={"name": "f", "arguments": "{}"})),
+    chat(
+        "messages.1.function_call",
+        "unsupported_parameter",
+        **said(content="", function_call={"name": "f", "arguments": "{}"}),
+    ),
     chat("messages.0.content.0.type", messages=[{"role": "user", "content": [{"type": "input_audio"}]}]),
     chat("messages", "context_length_exceeded", tools=[function(description="x" * 1_000_000)]),
     Case("/tokenize", {"messages": USER, "tools": [function("a.b")]}, "tools.0.function.name"),
