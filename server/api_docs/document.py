@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.absent_endpoints import INSTEAD
+from server.absent_endpoints import INSTEAD, OF_OTHERS
 from server.api_docs.error_codes import ERROR_CODES
 from server.api_docs.schema_text import described, rows, values
 from server.app import create_app
@@ -145,7 +145,9 @@ def _endpoints() -> Iterator[str]:
     served = [(method, path, says) for method, path, says in _operations() if not path.startswith("/admin/")]
     lines = [[f"`{method} {path}`", _sentence(says)] for method, path, says in served]
     yield f"## Endpoints\n\n{_table(('call', ''), lines)}"
-    absent = [[f"`/v1/{name}`", f"{hint[0].upper()}{hint[1:]}."] for name, hint in INSTEAD.items()]
+    hints = {f"/v1/{name}": hint for name, hint in INSTEAD.items()}
+    hints |= {f"/{name}": hint for name, hint in OF_OTHERS.items()}
+    absent = [[f"`{path}`", f"{hint[0].upper()}{hint[1:]}."] for path, hint in hints.items()]
     yield f"Not here, and answered 404 `unknown_endpoint` with what there is instead:\n\n{_table(('path', ''), absent)}"
 
 
