@@ -76,7 +76,7 @@ class PrototypeSync:
                 self._complete = False
                 logger.warning("prototypes of adapters are not made, and tried again later: %s", error)
                 return False
-            except RegistryError:
+            except BaseException:  # whatever it is, also who gives up waiting for it
                 self._complete = False
                 raise
             return True
@@ -105,9 +105,10 @@ class PrototypeSync:
                 stored = await asyncio.to_thread(self._prototypes.get, tenant, name, self._encoder.id)
                 if stored is not None:
                     self._apply(stored)
-        except (EncoderUnavailable, RegistryError) as error:
+        except Exception as error:
             self._complete = False
-            logger.warning("adapter %r of tenant %r has no prototypes yet: %s", name, tenant, error)
+            trace = None if isinstance(error, EncoderUnavailable | RegistryError) else error
+            logger.warning("adapter %r of tenant %r has no prototypes yet: %s", name, tenant, error, exc_info=trace)
         return (tenant, name) in self._index
 
     def forget(self, tenant: str, name: str) -> None:
@@ -130,6 +131,8 @@ class PrototypeSync:
                         due, wait = 0.0, every
             except RegistryError as error:
                 logger.warning("prototypes cannot be read: %s", error)
+            except Exception:  # as of a system that has no thread now: nobody would see that this has ended
+                logger.exception("prototypes are read later")
             await sleep(every)
             due -= every
 

@@ -1,6 +1,7 @@
 """Prototypes that other processes have made, changed or removed, and those that nobody has made yet."""
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from adapters_store.registry import DEFAULT_TENANT, RegistryUnavailable, source_of
 from tests.routing.prototype_process import Process
 from tests.routing.prototype_world import unit
+
+NO_MACHINE_HAS = 1 << 50
+"""Bytes of a stack, more than there are addresses: the system starts no thread with it."""
 
 
 class TestRefresh:
@@ -144,3 +148,28 @@ class TestRun:
             await process.sync.run(1.0, sleep)
         assert "prototypes cannot be read: the registry is unavailable" in caplog.text
         assert process.found() == ["sql"]
+
+    async def test_a_system_without_threads_does_not_end_it(
+        self, process: Process, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        turns: list[float] = []
+        process.add("sql", "1,0,0")
+        usual = threading.stack_size(NO_MACHINE_HAS)
+
+        async def sleep(seconds: float) -> None:
+            turns.append(seconds)
+            if len(turns) == 2:
+                process.add("new", "0,1,0")
+                assert not await process.sync.ensure(DEFAULT_TENANT, "new")
+                threading.stack_size(usual)
+            if len(turns) == 8:
+                raise asyncio.CancelledError
+
+        try:
+            with pytest.raises(asyncio.CancelledError):
+                await process.sync.run(1.0, sleep)
+        finally:
+            threading.stack_size(usual)
+        assert process.found() == ["new", "sql"]
+        assert caplog.text.count("prototypes are read later") == 2
+        assert "'new' of tenant 'default' has no prototypes yet: can't start new thread" in caplog.text

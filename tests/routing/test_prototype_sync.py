@@ -153,6 +153,23 @@ class TestMissing:
         assert sorted(map(len, process.encoder.asked))[-2] <= 5
         assert sum(map(len, process.encoder.asked)) == 9 * 2 + 12 + 1
 
+    async def test_what_somebody_gave_up_waiting_for_is_made_later(self, process: Process) -> None:
+        encoder, store = Gated(3), SimpleNamespace(registry=process.registry)
+        process.sync = PrototypeSync(store, encoder, process.index)  # type: ignore[arg-type]
+        process.add("sql", "1,0,0")
+        waiting = asyncio.create_task(process.sync.embed_missing())
+        await encoder.until_asked(1)
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        encoder.gate.set()
+
+        async def stop(_: float) -> None:
+            raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            await process.sync.run(1.0, stop)
+        assert process.found() == ["sql"]
+
     async def test_another_encoder_gets_its_own(self, process: Process, other: Process) -> None:
         process.add("sql", "1,0,0")
         await process.sync.ensure(DEFAULT_TENANT, "sql")
