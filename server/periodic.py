@@ -5,6 +5,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from server.errors import NO_FAILURE
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +23,9 @@ async def repeating(work: Callable[[], Awaitable[object]], seconds: float) -> As
         while not await _happens(ended, seconds):
             try:
                 await work()
-            except Exception:
+            except NO_FAILURE:
+                raise
+            except BaseException:  # also a panic of a library that reads files: nobody would see that this has ended
                 logger.exception("a periodic task failed")
 
     task = asyncio.create_task(repeat())

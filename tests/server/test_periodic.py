@@ -5,9 +5,11 @@ import asyncio
 import pytest
 
 from server.periodic import repeating
+from tests.panic import Panic
 
 
-async def test_it_goes_on_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("failure", [ValueError("as the test wants"), Panic("in a file")])
+async def test_it_goes_on_after_a_failure(failure: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     runs, done = 0, asyncio.Event()
 
     async def work() -> None:
@@ -15,7 +17,7 @@ async def test_it_goes_on_after_a_failure(caplog: pytest.LogCaptureFixture) -> N
         runs += 1
         if runs == 3:
             done.set()
-        raise ValueError("as the test wants")
+        raise failure
 
     async with repeating(work, 0.001), asyncio.timeout(60):
         await done.wait()
