@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 import numpy as np
 from fastapi import APIRouter, Depends, Request
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from routing.encoder_model import normalised
@@ -53,6 +54,18 @@ class EmbeddingsRequest(RequestModel):
 
     truncate_prompt_tokens: Literal[-1] | None = None
     """-1 cuts texts that are too long, which are refused otherwise."""
+
+    lora: None = None
+    """Refused: `model` names an adapter."""
+    adapter_id: None = None
+    """Refused: `model` names an adapter."""
+
+    @field_validator("lora", "adapter_id", mode="before")
+    @classmethod
+    def _named_by_model(cls, value: object) -> object:
+        if value is not None:
+            raise PydanticCustomError("unsupported", "not supported for embeddings; name the adapter in model")
+        return value
 
     @classmethod
     def parse(cls, data: dict[str, Any], limits: LimitSettings) -> Self:

@@ -32,6 +32,8 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "best_of": (None, 1),
+    "max_completion_tokens": (None,),
+    "echo": (None, False),
     "use_beam_search": (None, False),
     "suffix": (None, ""),
     "audio": (None,),
@@ -75,6 +77,7 @@ INSTEAD: Mapping[str, str] = {
     "guided_regex": "structured_outputs.regex",
     "guided_choice": "structured_outputs.choice",
     "guided_grammar": "structured_outputs.grammar",
+    "max_completion_tokens": "max_tokens",
 }
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]

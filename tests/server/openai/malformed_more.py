@@ -24,6 +24,8 @@ def cut(at: int) -> Case:
 
 
 OF_EMBEDDINGS = [
+    embed("lora", "unsupported_parameter", lora={"adapters": [{"name": "sql"}]}),
+    embed("adapter_id", "unsupported_parameter", adapter_id="sql"),
     embed("model", "missing_required_parameter", model=...),
     embed("model", "invalid_type", model=None),
     embed("model", "invalid_type", model=["tiny"]),
