@@ -68,7 +68,7 @@ def _markdown(card: AdapterCard) -> str:
         "|---|---|---|",
         f"| {card.test_rows} rows | {card.accuracy_before:.1%} | {card.accuracy_after:.1%} |",
         "",
-        f"Recipe: {card.train_rows} generated training rows, {recipe['steps']} steps of {recipe['batch_size']} rows, "
+        f"Recipe: {card.train_rows} training rows, {recipe['steps']} steps of {recipe['batch_size']} rows, "
         f"AdamW, peak learning rate {recipe['learning_rate']:g} after {recipe['warmup_steps']} warm-up steps, then "
         f"linear decay, alpha {recipe['alpha']}, targets {', '.join(recipe['targets'])}, loss on the answer only, "
         f"seed {recipe['seed']}; final training loss {card.final_loss:.4f}. Weights are stored in bf16, and the "

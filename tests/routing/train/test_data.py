@@ -19,6 +19,14 @@ def test_written_tasks_are_read_back(tmp_path: Path) -> None:
     assert read_tasks(tmp_path) == [task]
 
 
+def test_the_row_of_the_readme_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith('{"task"'))
+    (tmp_path / "train.jsonl").write_text(line)
+    (shown,) = read_rows(tmp_path / "train.jsonl")
+    assert shown.prompt == "Spell this word.\nsun"
+
+
 def test_prompt_is_instruction_line_input() -> None:
     assert row("x").prompt == "Repeat.\nx"
     assert row("").prompt == "Repeat."
