@@ -111,7 +111,6 @@ SCALES = {
             Variant("faster", "rate 2e-2", ("--learning-rate", "2e-2")),
             Variant("joint-longer", "white, joint, 900 steps", (*WHITE, "--joint"), Loop(900, 32)),
             Variant("both-longer", "white, reworded, joint, 900 steps", (*WHITE, *REWORDED, "--joint"), Loop(900, 32)),
-            Variant("reworded-longest", "white, reworded, 2700 steps", (*WHITE, *REWORDED), Loop(2700, 32)),
             *(Variant(f"beta-{beta}", f"beta {beta}", ("--beta", str(beta))) for beta in (0, 1, 20, 50)),
             Variant("medium-white-longer", "white, 900 steps", WHITE, Loop(900, 32), MEDIUM),
             Variant("medium-reworded-longer", "white, reworded, 900 steps", (*WHITE, *REWORDED), Loop(900, 32), MEDIUM),

@@ -3,6 +3,7 @@
 SmolLM2-135M with the demo's seven adapters, gates on white inputs (160 steps of 8 rows, 400 rows a task), asked 28 rows
 a task whose instructions are worded as no training row's: 78.6 and 79.6% right with top 1 and 2, 93.4 and 90.8% where
 half of the rows were reworded, 98.5% if the task's adapter is named. A router by prompt needs none of it: MoA 97.4%.
+With 24 adapters, 900 steps of 32 rows and such a wording, 63.7 and 64.0% without, 69.6 and 68.4% with, 71.1% named.
 """
 
 from __future__ import annotations
