@@ -13,6 +13,7 @@ from server.tools.definition import ToolUse
 from server.tools.forced import answer_or_calls, forced_calls
 from server.tools.form import ToolForm
 from server.tools.instructions import Message
+from server.tools.template import Variables
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Ask:
     `params` has everything but the seed and the length: `seed` None draws one, choice i of a prompt samples with
     seed + i; `max_tokens` None is the rest of the context. `timeout`: seconds that the client gives it. The smaller
     its `priority`, the earlier it starts among those of its tenant that wait. `tools` None: none may be called.
+    `template_variables` are of the chat template.
     """
 
     tenant: Tenant
@@ -37,6 +39,7 @@ class Ask:
     timeout: float | None = None
     priority: int = 0
     tools: ToolUse | None = None
+    template_variables: Variables | None = None
 
     def of_form(self, form: ToolForm, tokens: Mapping[str, int]) -> "Ask":
         """The same for a model that writes calls in this form: its constraint takes the calls that it must or may make.

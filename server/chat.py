@@ -1,5 +1,6 @@
 """The tokenizer of the served model: chat messages and text to tokens, tokens to text."""
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,10 +16,12 @@ from server.errors import BadRequest
 from server.tools.definition import ToolUse
 from server.tools.form import ToolForm
 from server.tools.instructions import Message
-from server.tools.template import ChatTemplate
+from server.tools.template import ChatTemplate, Variables
 
 LONG_TEXT = 2048
 """Characters from which text is tokenised in a thread: one or two milliseconds, ten times the hand-over's price."""
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {"messages"}
+"""Names that are no variables of a template: they steer who applies it, `chat_template` even to another one."""
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -78,14 +81,19 @@ class ChatTokenizer:
         return {marker: token for marker, token in ids.items() if token in self._special_ids}
 
     async def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: ToolUse | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: ToolUse | None = None,
+        variables: Variables | None = None,
     ) -> list[int]:
         """The messages and tools in the model's chat template, or without its help if it knows no tools.
 
-        Where a call is forced, the beginning of one follows. Raises BadRequest if the template refuses the messages.
+        Where a call is forced, the beginning of one follows. `variables` must not have names of `RESERVED`; those that
+        the template does not read change nothing. Raises BadRequest if the template refuses the messages.
         """
         length = num_characters(messages, tools) + 16 * len(messages)
-        return await self._run(length, self._encode_chat, messages, add_generation_prompt, tools)
+        return await self._run(length, self._encode_chat, messages, add_generation_prompt, tools, variables or {})
 
     async def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
         return await self._run(4 * len(tokens), self._decode, tokens, skip_special_tokens)
@@ -142,14 +150,14 @@ class ChatTokenizer:
         return tokens[1:] if doubled else tokens
 
     def _encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: ToolUse | None
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: ToolUse | None, variables: Variables
     ) -> list[int]:
         if not self._tokenizer.chat_template:
             raise BadRequest(
                 "the served model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
         try:
-            text = self._template.render(messages, tools, add_generation_prompt)
+            text = self._template.render(messages, tools, add_generation_prompt, variables)
         except Exception as error:  # a template is a program of the model's: it raises what it likes
             raise BadRequest(
                 f"the model's chat template refuses the messages: {_first_line(error)}", param="messages"
@@ -158,10 +166,15 @@ class ChatTokenizer:
         return self._encode(text, add_special_tokens=False)
 
     def _apply_template(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Variables,
     ) -> str:
+        assert not RESERVED & variables.keys()
         text: str = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
         return text
 

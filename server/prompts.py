@@ -24,7 +24,8 @@ class PromptReader:
             if len(ask.messages) > self._info.max_model_len:
                 raise self._too_long(f"there are {len(ask.messages)} messages")
             self._check_characters(num_characters(ask.messages, ask.tools))
-            prompts.append(tuple(await tokenizer.encode_chat(ask.messages, tools=ask.tools)))
+            tokens = await tokenizer.encode_chat(ask.messages, tools=ask.tools, variables=ask.template_variables)
+            prompts.append(tuple(tokens))
         for prompt in ask.prompts:
             if isinstance(prompt, str):
                 self._check_characters(len(prompt))

@@ -12,7 +12,7 @@ from server.choice import Piece, ScoredToken
 from server.engine.sequence import FinishReason
 from server.errors import BadRequest
 from server.openai.answer import Answer, Collected, Json
-from server.openai.messages import Messages, plain
+from server.openai.messages import Messages, TemplateVariables, plain
 from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
 from server.openai.tool_calls import ToolCalls
 from server.openai.tools import AnyToolChoice, Tools, tool_use
@@ -37,6 +37,8 @@ class ChatRequest(GenerationRequest):
     """Default `auto` with tools. A call that is forced is valid, whatever the model: a grammar takes nothing else."""
     parallel_tool_calls: bool | None = None
     """Default true."""
+    chat_template_kwargs: TemplateVariables | None = None
+    """Variables of the model's chat template, such as Qwen3's `enable_thinking`; what it does not read is ignored."""
 
     def check(self) -> None:
         super().check()
@@ -51,7 +53,12 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def ask(self, tenant: Tenant) -> Ask:
-        return replace(super().ask(tenant), messages=plain(self.messages), tools=self.tool_use)
+        return replace(
+            super().ask(tenant),
+            messages=plain(self.messages),
+            tools=self.tool_use,
+            template_variables=self.chat_template_kwargs,
+        )
 
     @cached_property
     def tool_use(self) -> ToolUse | None:

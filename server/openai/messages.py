@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from server.body import RequestModel, limits_of
+from server.chat import RESERVED
+
+LONGEST_VARIABLE = 1024
 
 
 def _kind(value: object) -> object:
@@ -107,6 +110,32 @@ def _few(value: object, info: ValidationInfo) -> object:
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1), BeforeValidator(_few)]
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    for name, given in value.items():
+        if name in RESERVED or not name.isidentifier():
+            raise PydanticCustomError("name", "{name} is no variable of a template", {"name": repr(name[:64])})
+        if not isinstance(given, bool | int | float | str) or (
+            isinstance(given, str) and len(given) > LONGEST_VARIABLE
+        ):
+            message = "expected booleans, numbers and texts of at most {most} characters"
+            raise PydanticCustomError("variable", message, {"most": LONGEST_VARIABLE})
+    return value
+
+
+TemplateVariables = Annotated[
+    dict[str, Any],
+    Field(max_length=32),
+    AfterValidator(_variables),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {"anyOf": [{"type": "boolean"}, {"type": "number"}, {"type": "string"}]},
+            "maxProperties": 32,
+        }
+    ),
+]
 
 
 def plain(messages: Sequence[ChatMessage]) -> tuple[dict[str, Any], ...]:

@@ -135,7 +135,9 @@ async def tokenize(body: TokenizeBody, services: ServicesDep, caller: CallerDep)
         messages, tools = plain(body.messages), body.tool_use
         _check_length(len(messages), services, "messages")
         _check_characters(num_characters(messages, tools), services, "messages")
-        tokens = await services.tokenizer.encode_chat(messages, body.add_generation_prompt, tools)
+        tokens = await services.tokenizer.encode_chat(
+            messages, body.add_generation_prompt, tools, body.chat_template_kwargs
+        )
     else:
         _check_characters(len(body.prompt or ""), services, "prompt")
         tokens = await services.tokenizer.encode(body.prompt or "", body.add_special_tokens)

@@ -6,7 +6,7 @@ from typing import Any, Self
 from server.body import RequestModel, validate
 from server.config import LimitSettings
 from server.errors import BadRequest
-from server.openai.messages import Messages
+from server.openai.messages import Messages, TemplateVariables
 from server.openai.tools import Tools, tool_use
 from server.route_options import Name
 from server.tools.definition import ToolUse
@@ -26,6 +26,8 @@ class TokenizeRequest(RequestModel):
     """Default true. For `prompt`."""
     add_generation_prompt: bool = True
     """Default true. For `messages`."""
+    chat_template_kwargs: TemplateVariables | None = None
+    """As in chat completions."""
     return_token_strs: bool | None = None
     """Default false."""
 

@@ -1,7 +1,7 @@
 """A model's chat template, also for conversations that it was not written for."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from server.tools.instructions import Message, without_tools
 PROBE = Tool("loramux_probe", "A probe.", {"type": "object", "properties": {}})
 LLAMA_MARKS = ("ipython", LLAMA.opening)
 """What templates of Llama 3.1 and later mention: the role of results, and the token before calls of built-in tools."""
+Variables = Mapping[str, bool | int | float | str]
+"""Values of variables that a template reads beside messages and tools, such as Qwen3's `enable_thinking`."""
 GREETING: Message = {"role": "user", "content": "Hello"}
 
 
@@ -19,7 +21,11 @@ class Render(Protocol):
     """Applies the template. Raises whatever the template does."""
 
     def __call__(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Variables,
     ) -> str: ...
 
 
@@ -35,7 +41,7 @@ class ChatTemplate:
     def knows_tools(self) -> bool:
         """Whether a tool that it is given appears in the text: what a template does is surer than what it mentions."""
         try:
-            return PROBE.name in self._render([dict(GREETING)], [PROBE.shown], True)
+            return PROBE.name in self._render([dict(GREETING)], [PROBE.shown], True, {})
         except Exception:  # a template is a program of the model's: it raises what it likes
             return False
 
@@ -49,15 +55,17 @@ class ChatTemplate:
             return MISTRAL
         return LLAMA if any(mark in self._source for mark in LLAMA_MARKS) else HERMES
 
-    def render(self, messages: Sequence[Message], use: ToolUse | None, add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Message], use: ToolUse | None, add_generation_prompt: bool, variables: Variables
+    ) -> str:
         """The prompt. Where a call is forced it ends with the beginning of one. Raises what the template raises."""
         tools = use.tools if use is not None else ()
         said = [_with_objects(message) for message in messages]
         if self.knows_tools:
             said = _one_call_each(said) if self.form.has_one_call else said
-            text = self._render(said, [tool.shown for tool in tools] or None, add_generation_prompt)
+            text = self._render(said, [tool.shown for tool in tools] or None, add_generation_prompt, variables)
         else:
-            text = self._render(without_tools(said, tools, self.form), None, add_generation_prompt)
+            text = self._render(without_tools(said, tools, self.form), None, add_generation_prompt, variables)
         return text + self.form.beginning if use is not None and use.is_forced and add_generation_prompt else text
 
 

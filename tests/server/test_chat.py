@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_detokenizer import METASPACE
 from transformers import PreTrainedTokenizerFast
 
-from server.chat import LONG_TEXT, ChatTokenizer, TokenizerError
+from server.chat import LONG_TEXT, RESERVED, ChatTokenizer, TokenizerError
 from server.errors import BadRequest
 
 ORIGINAL = byte_level_tokenizer()
@@ -52,6 +52,20 @@ async def test_a_begin_token_in_plain_text_is_not_doubled(chat: ChatTokenizer) -
 async def test_what_the_template_refuses_is_the_clients_error(chat: ChatTokenizer) -> None:
     with pytest.raises(BadRequest, match="the system message must come first"):
         await chat.encode_chat([USER, {"role": "system", "content": "late"}])
+
+
+async def test_variables_reach_the_template_that_reads_them() -> None:
+    template = "{% if thinking is defined and not thinking %}<think></think>{% endif %}" + TEMPLATE
+    original = byte_level_tokenizer(template)
+    chat = ChatTokenizer(original)
+    expected = original.apply_chat_template([USER], add_generation_prompt=True, return_dict=False, thinking=False)
+    assert await chat.encode_chat([USER], variables={"thinking": False}) == expected
+    assert await chat.encode_chat([USER], variables={"other": 1}) == await chat.encode_chat([USER]) != expected
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "messages", "continue_final_message", "return_tensors"])
+def test_what_steers_the_library_is_no_variable(name: str) -> None:
+    assert name in RESERVED
 
 
 async def test_without_a_template_there_is_no_chat() -> None:

@@ -4,8 +4,12 @@ import json
 
 import httpx
 import pytest
+from byte_tokenizer import TEMPLATE, byte_level_tokenizer
 from fake_engine import REPLY
 from fakes import Harness, events
+
+from adapters_store.store import AdapterStore
+from server.config import Settings
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 URL = "/v1/chat/completions"
@@ -225,6 +229,18 @@ async def test_the_template_is_applied_without_a_second_begin_token(
     await post(client, messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}])
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
     assert list(harness.engine.requests[0].prompt) == harness.engine.encode(text)
+
+
+async def test_variables_of_the_template_reach_it(store: AdapterStore) -> None:
+    template = "{{ '' if thinking | default(true) else 'In short.' }}" + TEMPLATE
+    harness = Harness(store, byte_level_tokenizer(template), Settings())
+    asked = {"model": "tiny", "messages": MESSAGES, "chat_template_kwargs": {"thinking": False}}
+    async with harness.client() as client:
+        counted = await client.post("/tokenize", json=asked)
+        assert (await client.post(URL, json=asked)).status_code == 200
+    prompt = list(harness.engine.requests[0].prompt)
+    assert prompt[: len(harness.engine.encode("In short."))] == harness.engine.encode("In short.")
+    assert counted.json()["tokens"] == prompt
 
 
 async def test_request_ids_are_echoed_or_made(client: httpx.AsyncClient) -> None:
