@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from adapters_store.threads import NoThread
+
 Result = TypeVar("Result")
 
 IDLE_SECONDS = 1.0
@@ -42,10 +44,6 @@ class Loader(Protocol):
     def close(self, seconds: float) -> None:
         """Begin nothing more, and give what runs this long to end. Nothing is reported from here on."""
         ...
-
-
-class NoThread(OSError):
-    """The system has no thread for the work. It may have one later."""
 
 
 def as_exception(error: BaseException) -> Exception:

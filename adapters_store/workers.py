@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
+
+from adapters_store.registry import RegistryUnavailable
+from adapters_store.threads import NoThread, Threads
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,18 +20,21 @@ class Workers:
     """Threads by what may hang: a lost database must not keep a lease from the disk, nor an upload a lease."""
 
     def __init__(self) -> None:
-        self.sql = ThreadPoolExecutor(SQL_THREADS, "registry")
-        self.leases = ThreadPoolExecutor(DISK_THREADS, "lease")
-        self.writes = ThreadPoolExecutor(DISK_THREADS, "register")
-        self.merges = ThreadPoolExecutor(1, "merge")  # one at a time: a merge holds all its adapters in memory
+        self.sql = Threads(SQL_THREADS, "registry")
+        self.leases = Threads(DISK_THREADS, "lease")
+        self.writes = Threads(DISK_THREADS, "register")
+        self.merges = Threads(1, "merge")  # one at a time: a merge holds all its adapters in memory
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, threads: Executor, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, partial(call, *args, **options))
 
     async def query(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Run what asks the registry."""
-        return await self.run(self.sql, call, *args, **options)
+        """Run what asks the registry. Raises RegistryUnavailable where the system has no thread for it."""
+        try:
+            return await self.run(self.sql, call, *args, **options)
+        except NoThread as error:
+            raise RegistryUnavailable(str(error)) from error
 
     def start(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """A task that `close` waits for."""

@@ -4,13 +4,13 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 from adapters_store.registry import DEFAULT_TENANT as DEFAULT_ID
 from adapters_store.registry import Accounts, InvalidValue, KeyRow, Page, Quotas, RegistryUnavailable, TenantRow
+from adapters_store.threads import Threads
 from server.key_ring import KeyRing, make_key
 from server.tenants import Tenants
 
@@ -45,7 +45,7 @@ class AccountService:
         self._is_available = True
         self._version: str | None = None
         # Threads of its own: what waits for a lost database must not keep requests from theirs.
-        self._threads = ThreadPoolExecutor(THREADS, "accounts")
+        self._threads = Threads(THREADS, "accounts")
 
     def close(self) -> None:
         """No calls after this one."""

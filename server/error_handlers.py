@@ -12,10 +12,11 @@ from starlette.routing import Match
 from adapters_store.blobs import BlobError
 from adapters_store.registry import RegistryError
 from adapters_store.store import UnknownAdapter
+from adapters_store.threads import NoThread
 from adapters_store.types import AdapterError
 from server import journal
 from server.absent_endpoints import no_endpoint
-from server.errors import BY_STATUS, BadRequest, ClientGone, NotFound, ServerError, refusal
+from server.errors import BY_STATUS, BadRequest, ClientGone, NotFound, ServerError, Unavailable, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServerError, _on_server_error)
     for kind in (AdapterError, BlobError, RegistryError):
         app.add_exception_handler(kind, _on_store_error)
+    app.add_exception_handler(NoThread, _on_no_thread)
     app.add_exception_handler(UnknownAdapter, _on_unknown_adapter)
     app.add_exception_handler(RequestValidationError, _on_bad_query)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -52,6 +54,11 @@ async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
         else:
             logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
     return error_response(refusal(error))
+
+
+async def _on_no_thread(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s: %s", request.method, request.url.path, error)
+    return error_response(Unavailable("the server has no thread for this at the moment; please retry"))
 
 
 async def _on_unknown_adapter(_: Request, error: Exception) -> JSONResponse:

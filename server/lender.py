@@ -3,10 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from adapters_store.registry import BudgetGrant, BudgetWish, LocalBuckets, PlaceWish, RegistryUnavailable
+from adapters_store.threads import Threads
 from server.borrowed_bucket import BUDGET_SECONDS
 
 ANSWER_SECONDS = 2.0
@@ -42,7 +42,7 @@ class Lender:
         self._alone = LocalBuckets(clock)
         self._waiting: list[tuple[Wishes, asyncio.Future[Grants]]] = []
         self._asking: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "budgets")
+        self._thread = Threads(1, "budgets")
         self._pause_until = 0.0
 
     async def exchange(self, wishes: Sequence[BudgetWish], place_wishes: Sequence[PlaceWish]) -> Grants:

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
 from adapters_store.registry import Registry, UsageRow, Use
+from adapters_store.threads import Threads
 from routing.router import Route
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class UsageLedger:
         self._catching_up: asyncio.Task[None] | None = None  # has not begun to write
         self._next_read = 0.0  # by the event loop's clock
         self._is_failing = False
-        self._thread = ThreadPoolExecutor(1, "usage")
+        self._thread = Threads(1, "usage")
         self.on_use: Callable[[str, str, str], None] | None = None
         """Called with (tenant, owner, name) of every adapter that a request has used."""
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from adapters_store.peft_format import read_summary
 from adapters_store.registry import NamedAdapter, NotFound, Page, QuotaExceeded, Registration, RegistryUnavailable
 from adapters_store.sources import fetch
 from adapters_store.store import AdapterInUse, AdapterStore, NewAdapter
+from adapters_store.threads import Threads
 from server.catalog.engine import TieredEngine, engine_errors
 from server.catalog.pins import Pins
 from server.catalog.records import Added, Changes, Policies, Recipe, Shown, resolved, revision_of
@@ -57,7 +57,7 @@ class Catalog:
         self.pins = Pins(store, engine)
         self.slots = Slots(uploads)
         self._engine = engine
-        self._threads = ThreadPoolExecutor(uploads + 1, "upload")
+        self._threads = Threads(uploads + 1, "upload")
         self.on_rejection: Callable[[str, str], None] | None = None
         self.on_change: Callable[[str, str], Awaitable[None]] = _nobody
         engine.on_residency = self.residency.moved

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from adapters_store import loader as module
-from adapters_store.loader import NoThread, ThreadLoader
+from adapters_store.loader import ThreadLoader
+from adapters_store.threads import NoThread
 from tests.panic import Panic
 
 NO_MACHINE_HAS = 1 << 50

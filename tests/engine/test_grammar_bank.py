@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_store.loader import NoThread
+from adapters_store.threads import NoThread
 from server.engine.config import RequestError
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.grammar import Grammar, GrammarError

@@ -1,6 +1,7 @@
 """The application as operators see it: health, keys, metrics, documentation, bugs."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import httpx
@@ -157,6 +158,17 @@ async def test_what_the_engine_refuses(
     assert (error["code"], error["param"]) == (code, param)
     assert "/secret" not in error["message"]
     assert harness.endings() == {"error": 1.0}
+
+
+async def test_what_the_system_has_no_thread_for_is_503(client: httpx.AsyncClient) -> None:
+    usual = threading.stack_size(1 << 50)  # no thread starts with that
+    try:
+        refused = await client.get("/admin/v1/tenants")
+    finally:
+        threading.stack_size(usual)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert refused.headers["retry-after"].isdigit()
+    assert (await client.get("/admin/v1/tenants")).status_code == 200
 
 
 async def test_a_bug_is_a_500_without_its_traceback(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, date, datetime
@@ -62,6 +63,24 @@ class FakeRegistry:
             key = use.tenant, use.owner, use.name
             self.counted[key] += use.requests
             self.last_used[key] = max(self.last_used.get(key, 0.0), use.last_used)
+
+
+async def test_a_moment_without_threads_neither_loses_nor_doubles_a_request() -> None:
+    registry = FakeRegistry()
+    ledger = UsageLedger(cast(Registry, registry), lambda: NOON, "writer")
+    ledger.count("acme", route("sql"), 3, 4)
+    usual = threading.stack_size(1 << 50)  # no thread starts with that
+    try:
+        assert not await ledger.flush()
+    finally:
+        threading.stack_size(usual)
+    await ledger.close()
+    assert registry.counted == {("acme", "acme", "sql"): 1}
+    assert {key[3]: count for key, count in registry.lines.items()} == {
+        "requests": 1,
+        "prompt_tokens": 3,
+        "generation_tokens": 4,
+    }
 
 
 COUNT = st.tuples(
