@@ -279,10 +279,12 @@ class Routers:
                 param=param,
                 code="no_router",
             )
-        name = query.router or query.model.partition(":")[2] or query.default_router or self.default
+        _, colon, named = query.model.partition(":")
+        name = query.router or (named if colon else query.default_router or self.default)
         if name is None or name not in self._routers:
             expected = ", ".join(self.names[:SHOWN_ROUTERS])
-            message = f"{param}: there is no router {(name or AUTO)[:200]!r}, expected one of {expected}"
+            absent = AUTO if name is None else name[:200]
+            message = f"{param}: there is no router {absent!r}, expected one of {expected}"
             raise RouteError(message, param=param, code="router_not_found")
         return self._routers[name]
 

@@ -140,6 +140,7 @@ async def test_which_router_decides(router: ExplicitRouter, asked: RouteQuery, n
     [
         (RouteQuery("t", "auto:third"), "router_not_found", "model"),
         (RouteQuery("t", "auto"), "router_not_found", "model"),
+        (RouteQuery("t", "auto:", default_router="first"), "router_not_found", "model"),
         (RouteQuery("t", "a", router="third"), "router_not_found", "lora.router"),
         (RouteQuery("t", "auto", (NamedWeight("a"),)), "invalid_value", "lora.adapters"),
     ],
