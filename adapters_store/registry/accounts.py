@@ -36,7 +36,7 @@ class Accounts:
             statement = insert(connection, tenants).values(tenant_values(tenant)).on_conflict_do_nothing()
             if connection.execute(statement.returning(tenants.c.id)).first() is None:
                 raise NameTaken("tenant", f"tenant {tenant.id!r} exists: expected a new id")
-            _count_change(connection)
+            count_change(connection)
         return tenant
 
     def get(self, tenant: str) -> TenantRow:
@@ -60,7 +60,7 @@ class Accounts:
             old = lock_tenant(connection, tenant)
             new = replace(change(old), id=old.id, created=old.created)
             connection.execute(update(tenants).where(tenants.c.id == tenant).values(tenant_values(new)))
-            _count_change(connection)
+            count_change(connection)
         return new
 
     def remove(self, tenant: str) -> None:
@@ -77,7 +77,7 @@ class Accounts:
                 raise RegistryError("tenant_in_use", f"tenant {tenant!r} has adapters: delete them first", 409)
             connection.execute(delete(uses).where(uses.c.tenant == tenant))
             connection.execute(delete(tenants).where(tenants.c.id == tenant))
-            _count_change(connection)
+            count_change(connection)
 
     def add_key(self, key: KeyRow) -> KeyRow:
         """Store a key; `created` is set here. Raises NotFound for the tenant, NameTaken, InvalidValue."""
@@ -89,7 +89,7 @@ class Accounts:
             statement = insert(connection, keys).values(asdict(key)).on_conflict_do_nothing()
             if connection.execute(statement.returning(keys.c.id)).first() is None:
                 raise NameTaken("key", f"key {key.id!r} exists: expected a new id")
-            _count_change(connection)
+            count_change(connection)
         return key
 
     def keys(self, tenant: str) -> tuple[KeyRow, ...]:
@@ -112,7 +112,7 @@ class Accounts:
             this = keys.c.id == key, keys.c.tenant == tenant
             row = connection.execute(update(keys).where(*this).values(revoked=when).returning(keys)).first()
             revoked = KeyRow(**must_exist(row, "key", key)._mapping)
-            _count_change(connection)
+            count_change(connection)
         return revoked
 
 
@@ -127,7 +127,7 @@ def read_tenant(connection: Connection, tenant: str) -> TenantRow:
     return _tenant_row(must_exist(connection.execute(_tenant_statement(tenant)).first(), "tenant", tenant))
 
 
-def _count_change(connection: Connection) -> None:
+def count_change(connection: Connection) -> None:
     """Last in its transaction, since all changes of accounts wait for one another here."""
     statement = insert(connection, identity).values(key=_VERSION, value="1")
     more = cast(cast(identity.c.value, BigInteger) + 1, Text)

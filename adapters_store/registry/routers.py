@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 from sqlalchemy import delete, select, update
 
+from adapters_store.registry.accounts import count_change
 from adapters_store.registry.checks import check_name, must_exist
 from adapters_store.registry.database import Database, chunks, insert
 from adapters_store.registry.errors import NameTaken
@@ -61,4 +62,6 @@ class Routers:
         with self._database.write("remove_router") as connection:
             gone = connection.execute(delete(routers).where(routers.c.name == name).returning(routers.c.name))
             must_exist(gone.first(), "router", name)
-            connection.execute(update(tenants).where(tenants.c.default_router == name).values(default_router=None))
+            changed = update(tenants).where(tenants.c.default_router == name).values(default_router=None)
+            if connection.execute(changed.returning(tenants.c.id)).first() is not None:
+                count_change(connection)

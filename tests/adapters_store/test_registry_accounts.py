@@ -103,8 +103,10 @@ class TestAccounts:
         second = registry.routers.add(RouterRow("moa", "meteora", "f" * 64, {}), replace_existing=True)
         assert registry.routers.list() == (second,)
         assert registry.referenced_blobs() == {"f" * 64}
+        before = registry.accounts.version()
         registry.routers.remove("moa")
         assert registry.accounts.get("acme").default_router is None
+        assert registry.accounts.version() != before
         with pytest.raises(NotFound, match="router 'moa'"):
             registry.routers.remove("moa")
 

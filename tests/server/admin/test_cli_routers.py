@@ -113,6 +113,23 @@ async def test_a_router_from_its_folder_to_its_end(loramux: Loramux, adapters: N
     assert json.loads((await loramux("tenants", "show", "default", "--json")).stdout)["default_router"] is None
 
 
+async def test_tenants_of_a_router_that_is_gone_get_the_servers_default(
+    loramux: Loramux,
+    adapters: None,  # noqa: ARG001
+    folder: Path,
+    harness: Harness,
+    live: str,
+) -> None:
+    await loramux("routers", "add", "support", str(folder))
+    await loramux("routers", "default", "support")
+    await harness.services.accounts.refresh()  # as it does twice a second
+    asked = {"model": "auto", "prompt": SQL[0]}
+    async with httpx.AsyncClient(base_url=live, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
+        assert (await client.post("/v1/completions", json=asked)).json()["lora"]["router"] == "support"
+        await loramux("routers", "rm", "support")
+        assert (await client.post("/v1/completions", json=asked)).json()["lora"]["router"] == "retriever"
+
+
 async def test_replacing_and_archives(loramux: Loramux, folder: Path, tmp_path: Path) -> None:
     archive = tmp_path / "support.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
