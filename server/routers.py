@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 RETRIEVER = "retriever"
 """The router that needs no training. Trained ones have names of their own."""
 ENSURE_SECONDS = 10.0
-"""So long a registration waits for its adapter to be routable; an encoder that is still loading does it later."""
+"""So long a registration waits for its adapter to be routable, or its router to have all that are there; an encoder
+that is still loading does it later."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ class RouterService:
         if default not in (None, RETRIEVER) and not self.exists(default):
             logger.warning("there is no router %r: until it is registered `auto` is refused", default)
 
-    async def ready(self, seconds: float) -> None:
-        """Wait, for so long at most, until all adapters that are there can be chosen."""
-        work = [asyncio.ensure_future(_complete(served)) for served in self._served.values()]
+    async def ready(self, seconds: float, name: str | None = None) -> None:
+        """Wait, for so long at most, until the router `name`, or every one, can choose all adapters that are there."""
+        waited = [served for served in self._served.values() if name in (None, served.name)]
+        work = [asyncio.ensure_future(_complete(served)) for served in waited]
         if work:
             _, late = await asyncio.wait(work, timeout=seconds)
             for task in late:
@@ -158,6 +160,7 @@ class RouterService:
         row = await asyncio.to_thread(self._store.registry.routers.add, row, replace_existing=replace)
         logger.info("router %r is registered, of kind %s", name, kind)
         await self.refresh()
+        await self.ready(ENSURE_SECONDS, name)
         if self.exists(name) or name in self._problems:
             return self.state(name)
         return RouterState(name, kind, row, None, None, 0, "the registry does not answer: it will be served later")

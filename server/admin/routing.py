@@ -96,8 +96,8 @@ async def register_router(request: Request, services: ServicesDep, caller: Calle
     """A folder that `loramux train retriever` or `train meteora` wrote: from a `source` (JSON), or its two files or one
     archive.
 
-    It is served at once. For a retriever every adapter gets its prototypes beside the requests, until then it cannot be
-    chosen; a token-level router needs the adapters that it was trained for.
+    It is served at once. For a retriever every adapter gets prototypes, without which it cannot be chosen: the answer
+    waits ten seconds for them at most. A token-level router needs the adapters that it was trained for.
     """
     async with services.store.staging() as staging, taken_router(request, staging, services, caller) as taken:
         return _shown(await services.routers.add(taken.name, taken.folder, replace=taken.replace))

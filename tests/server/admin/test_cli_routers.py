@@ -1,5 +1,6 @@
 """`loramux routers` and `loramux explain`, against the application behind a real socket."""
 
+import asyncio
 import json
 import tarfile
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -36,6 +37,7 @@ class Trainable(WordEncoder):
 
 class Reversed(Trainable):
     async def embed(self, texts: Sequence[str], *, tenant: str = "", bulk: bool = False) -> np.ndarray:
+        await asyncio.sleep(0.2)  # as one that has to compute: who registers it finds its adapters all the same
         return -(await super().embed(texts, tenant=tenant, bulk=bulk))
 
 
@@ -93,6 +95,7 @@ async def test_a_router_from_its_folder_to_its_end(loramux: Loramux, adapters: N
     shown = done.stdout.splitlines()
     assert shown[0] == "registered support"
     assert ["min", "score", "0.250"] in cells(done.stdout)
+    assert "2 can be chosen" in done.stdout
     assert "retriever, trained head" in shown[2]
     shown = (await loramux("routers", "show", "support")).stdout
     assert "training tasks  sql, sea" in shown
