@@ -65,8 +65,12 @@ def latencies(records: Sequence[Record]) -> Json:
 
 
 def compare(first: Json, second: Json) -> Json:
-    """Ratios first / second, above 1 where the first is better: throughput, and inverse latencies."""
-    found: Json = {"tokens_per_second": first["tokens_per_second"] / second["tokens_per_second"]}
+    """Ratios first / second, above 1 where the first is better: throughput, and inverse latencies.
+
+    None where there is none, as of a run whose requests all failed.
+    """
+    tokens, others = first["tokens_per_second"], second["tokens_per_second"]
+    found: Json = {"tokens_per_second": tokens / others if others else None}
     for name in ("ttft", "itl", "e2e"):
         for key in ("mean", *(f"p{percentile}" for percentile in PERCENTILES)):
             mine, other = first["all"][name].get(key), second["all"][name].get(key)

@@ -33,11 +33,16 @@ Json = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> Json:
-    """Play or compare, print tables, and write the files. A trace that is none is a usage error."""
+    """Play or compare, print tables, and write the files. A trace or a report that is none is a usage error."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     if asked.workload == "compare":
-        document = _compare(asked.folders, asked.out)
+        if asked.folders[0] == asked.folders[1]:
+            parser.error("compare: expected two folders, got one twice")
+        try:
+            document = _compare(asked.folders, asked.out)
+        except OSError as error:
+            parser.error(str(error))
     else:
         try:
             trace = _trace(asked)

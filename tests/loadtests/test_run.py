@@ -15,6 +15,8 @@ from loadtests.run import main
         ([], "WORKLOAD"),
         (["slora"], "--model"),
         (["replay", "nowhere.jsonl", "--model", "m"], "nowhere.jsonl"),
+        (["compare", "nowhere", "elsewhere"], "nowhere/report.json"),
+        (["compare", "nowhere", "nowhere"], "two folders"),
         (["flood", "--model", "m", "--tenant-key", "acme"], "expected TENANT=KEY"),
         (["flood", "--model", "m", "--targets", "q_proj,head"], "expected some of q_proj,k_proj"),
     ],
