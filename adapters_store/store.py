@@ -231,7 +231,10 @@ class AdapterStore:
         if wait is not True and await self._deletions.uses(tenant, name):
             return False
         done, _ = await asyncio.wait({removal}, timeout=timeout)
-        return bool(done) and not removal.cancelled()
+        if not done or removal.cancelled():
+            return False
+        removal.result()  # else it has failed, and the name is still there
+        return True
 
     async def merge(
         self,

@@ -125,6 +125,21 @@ class TestDelete:
         store.release(leases[0])
         assert await store.delete("default", "sql", wait=False) is True
 
+    async def test_what_fails_is_no_deletion_and_may_be_tried_again(
+        self, stores: Stores, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise ValueError("a bug")
+
+        await stores.add(store, "sql", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(store.registry.removals, "remove", fail)
+            with pytest.raises(ValueError, match="a bug"):
+                await store.delete("default", "sql")
+        assert store.registry.removals.marked() == (("default", "sql"),)
+        assert await store.delete("default", "sql") is True
+        assert store.registry.removals.marked() == ()
+
     async def test_a_deletion_of_a_hidden_name_goes_on(self, stores: Stores, store: AdapterStore) -> None:
         """As if its showing again had never succeeded, or another process had hidden it and been killed."""
         await stores.add(store, "sql", 1)
