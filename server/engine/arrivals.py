@@ -3,6 +3,7 @@
 from server.engine.adapters import EngineAdapters
 from server.engine.config import RequestError
 from server.engine.gate_bank import GateBank
+from server.engine.grammar import GrammarError
 from server.engine.grammar_bank import GrammarBank
 from server.engine.prompt_routers import PromptRouter
 from server.engine.router_bank import RouterBank
@@ -145,7 +146,11 @@ class Arrivals:
             return True
         grammar = self.grammars.get(constraint)
         if grammar is not None:
-            sequence.matching = grammar.start()
+            try:
+                sequence.matching = grammar.start()
+            except GrammarError as error:
+                message = f"{constraint.param}: {error}"
+                raise RequestError(message, param=constraint.param, code="invalid_constraint") from error
         return grammar is not None
 
     def _has_router(self, sequence: Sequence) -> bool:

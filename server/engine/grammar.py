@@ -77,9 +77,18 @@ class Grammar:
     started: Iterator[int] = field(default_factory=count)
 
     def start(self) -> Matching:
-        """The state before the first token of an output. Takes 10 microseconds and, later, 20 to 40 KB."""
+        """The state before the first token of an output. Takes 10 microseconds and, later, 20 to 40 KB.
+
+        Raises GrammarError if the library fails, as it may where it has panicked at another of the grammar's outputs.
+        """
         matcher = self.matchers[next(self.started) % len(self.matchers)]
-        return Matching(matcher.deep_copy(), self.first_mask.copy(), self.seconds, lexer=matcher, grammar=self)
+        try:
+            own = matcher.deep_copy()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # also a panic: it is an engine's own thread that is here
+            raise GrammarError(f"it cannot be used ({type(error).__name__})") from error
+        return Matching(own, self.first_mask.copy(), self.seconds, lexer=matcher, grammar=self)
 
 
 class GrammarCompiler:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,26 @@ def test_a_constraint_may_be_compiled_after_a_panic(
     assert engine.arrivals.grammars is not None
     engine.arrivals.grammars.drop_idle()
     assert text_of(run(engine, [request])["r"], words) == f"{MARK}again"
+
+
+def test_a_grammar_that_no_output_can_begin_with_ends_its_requests(engine: Engine, words: Tokenizer) -> None:
+    class Poisoned:
+        def deep_copy(self) -> None:
+            raise Panic("called `Result::unwrap()` on an `Err` value: PoisonError")
+
+    request, free = Request("r", PROMPTS[0], constrained(GREEDY, CHOICE)), Request("free", PROMPTS[1], GREEDY)
+    run(engine, [request])
+    bank = engine.arrivals.grammars
+    assert bank is not None
+    grammar = bank.get(CHOICE)
+    assert grammar is not None
+    bank._found[CHOICE] = replace(grammar, matchers=(Poisoned(),))  # type: ignore[arg-type]
+    outputs = run(engine, [request, free])
+    assert outputs["r"][-1].error == "response_format: it cannot be used (Panic)"
+    assert outputs["r"][-1].error_code == "invalid_constraint"
+    assert len(tokens_of(outputs["free"])) == GREEDY.max_tokens
+    bank._found[CHOICE] = grammar
+    assert text_of(run(engine, [request])["r"], words) in CHOICES
 
 
 def test_without_threads_or_processes_a_constrained_request_ends_and_the_next_one_need_not(
