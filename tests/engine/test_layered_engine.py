@@ -150,6 +150,8 @@ def test_one_at_a_time_and_nobody_waits_for_more_than_a_step(
     """While prompts go through their layers, the rows beside them get a token in every step."""
     engine = routed_engine(tiny_model, max_batch_tokens=16, max_num_seqs=8)
     registered.load(engine)
+    engine.add_request(routed("first", PROMPTS[2], registered, milora.use(), GREEDY))  # for which the router is read
+    drain(engine)
     engine.add_request(Request("base", PROMPTS[0], replace(GREEDY, max_tokens=40)))
     while not engine.scheduler.running:
         engine.step()

@@ -205,6 +205,7 @@ def test_requests_that_come_and_go(make: Make, registered: Registered) -> None:
 
     roomy = make(False)
     engine = make(max_model_len=80, kv_memory=7 * roomy.runner.block_bytes(16), max_num_seqs=6, max_batch_tokens=32)
+    registered.load(engine)
     names = list(registered.weights)
     requests = []
     for row in range(40):
