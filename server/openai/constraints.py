@@ -82,6 +82,8 @@ class StructuredOutputs(RequestModel):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "StructuredOutputs":
+        if all(getattr(self, "json_" if kind == "json" else kind) is None for kind in KINDS):
+            raise ValueError(f"expected one of {', '.join(KINDS)}")
         given = [kind for kind in KINDS if self._value(kind) is not None]
         if len(given) > 1:
             raise ValueError(f"expected one of {', '.join(KINDS)}, got {' and '.join(given)}")

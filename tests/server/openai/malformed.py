@@ -198,6 +198,8 @@ FIELDS = [
     ),
     chat("structured_outputs", "invalid_type", structured_outputs="a+"),
     chat("structured_outputs", structured_outputs={"regex": "a", "choice": ["a"]}),
+    chat("structured_outputs", structured_outputs={"regexp": "a"}),
+    chat("structured_outputs", structured_outputs={"regex": None, "disable_any_whitespace": False}),
     chat("structured_outputs", structured_outputs={"regex": "a"}, response_format={"type": "json_object"}),
     chat("structured_outputs.regex", "invalid_type", structured_outputs={"regex": ["a"]}),
     chat("structured_outputs.regex", "invalid_constraint", structured_outputs={"regex": "a" * (2**17 + 1)}),
