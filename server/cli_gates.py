@@ -22,7 +22,7 @@ Model = Annotated[str, typer.Option(help="Model folder, pulled model or hub id."
     ),
 )
 def extend(
-    router: Annotated[Path, typer.Option(help="Folder of the trained router.")],
+    router: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the trained router.")],
     add: Annotated[str, typer.Option(metavar="NAME", help="The adapter's folder, and that of its task.")],
     tasks: Tasks,
     adapters: Adapters,

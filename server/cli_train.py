@@ -127,7 +127,10 @@ def train_retriever(
 def eval_routing(
     tasks: Tasks,
     out: Annotated[Path, typer.Option(help="Folder for the tables, plots and rankings.")],
-    router: Annotated[list[Path] | None, typer.Option(help="A trained router's folder; repeatable.")] = None,
+    router: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, file_okay=False, help="A trained router's folder; repeatable."),
+    ] = None,
     encoder: Encoder = DEFAULT_ENCODER,
     group: Group = None,
     samples: Annotated[int, typer.Option(min=1, help="Training rows that make a prototype.")] = 20,

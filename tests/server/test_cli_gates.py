@@ -64,5 +64,10 @@ def test_what_cannot_be_is_one_line(given: list[str], tmp_path: Path) -> None:
     fails(missing, "train", "extend", "--router", gates, "--add", "none")
     unread = "router.json: expected a readable file (No such file or directory)"
     fails(unread, "train", "extend", "--router", str(tmp_path), "--add", "spell")
+    done = runner.invoke(
+        cli.app, ["train", "extend", *given, "--router", "nowhere", "--add", "spell", "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 2
+    assert "'nowhere'" in done.stderr
     fails("none: expected one of the evaluated tasks, minus, plus, spell", "eval", "gates", "--new", "none")
     fails("router two: there is no folder nowhere", "eval", "gates", "--router", "two=nowhere")
