@@ -47,6 +47,9 @@ HEADERS = """## Headers
 Bodies are `application/json`. Streams are server-sent events without compression; lines that begin with a colon are
 comments, sent when there was nothing else to say for `http.keep_alive` seconds.
 """
+REQUEST_LORA = """What routers are told (`top_k` to `query`, `sticky`, `explain`) changes nothing where none is asked,
+by `router` or by the model `auto` or `auto:<router>`. So one object may go with requests for any model.
+"""
 RESPONSE_LORA = """## `lora` in responses
 
 In the body, of a stream in the last event with choices or usage. Of a base answer it is
@@ -78,7 +81,7 @@ def api_document() -> str:
         *_endpoints(),
         _fields("POST /v1/chat/completions", ChatRequest, NOT_SERVED),
         _fields("POST /v1/completions", CompletionRequest, NOT_SERVED),
-        _fields("`lora` in requests", LoraOptions),
+        _fields("`lora` in requests", LoraOptions, about=REQUEST_LORA),
         RESPONSE_LORA,
         _fields("POST /v1/embeddings", EmbeddingsRequest),
         _fields("POST /tokenize", TokenizeRequest, expands=False),
@@ -125,9 +128,11 @@ def _fields(
     model: type[BaseModel],
     refused: Mapping[str, tuple[object, ...]] | None = None,
     expands: bool = True,
+    about: str = "",
 ) -> str:
     shown = [row for row in field_rows(model, refused) if expands or not set(".[") & set(row[0])]
-    return f"## {title}\n\n{_table(('field', 'values', 'status', 'notes'), shown)}"
+    head = f"## {title}\n\n{about}\n" if about else f"## {title}\n\n"
+    return f"{head}{_table(('field', 'values', 'status', 'notes'), shown)}"
 
 
 def _status(schema: Mapping[str, Any]) -> str:

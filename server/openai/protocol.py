@@ -134,7 +134,8 @@ class GenerationRequest(RequestModel):
     n: Annotated[int, Field(ge=1)] | None = None
     """Default 1. At most `limits.n`."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Default: another one each time. Choice i of a prompt samples with seed + i."""
+    """Default: another one each time. Choice i of a prompt samples with seed + i. The same random numbers whatever
+    shares the batch, and the same text but where rounding decides."""
     stop: Stop | None = None
     """Texts that end an answer and are not part of it."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

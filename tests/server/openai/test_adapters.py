@@ -48,6 +48,15 @@ async def test_model_names_an_adapter(
     assert response.json()["model"] == "sql"
 
 
+@pytest.mark.parametrize("which", [{"model": "sql"}, {"lora": {"adapters": [{"name": "sql"}]}}])
+async def test_what_routers_are_told_changes_nothing_without_one(client: httpx.AsyncClient, which: Json) -> None:
+    told = {"top_k": 1, "temperature": 0.5, "score_mass": 0.5, "min_score": 2.0, "candidates": ["pirate"]}
+    told |= {"query": "conversation", "sticky": True, "explain": True}
+    plain = (await complete(client, **which)).json()["lora"]
+    more = (await complete(client, **which | {"lora": which.get("lora", {}) | told})).json()["lora"]
+    assert more["adapters"] == plain["adapters"] != []
+
+
 async def test_a_revision_is_pinned_by_its_digest(
     client: httpx.AsyncClient, harness: Harness, digest: Callable[[str], str]
 ) -> None:
