@@ -31,13 +31,13 @@ def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
     if routing.encoder == "none":
         return None, "the server's settings switch the encoder off"
     if importlib.util.find_spec("sentence_transformers") is None:
-        return None, "the extra `routing` is not installed, `pip install 'loramux[routing]'` adds it"
+        return _without("the extra `routing` is not installed, `pip install 'loramux[routing]'` adds it")
     try:
         folder = locate(routing.encoder, settings.data_dir)
     except CheckpointError as error:
         if routing.encoder != DEFAULT_ENCODER:
             raise CheckpointError(f"the encoder is not here: {error}") from error
-        return None, str(error)
+        return _without(str(error))
     process = EncoderProcess(
         folder,
         device=settings.serve.device if routing.device == "auto" else routing.device,
@@ -47,6 +47,12 @@ def encoder_process(settings: Settings) -> tuple[EncoderProcess | None, str]:
         log_format=settings.serve.log_format,
     )
     return process, ""
+
+
+def _without(why: str) -> tuple[None, str]:
+    """Nobody asked for a server without an encoder: whoever starts one reads it in the log."""
+    logger.warning("neither `auto` by a prompt's text nor embeddings of an encoder are served: %s", why)
+    return None, why
 
 
 def encoder_name(settings: Settings) -> tuple[str, ...]:

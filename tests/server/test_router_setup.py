@@ -29,9 +29,15 @@ def test_the_encoder_is_where_the_engine_is_unless_the_settings_say_otherwise(
     assert started == [(chosen, 0.1)]
 
 
-def test_of_an_encoder_that_is_not_here_the_message_says_that_it_is_the_encoder(tmp_path: Path) -> None:
+def test_of_an_encoder_that_is_not_here_the_message_says_that_it_is_the_encoder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(CheckpointError, match=r"the encoder is not here: .*'nothing' does not exist"):
         router_setup.encoder_process(Settings(data_dir=tmp_path, routing=RoutingSettings(encoder="nothing")))
     process, absent = router_setup.encoder_process(Settings(data_dir=tmp_path))
     assert process is None
     assert "loramux pull all-minilm-l6-v2" in absent
+    assert absent in caplog.text
+    caplog.clear()
+    assert router_setup.encoder_process(Settings(data_dir=tmp_path, routing=RoutingSettings(encoder="none")))[0] is None
+    assert not caplog.text  # as it was asked for
