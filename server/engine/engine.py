@@ -66,7 +66,7 @@ class Engine:
         self.adapters = adapters
         self.arrivals = Arrivals(adapters, gates, routers, grammars)
         self.deciding = Deciding()
-        self.masks = MaskThreads(mask_threads(config))
+        self.masks = MaskThreads(mask_threads(config), pinned=runner.device.type == "cuda")
         self.clock = clock
         self.eos_token_ids = frozenset(runner.model.eos_token_ids)
         blocks = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
@@ -148,6 +148,8 @@ class Engine:
         if not plan.chunks and plan.layers is None and not outputs and self._launched is None:
             self._wait()
             return []
+        if self._launched is not None and constrained(self._launched.chunks) and self._launched.ended:
+            self._advance_masks(self._launched)  # the device is idle: threads compute while the next step is launched
         launched = self._launch(plan) if plan.chunks or plan.layers is not None else None
         if self.runner.lookahead:
             launched, self._launched = self._launched, launched
@@ -220,9 +222,7 @@ class Engine:
         tokens, logprobs = launched.wait()
         self.waited += self.clock() - started
         outputs: list[Output] = []
-        found = zip((chunk.sequence for chunk in launched.chunks if chunk.samples), tokens, strict=True)
-        on_time = ((sequence, token) for sequence, token in found if sequence not in launched.late)
-        self.masks.advance(moves(pair for pair in on_time if self._sequences.get(pair[0].request.id) is pair[0]))
+        self._advance_masks(launched)
         sampled = iter(zip(tokens, logprobs, strict=True))
         prompt_logprobs, pools = launched.prompt_logprobs(), launched.pools()
         for index, (chunk, shares) in enumerate(zip(launched.chunks, launched.shares(), strict=True)):
@@ -247,6 +247,16 @@ class Engine:
             if self._sequences.get(sequence.request.id) is sequence and sequence.undecided:
                 self._decide(sequence, verdict)
         return outputs
+
+    def _advance_masks(self, launched: Launched) -> None:
+        """Begin to compute the masks behind a step's tokens, once. Sequences that ended meanwhile are left out."""
+        if launched.advanced:
+            return
+        launched.advanced = True
+        tokens, _ = launched.wait()
+        found = zip((chunk.sequence for chunk in launched.chunks if chunk.samples), tokens, strict=True)
+        on_time = ((sequence, token) for sequence, token in found if sequence not in launched.late)
+        self.masks.advance(moves(pair for pair in on_time if self._sequences.get(pair[0].request.id) is pair[0]))
 
     def _decide(self, sequence: Sequence, verdict: Verdict) -> None:
         """A router has decided for the prompt of a sequence that has not ended."""

@@ -33,6 +33,10 @@ POLL_SECONDS = 3e-4
 """Between two looks at the device and at the masks that are still missing. Threads tell of masks when nothing is left
 to compute: to be woken for each costs whoever waits the interpreter's lock, and those who compute as well."""
 
+HANDOVER_SECONDS = 1e-3
+"""For which threads have the interpreter's lock to themselves, at most, while they take over a step's tokens. A thread
+that needs it back within that time would wait for what the engine does with the same tokens, half a millisecond."""
+
 
 def mask_threads(config: EngineConfig) -> int:
     """The cores that this process may use but two, unless the configuration says otherwise."""
@@ -43,20 +47,24 @@ class MaskThreads:
     """Advances matchings: threads for all, and another one for the slow, which therefore delay only each other.
 
     idled: seconds for which the last step's masks were waited for when the device had nothing more to do.
+    pinned: masks are copied to a GPU.
     """
 
-    def __init__(self, num_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, num_threads: int, clock: Callable[[], float] = time.monotonic, *, pinned: bool = False) -> None:
         self.idled = 0.0
+        self._pinned = pinned
         self._clock = clock
         self._num_threads = num_threads
         self._lanes = (ThreadPoolExecutor(num_threads, "masks"), ThreadPoolExecutor(1, "slow-masks"))
         self._news = threading.Condition()
+        self._begun = threading.Event()
         self._executor: LLExecutor | None = None
         self._alone = False
         self._short = False
 
     def advance(self, moves: Moves) -> None:
         """Compute the mask behind each token. The matchings are `pending` until that is done."""
+        self._begun.clear()
         for lane, slow in zip(self._lanes, (False, True), strict=True):
             batch = [(matching, token) for matching, token in moves if matching.slow is slow]
             for matching, _ in batch:
@@ -71,7 +79,7 @@ class MaskThreads:
                 self._short = True
                 self._run(groups)
         if moves:
-            time.sleep(0)  # lets the threads have the interpreter's lock until they no longer need it
+            self._begun.wait(HANDOVER_SECONDS)
 
     def wait(self, matchings: ReadOnlyList[Matching], seconds: float) -> None:
         """Return when none of them is pending, at the latest after this time."""
@@ -120,13 +128,15 @@ class MaskThreads:
         while (group := take(groups)) is not None:
             library = self._library_threads() if len(group) > 1 and group[0][0].quick else None
             if library is not None:
-                advance_together(group, library)
+                advance_together(group, library, self._begun.set, pinned=self._pinned)
                 for matching, _ in group:
                     matching.pending = False
             else:
+                self._begun.set()  # each mask takes the lock anew
                 for matching, token in group:
                     matching.advance(token)
                     matching.pending = False
+        self._begun.set()
         with self._news:
             self._news.notify_all()
 

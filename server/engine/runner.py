@@ -42,7 +42,7 @@ class Launched:
     """A step under way: its chunks, what is computed of them, and, once that is chosen, copies to the host.
 
     `sequences` are those whose chunk yields a token, `indices` that token's place in the output. Those that are `late`
-    yield none after all, since their masks were not there.
+    yield none after all, since their masks were not there. `advanced`: the masks behind its tokens are being computed.
     """
 
     chunks: list[Chunk]
@@ -51,6 +51,7 @@ class Launched:
     indices: list[int]
     verdicts: ReadOnlyList[tuple[Sequence, Verdict]]
     late: set[Sequence] = field(default_factory=set)
+    advanced: bool = False
     computing: torch.cuda.Event | None = None
     sampled: Sampled | None = None
     done: torch.cuda.Event | None = None
@@ -61,6 +62,11 @@ class Launched:
     def running(self) -> bool:
         """Whether the device still runs the model. Known of steps with constrained rows."""
         return self.computing is not None and not self.computing.query()
+
+    @property
+    def ended(self) -> bool:
+        """Whether its tokens, which have been chosen, can be read without waiting."""
+        return self.done is None or self.done.query()
 
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""

@@ -18,6 +18,7 @@ from kernels import reference
 from kernels.ops import Ops
 from kernels.reference import forbid
 from server.engine.masks import upload_masks
+from server.engine.matching import rows_of
 from server.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
@@ -169,6 +170,13 @@ def _masks(
 
     `min_tokens` forbids the end here too, unless the grammar allows nothing else.
     """
+    free = [
+        sequence.matching
+        for sequence, index in zip(sequences, indices, strict=True)
+        if sequence.matching is not None and _masked(sequence) and index >= sequence.request.params.min_tokens
+    ]
+    if len(free) == len(sequences) and (rows := rows_of(free)) is not None:
+        return rows.to(device, non_blocking=True)  # 64 rows are a megabyte, which other cores have just written
     masks: list[NDArray[np.uint32] | None] = []
     for sequence, index in zip(sequences, indices, strict=True):
         matching, params = sequence.matching, sequence.request.params

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from adapters_store.pages import PackedAdapter
 from adapters_store.pool import PagePool
 from adapters_store.tiers import HostTier
@@ -94,6 +96,7 @@ class FakeLaunch:
     verdicts: tuple[()] = ()
     sampled: bool | None = None
     late: frozenset[Sequence] = frozenset()
+    advanced: bool = False
 
     def running(self) -> bool:
         return False
@@ -120,6 +123,7 @@ class FakeRunner:
         self.pool = pool
         self.num_blocks = num_blocks
         self.lookahead = lookahead
+        self.device = torch.device("cpu")
         self.gates = None
         self.max_model_len = 256
 

@@ -12,8 +12,9 @@ from server.engine import matching
 from server.engine.config import EngineConfig
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
-from server.engine.matching import Matching
-from server.engine.plan import Chunk, Plan
+from server.engine.matching import Matching, Moves
+from server.engine.plan import Chunk, LayerRun, Plan
+from server.engine.runner import Launched
 from server.engine.sequence import FinishReason, Request
 from tests.engine.constrained_requests import (
     ALL,
@@ -113,9 +114,10 @@ def test_min_tokens_keeps_a_text_going_where_it_can(make: Make) -> None:
     constraint = Constraint(ConstraintKind.REGEX, "a{1,30}")
     params = replace(GREEDY, constraint=constraint, logit_bias={1: 100.0})
     for least in (0, 5):
-        engine = make(ahead=bool(least))
-        outputs = outputs_of(engine, [Request("r", PROMPTS[1], replace(params, min_tokens=least))])["r"]
-        assert sum(len(output.tokens) for output in outputs) == max(1, least)
+        requests = [Request(f"r{row}", PROMPTS[1], replace(params, min_tokens=least)) for row in range(3)]
+        for some in (requests[:1], requests):  # also where masks of several rows are computed together
+            outputs = outputs_of(make(ahead=bool(least)), some)
+            assert [sum(len(one.tokens) for one in own) for own in outputs.values()] == [max(1, least)] * len(some)
 
 
 def test_a_stop_token_of_the_request_ends_it(make: Make, words: Tokenizer) -> None:
@@ -183,6 +185,33 @@ def test_late_masks_change_nothing(make: Make, ahead: bool, patience: int, monke
     monkeypatch.setattr(engine.scheduler, "retract", watched)
     assert texts(outputs_of(engine, batch())) == expected
     assert bool(late) == bool(patience)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_masks_are_begun_before_the_next_launch_where_the_device_waits_for_it(
+    make: Make, idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once in either case, which changes no output."""
+    engine, order = make(True), list[str]()
+    advance, launch = engine.masks.advance, engine.runner.launch
+
+    def advanced(moves: Moves) -> None:
+        order.append("masks")
+        advance(moves)
+
+    def launched(chunks: list[Chunk], layers: LayerRun | None = None) -> Launched:
+        order.append("launch")
+        return launch(chunks, layers)
+
+    monkeypatch.setattr(Launched, "ended", idle)
+    monkeypatch.setattr(engine.masks, "advance", advanced)
+    monkeypatch.setattr(engine.runner, "launch", launched)
+    request = Request("one", PROMPTS[0], constrained(GREEDY, SCHEMA))
+    found = texts(outputs_of(engine, [request]))
+    begin = ["launch", "masks", "launch", "masks"] if idle else ["launch", "launch", "masks", "launch"]
+    assert order[:4] == begin
+    assert order.count("masks") == order.count("launch")
+    assert found == texts(outputs_of(make(False), [request]))
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.grammar import Grammar, GrammarCompiler
 from server.engine.masks import MaskThreads
-from server.engine.matching import TOGETHER_SECONDS, advance_together
+from server.engine.matching import TOGETHER_SECONDS, advance_together, rows_of
 from tests.panic import Panic
 
 EOS = 1
@@ -55,6 +56,25 @@ def test_outputs_that_advance_together_are_as_if_each_did_alone(
         for one, other in zip(together, alone, strict=True):
             assert one.error == other.error
             assert one.error is not None or (one.mask == other.mask).all()
+
+
+def test_masks_that_were_computed_together_are_rows_of_one_tensor(whole: Grammar) -> None:
+    """In that order and with no other in between; what the next call computes leaves them as they are."""
+    own = [whole.start() for _ in range(3)]
+    token, begun = int(own[0].allowed()[-1]), list[bool]()
+    assert rows_of(own) is None
+    advance_together([(one, token) for one in own], LLExecutor(1), lambda: begun.append(rows_of(own) is None))
+    rows = rows_of(own)
+    assert rows is not None
+    assert begun == [True]
+    assert (rows.numpy().view(np.uint32) == np.stack([one.mask for one in own])).all()
+    assert [rows_of(some) for some in (own[:2], own[::-1], [own[0], own[0], own[2]], [whole.start()])] == [None] * 4
+    before = rows.clone()
+    own[0].advance(int(own[0].allowed()[-1]))
+    assert rows_of(own) is None
+    advance_together([(one, int(one.allowed()[0])) for one in own[1:]], LLExecutor(1))
+    assert (rows == before).all()
+    assert rows_of(own[1:]) is own[1].rows is not rows
 
 
 @pytest.fixture(scope="module")
