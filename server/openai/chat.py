@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from server.engine.sequence import FinishReason
 from server.errors import BadRequest
 from server.openai.answer import Answer, Collected, Json
 from server.openai.messages import Messages, TemplateVariables, plain
-from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
+from server.openai.protocol import MAX_LOGPROBS, GenerationRequest, served_only
 from server.openai.tool_calls import ToolCalls
 from server.openai.tools import AnyToolChoice, Tools, tool_use
 from server.tenants import Tenant
@@ -37,6 +37,8 @@ class ChatRequest(GenerationRequest):
     """Default `auto` with tools. A call that is forced is valid, whatever the model: a grammar takes nothing else."""
     parallel_tool_calls: bool | None = None
     """Default true."""
+    add_special_tokens: Annotated[Literal[False] | None, served_only(False)] = None
+    """Refused: the chat template writes them."""
     chat_template_kwargs: TemplateVariables | None = None
     """Variables of the model's chat template, such as Qwen3's `enable_thinking`; what it does not read is ignored."""
 

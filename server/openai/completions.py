@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
@@ -14,7 +14,7 @@ from server.errors import BadRequest
 from server.openai.answer import Answer, Collected, Json
 from server.openai.inputs import INPUTS_SCHEMA, Inputs, inputs_of
 from server.openai.prompt_scores import by_name, echoed, token_name
-from server.openai.protocol import MAX_LOGPROBS, GenerationRequest
+from server.openai.protocol import MAX_LOGPROBS, GenerationRequest, served_only
 from server.tenants import Tenant
 
 
@@ -34,6 +34,8 @@ class CompletionRequest(GenerationRequest):
     """Default false. The prompt stands before the answer, with its log-probabilities if `logprobs` is given."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """So many most likely tokens at each place."""
+    add_special_tokens: Annotated[Literal[True] | None, served_only(True)] = None
+    """Refused: texts get them, token ids are as they are."""
     best_of: Annotated[int, Field(ge=1)] | None = None
     """Default `n`, and at most `limits.n`. So many candidates, of which the `n` with the most likely tokens on average
     are answered; the usage has them all. Not with `stream` if it is more than `n`."""

@@ -45,7 +45,6 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "skip_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),
     "truncate_prompt_tokens": (None,),
-    "add_special_tokens": (None,),
     "prompt_embeds": (None,),
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
@@ -79,6 +78,18 @@ INSTEAD: Mapping[str, str] = {
     "guided_grammar": "structured_outputs.grammar",
     "max_completion_tokens": "max_tokens",
 }
+
+
+def served_only(value: bool) -> BeforeValidator:
+    """For a field that is there for the one value that changes nothing."""
+
+    def check(given: object) -> object:
+        if given is not None and given is not value:
+            raise PydanticCustomError("unsupported", "not supported by this server")
+        return given
+
+    return BeforeValidator(check)
+
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 

@@ -243,6 +243,16 @@ async def test_variables_of_the_template_reach_it(store: AdapterStore) -> None:
     assert counted.json()["tokens"] == prompt
 
 
+async def test_special_tokens_as_vllm_has_them_by_default(client: httpx.AsyncClient, harness: Harness) -> None:
+    await post(client, add_special_tokens=False)
+    await post(client)
+    asked = {"model": "tiny", "prompt": "Hi", "add_special_tokens": True}
+    assert (await client.post("/v1/completions", json=asked)).status_code == 200
+    given, plain, text = (list(request.prompt) for request in harness.engine.requests)
+    assert given == plain
+    assert text == [0, *harness.engine.encode("Hi")]  # the token that begins texts
+
+
 async def test_request_ids_are_echoed_or_made(client: httpx.AsyncClient) -> None:
     body = {"model": "tiny", "messages": MESSAGES}
     echoed = await client.post(URL, json=body, headers={"x-request-id": "my-id.7"})
