@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_THREADS = 14
-"""With 16 cores the masks of 64 rows of a JSON schema cost 1.1 % of a decode step in 14 threads, 2.8 % in eight."""
+"""With 16 cores a decode step of 64 rows of a JSON schema, 5.5 ms without masks, takes 6.1 ms with 14 threads and 6.8
+with eight; with 15 as with 14."""
 
 POLL_SECONDS = 3e-4
 """Between two looks at the device and at the masks that are still missing. Threads tell of masks when nothing is left
@@ -35,7 +36,8 @@ to compute: to be woken for each costs whoever waits the interpreter's lock, and
 
 HANDOVER_SECONDS = 1e-3
 """For which threads have the interpreter's lock to themselves, at most, while they take over a step's tokens. A thread
-that needs it back within that time would wait for what the engine does with the same tokens, half a millisecond."""
+that needs it back within that time would wait for what the engine does with the same tokens, half a millisecond: a step
+of 64 rows of a JSON schema took 6.3 ms with this and 7.1 without."""
 
 
 def mask_threads(config: EngineConfig) -> int:
