@@ -66,12 +66,14 @@ class MaskThreads:
 
     def advance(self, moves: Moves) -> None:
         """Compute the mask behind each token. The matchings are `pending` until that is done."""
+        together = False
         self._begun.clear()
         for lane, slow in zip(self._lanes, (False, True), strict=True):
             batch = [(matching, token) for matching, token in moves if matching.slow is slow]
             for matching, _ in batch:
                 matching.pending = True
             groups = shared_out(batch)
+            together |= any(map(common, groups))
             try:
                 for _ in range(min(len(groups), 1 if slow else self._num_threads)):
                     lane.submit(self._run, groups)
@@ -80,8 +82,10 @@ class MaskThreads:
                     logger.warning("masks hold up the engine's steps: %s", error)
                 self._short = True
                 self._run(groups)
-        if moves:
+        if together:
             self._begun.wait(HANDOVER_SECONDS)
+        elif moves:
+            time.sleep(0)  # lets the threads have the interpreter's lock until they no longer need it
 
     def wait(self, matchings: ReadOnlyList[Matching], seconds: float) -> None:
         """Return when none of them is pending, at the latest after this time."""
@@ -128,17 +132,16 @@ class MaskThreads:
 
     def _run(self, groups: deque[Moves]) -> None:
         while (group := take(groups)) is not None:
-            library = self._library_threads() if len(group) > 1 and group[0][0].quick else None
+            library = self._library_threads() if common(group) else None
             if library is not None:
                 advance_together(group, library, self._begun.set, pinned=self._pinned)
                 for matching, _ in group:
                     matching.pending = False
             else:
-                self._begun.set()  # each mask takes the lock anew
                 for matching, token in group:
                     matching.advance(token)
                     matching.pending = False
-        self._begun.set()
+        self._begun.set()  # also where what began raised, or was computed one by one
         with self._news:
             self._news.notify_all()
 
@@ -161,6 +164,11 @@ def take(groups: deque[Moves]) -> Moves | None:
         return groups.popleft()
     except IndexError:  # another thread took the last
         return None
+
+
+def common(group: Moves) -> bool:
+    """Whether its masks are computed in one call."""
+    return len(group) > 1 and group[0][0].quick
 
 
 def shared_out(moves: Moves) -> deque[Moves]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernels.reference import forbid, greedy
-from server.engine.masks import MaskThreads, shared_out, take, upload_masks
+from server.engine.masks import HANDOVER_SECONDS, MaskThreads, shared_out, take, upload_masks
 from server.engine.matching import QUICK_SECONDS, SLOW_SECONDS, Matching, advance_together
 from server.engine.sampler import sample
 from server.engine.sequence import Request, SamplingParams, Sequence
@@ -259,6 +259,26 @@ def test_what_is_slow_delays_nothing_else() -> None:
     masks.wait([slow], 60.0)
     masks.close()
     assert not slow.pending
+
+
+def test_the_engine_waits_for_the_tokens_of_a_common_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for threads that may be busy with something slow."""
+    masks, waits = MaskThreads(1), list[float | None]()
+    wait = masks._begun.wait
+
+    def waited(seconds: float | None = None) -> bool:
+        waits.append(seconds)
+        return wait(60.0)
+
+    monkeypatch.setattr(masks._begun, "wait", waited)
+    for own in (
+        [Matching(Panicking(), mask_of({1}), seconds) for seconds in (2 * SLOW_SECONDS, 2 * QUICK_SECONDS, 0.0)],  # type: ignore[arg-type]
+        [Matching(Panicking(), mask_of({1}), grammar="same") for _ in range(2)],  # type: ignore[arg-type]
+    ):
+        masks.advance([(one, 0) for one in own])
+        masks.wait(own, 60.0)
+    masks.close()
+    assert waits == [HANDOVER_SECONDS]
 
 
 class World:
