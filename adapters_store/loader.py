@@ -69,6 +69,7 @@ class _Task:
             self.result = self.work()
         except BaseException as error:  # a thread that ended here would take with it what somebody waits for
             self.result = as_exception(error)
+            del self  # whose result knows this frame, and what was worked on
 
 
 class ThreadLoader:

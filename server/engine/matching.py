@@ -54,8 +54,9 @@ class Matching:
     ) -> None:
         self.mask = mask
         self.seconds = seconds
-        self.lexer = self if lexer is None else lexer
-        self.grammar = self if grammar is None else grammar
+        # Not itself: what the matcher holds, up to 100 MB, would stay until the garbage collector looks for cycles.
+        self.lexer = object() if lexer is None else lexer
+        self.grammar = object() if grammar is None else grammar
         self.pending = False
         self.behind = False
         self.error: str | None = None

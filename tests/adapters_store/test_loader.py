@@ -1,7 +1,9 @@
 """Threads that load: results come when they are asked for, in order, and the threads go when there is nothing to do."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -197,8 +199,6 @@ def test_threads_end_without_work_and_come_back(
 
 
 def test_an_idle_thread_keeps_no_result_alive(make: Callable[..., ThreadLoader]) -> None:
-    import weakref
-
     class Large:
         """What an adapter stands for."""
 
@@ -210,6 +210,35 @@ def test_an_idle_thread_keeps_no_result_alive(make: Callable[..., ThreadLoader])
     while references[0]() is not None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert references[0]() is None
+
+
+@pytest.mark.parametrize("kind", [ValueError, Panic])
+def test_work_that_failed_keeps_nothing_alive_of_what_it_had(
+    make: Callable[..., ThreadLoader], kind: type[BaseException]
+) -> None:
+    """Nor until the garbage collector comes, to which a hundred megabytes of a library's are a small object."""
+
+    class Large:
+        """What the library had made until then."""
+
+    references: list[weakref.ref[Large]] = []
+
+    def fail() -> None:
+        large = Large()
+        references.append(weakref.ref(large))
+        raise kind
+
+    loader = make()
+    gc.disable()
+    try:
+        loader.submit(fail, lambda _: None)
+        finish(loader)
+        deadline = time.monotonic() + 60
+        while references[0]() is not None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert references[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_close_begins_nothing_more_and_waits_for_what_runs() -> None:

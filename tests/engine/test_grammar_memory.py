@@ -1,5 +1,6 @@
 """What compiled grammars count for, beside the memory that they hold."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.allocated import allocated_bytes
+from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_check import CheckedCompiler
 from tests.engine.constraints import schema
 
@@ -59,6 +61,24 @@ def test_a_large_grammar_does_not_count_for_the_next_one(model: Path) -> None:
         assert len(compiler._all) == 1
     finally:
         compiler.close()
+
+
+@tells
+def test_what_is_dropped_is_given_back_at_once(model: Path) -> None:
+    """It does not wait for the garbage collector, to which a grammar of 100 MB is a small object."""
+    compiler = GrammarCompiler(model, 512, {1})
+    compiler.compile(schema({"multipleOf": 3}))
+    gc.collect()
+    gc.disable()
+    try:
+        before = allocated_bytes()
+        grammar = compiler.compile(schema({"multipleOf": 40_009}))
+        grammar.start()
+        assert allocated_bytes() - before > 1 << 23
+        del grammar
+        assert allocated_bytes() - before < 1 << 22
+    finally:
+        gc.enable()
 
 
 def test_what_is_taken_and_given_back_is_told() -> None:
