@@ -3,7 +3,7 @@
 from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from server.admin.protocol import TenantName
 
@@ -55,3 +55,11 @@ class UsageQuery(PageQuery):
     tenant: Annotated[TenantName, Field(description="Whose use; the admin key sees all by default.")] | None = None
     since: Annotated[date, Field(description="First day, in UTC.", examples=["2026-01-31"])] | None = None
     until: Annotated[date, Field(description="Last day, in UTC.")] | None = None
+
+    @field_validator("until")
+    @classmethod
+    def _not_before_since(cls, until: date | None, info: ValidationInfo) -> date | None:
+        since = info.data.get("since")
+        if until is not None and since is not None and until < since:
+            raise ValueError(f"expected a day not before since, {since}")
+        return until

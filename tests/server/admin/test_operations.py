@@ -31,6 +31,10 @@ async def test_usage(world: World) -> None:
     day = page["data"][0]["day"]
     assert (await world.admin.get(f"{V1}/usage", params={"since": day, "until": day})).json() == page
     assert (await world.admin.get(f"{V1}/usage", params={"until": "2001-01-01"})).json()["data"] == []
+    refused = await world.admin.get(f"{V1}/usage", params={"since": "2001-01-02", "until": "2001-01-01"})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "until")
+    assert "expected a day not before since, 2001-01-02" in error["message"]
 
 
 async def test_state(world: World) -> None:
