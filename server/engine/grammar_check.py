@@ -33,6 +33,9 @@ CHECK_SECONDS = 3.0
 """CPU time for one. The library's limits do not bound it: 500 `patternProperties`, 7 KB, take a minute, and an error
 below a chain of 2,000 rules half of one."""
 MOST_MEMORY = 1 << 32
+MOST_BYTES = 1 << 26
+"""That a grammar may hold once compiled. Requests that wait keep theirs, which no limit of the bank's counts: a tenant
+that sends other large multiples all the time filled 100 MB a request. 5,000 properties hold 42 MB."""
 
 
 class CheckedCompiler:
@@ -64,6 +67,9 @@ class CheckedCompiler:
         size, held = len(constraint.source), 0
         if size <= LONGEST_SOURCE and (size > SMALL_SOURCE or HARD.search(constraint.source)):
             held = self._check(constraint)
+        if held > MOST_BYTES:
+            limit = f"expected at most {MOST_BYTES >> 20}"
+            raise GrammarError(f"it is too complex: it holds {held >> 20} MB once compiled, {limit}")
         grammar = self._compiler.compile(constraint)
         return replace(grammar, num_bytes=max(grammar.num_bytes, held * len(grammar.matchers)))
 

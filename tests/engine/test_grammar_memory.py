@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from server.engine import grammar_check
 from server.engine.allocated import allocated_bytes
-from server.engine.grammar import GrammarCompiler
+from server.engine.grammar import GrammarCompiler, GrammarError
 from server.engine.grammar_check import CheckedCompiler
 from tests.engine.constraints import schema
 
@@ -59,6 +60,18 @@ def test_a_large_grammar_does_not_count_for_the_next_one(model: Path) -> None:
         assert small[0] < 1 << 20 < small[1]
         assert small[2] < 1 << 20
         assert len(compiler._all) == 1
+    finally:
+        compiler.close()
+
+
+@tells
+def test_what_would_hold_too_much_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "MOST_BYTES", 1 << 22)
+    compiler = CheckedCompiler(model, 512, {1}, seconds=60.0)
+    try:
+        with pytest.raises(GrammarError, match=r"too complex: it holds \d+ MB once compiled, expected at most 4$"):
+            compiler.compile(schema({"multipleOf": 40_009}))
+        assert compiler.compile(schema({"multipleOf": 3})).num_bytes < 1 << 22
     finally:
         compiler.close()
 
