@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,16 +67,15 @@ class MaskThreads:
 
     def advance(self, moves: Moves) -> None:
         """Compute the mask behind each token. The matchings are `pending` until that is done."""
-        together = False
         self._begun.clear()
-        for lane, slow in zip(self._lanes, (False, True), strict=True):
-            batch = [(matching, token) for matching, token in moves if matching.slow is slow]
-            for matching, _ in batch:
-                matching.pending = True
-            groups = shared_out(batch)
-            together |= any(map(common, groups))
+        for matching, _ in moves:
+            matching.pending = True
+        # Shared out before any is computed: what was quick may be slow by then, and would be so once more.
+        quick, slow = (shared_out([move for move in moves if move[0].slow is late]) for late in (False, True))
+        together = not self._alone and any(map(common, islice(quick, self._num_threads)))  # what is begun at once
+        for lane, groups, threads in zip(self._lanes, (quick, slow), (self._num_threads, 1), strict=True):
             try:
-                for _ in range(min(len(groups), 1 if slow else self._num_threads)):
+                for _ in range(min(len(groups), threads)):
                     lane.submit(self._run, groups)
             except RuntimeError as error:  # the system has no thread for it: those that there are do it with this one
                 if not self._short:

@@ -43,6 +43,7 @@ class Launched:
 
     `sequences` are those whose chunk yields a token, `indices` that token's place in the output. Those that are `late`
     yield none after all, since their masks were not there. `advanced`: the masks behind its tokens are being computed.
+    `found`: what `wait` has read.
     """
 
     chunks: list[Chunk]
@@ -58,6 +59,7 @@ class Launched:
     routed: Shares | None = None
     scores: Scores | None = None
     pooled: Pooled | None = None
+    found: tuple[list[int | None], list[TokenLogprobs | None]] | None = None
 
     def running(self) -> bool:
         """Whether the device still runs the model. Known of steps with constrained rows."""
@@ -71,9 +73,11 @@ class Launched:
     def wait(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The tokens and log-probabilities of the chunks that yield one, when the step is done."""
         assert self.sampled is not None, "the tokens have not been chosen"
-        if self.done is not None:
-            self.done.synchronize()
-        return self.sampled.read()
+        if self.found is None:
+            if self.done is not None:
+                self.done.synchronize()
+            self.found = self.sampled.read()
+        return self.found
 
     def shares(self) -> list[tuple[float, ...]]:
         """`Output.shares` by chunk, after `wait`."""

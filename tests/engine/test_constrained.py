@@ -15,7 +15,8 @@ from server.engine.engine import Engine
 from server.engine.matching import Matching, Moves
 from server.engine.plan import Chunk, LayerRun, Plan
 from server.engine.runner import Launched
-from server.engine.sequence import FinishReason, Request
+from server.engine.sampler import Sampled
+from server.engine.sequence import FinishReason, Request, TokenLogprobs
 from tests.engine.constrained_requests import (
     ALL,
     BLOCK_BYTES,
@@ -191,9 +192,9 @@ def test_late_masks_change_nothing(make: Make, ahead: bool, patience: int, monke
 def test_masks_are_begun_before_the_next_launch_where_the_device_waits_for_it(
     make: Make, idle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And once in either case, which changes no output."""
+    """And once in either case, as the tokens are read, which changes no output."""
     engine, order = make(True), list[str]()
-    advance, launch = engine.masks.advance, engine.runner.launch
+    advance, launch, read = engine.masks.advance, engine.runner.launch, Sampled.read
 
     def advanced(moves: Moves) -> None:
         order.append("masks")
@@ -203,14 +204,22 @@ def test_masks_are_begun_before_the_next_launch_where_the_device_waits_for_it(
         order.append("launch")
         return launch(chunks, layers)
 
+    def counted(sampled: Sampled) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        order.append("read")
+        return read(sampled)
+
     monkeypatch.setattr(Launched, "ended", idle)
+    monkeypatch.setattr(Sampled, "read", counted)
     monkeypatch.setattr(engine.masks, "advance", advanced)
     monkeypatch.setattr(engine.runner, "launch", launched)
     request = Request("one", PROMPTS[0], constrained(GREEDY, SCHEMA))
     found = texts(outputs_of(engine, [request]))
+    steps = order.count("launch")
+    assert order.count("read") == steps
+    order = [event for event in order if event != "read"]
     begin = ["launch", "masks", "launch", "masks"] if idle else ["launch", "launch", "masks", "launch"]
     assert order[:4] == begin
-    assert order.count("masks") == order.count("launch")
+    assert order.count("masks") == steps
     assert found == texts(outputs_of(make(False), [request]))
 
 

@@ -281,6 +281,44 @@ def test_the_engine_waits_for_the_tokens_of_a_common_call_alone(monkeypatch: pyt
     assert waits == [HANDOVER_SECONDS]
 
 
+@pytest.mark.parametrize("case", ["threads are busy", "no threads of the library"])
+def test_the_engine_does_not_wait_for_a_common_call_that_does_not_begin_at_once(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, waits = MaskThreads(1), list[float | None]()
+    monkeypatch.setattr(masks._begun, "wait", waits.append)
+    masks._alone = case != "threads are busy"
+    before = [] if masks._alone else [matching_of(Panicking(), 2 * QUICK_SECONDS)]
+    own = [*before, *(matching_of(Panicking()) for _ in range(2))]
+    masks.advance([(one, 0) for one in own])
+    masks.wait(own, 60.0)
+    masks.close()
+    assert not any(one.pending for one in own)
+    assert waits == []
+
+
+def matching_of(matcher: Panicking, seconds: float = 0.0) -> Matching:
+    """Of one grammar, all of them."""
+    return Matching(matcher, mask_of({1}), seconds, grammar=Panicking)  # type: ignore[arg-type]
+
+
+def test_an_output_that_becomes_slow_at_once_takes_its_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the engine has handed the slow ones over."""
+    taken: list[int] = []
+
+    class Slowing(Matching):
+        def advance(self, token: int) -> None:
+            taken.append(token)
+            self.seconds = 2 * SLOW_SECONDS
+
+    masks, own = MaskThreads(1), Slowing(None, mask_of({1}))  # type: ignore[arg-type]
+    monkeypatch.setattr(masks._lanes[0], "submit", lambda run, groups: run(groups))
+    masks.advance([(own, 7)])
+    masks.wait([own], 60.0)
+    masks.close()
+    assert taken == [7]
+
+
 class World:
     """A clock that moves when a thread waits, and what happens at some of its seconds. Who waits is told of the last
     masks only."""
