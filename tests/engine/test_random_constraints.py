@@ -1,6 +1,7 @@
 """Random constraints, and what a random model says under them."""
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,15 @@ from tokenizers import Tokenizer
 from server.engine.config import EngineConfig
 from server.engine.constraint import Constraint, ConstraintKind
 from server.engine.engine import Engine
-from server.engine.sequence import FinishReason, Request, SamplingParams
+from server.engine.masks import shared_out
+from server.engine.matching import QUICK_SECONDS, SLOW_SECONDS, Moves
+from server.engine.runner import Launched
+from server.engine.sequence import FinishReason, Output, Request, SamplingParams
+from tests.engine.constrained_requests import ALL, BLOCK_BYTES, LazyMasks, batch, compile_all
 from tests.engine.constraints import regex, schema
+from tests.engine.delayed_steps import make_engine
 from tests.engine.spoken import SPECIAL
-from tests.engine.tiny_engine import drain
+from tests.engine.tiny_engine import PROMPTS, drain, outputs_of, texts
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +123,73 @@ def test_what_is_but_the_spelling_of_a_special_token_is_refused(engine: Engine) 
     engine.add_request(Request("r", (7, 8, 9), SamplingParams(max_tokens=20, constraint=regex("<s>"))))
     (output,) = drain(engine)["r"]
     assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "invalid_constraint")
+
+
+class ErraticMasks(LazyMasks):
+    """Computes most masks when they are waited for and the others later. Some count as slow, or not as quick."""
+
+    def __init__(self, draws: random.Random) -> None:
+        super().__init__(0)
+        self.draws = draws
+
+    def advance(self, moves: Moves) -> None:
+        for own, _ in moves:
+            if self.draws.random() < 0.2:
+                own.seconds = self.draws.choice([0.0, 0.0, 2 * QUICK_SECONDS, 2 * SLOW_SECONDS])
+        super().advance(moves)
+
+    def wait(self, *_: object) -> None:
+        some = [move for move in self.moves if self.draws.random() < 0.9]
+        self.moves = [move for move in self.moves if move not in some]
+        self._run(shared_out(some))
+
+    outwait = wait
+
+
+ROWS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
+    seed=st.integers(0, 3),
+    max_tokens=st.sampled_from([3, 40, 40]),
+    min_tokens=st.sampled_from([0, 0, 2]),
+    constraint=st.sampled_from([None, *ALL, *ALL[:2], *ALL[:2]]),
+)
+
+
+@pytest.fixture(scope="module")
+def ahead(model: Path) -> Iterator[Engine]:
+    """With memory for few of its rows."""
+    engine = make_engine(model, kv_memory=8 * BLOCK_BYTES, max_model_len=128, max_num_seqs=6)
+    compile_all(engine, batch())
+    yield engine
+    engine.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(ROWS, min_size=4, max_size=12), st.integers(0, 1 << 32))
+def test_when_masks_begin_and_when_they_come_changes_nothing(
+    engine: Engine, ahead: Engine, rows: list[SamplingParams], seed: int
+) -> None:
+    """Whatever is late or slow, and comes, is preempted or aborted meanwhile."""
+    requests = [Request(str(row), PROMPTS[row % 4], params) for row, params in enumerate(rows)]
+    usual = texts(outputs_of(engine, requests))
+    draws, coming, outputs = random.Random(seed), list(requests), dict[str, list[Output]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launched, "ended", property(lambda _: draws.random() < 0.5))
+        patch.setattr(ahead, "masks", ErraticMasks(draws))
+        while coming or ahead.has_work:
+            for _ in range(min(len(coming), draws.randrange(4))):
+                ahead.add_request(coming.pop(0))
+            if draws.random() < 0.04:
+                ahead.abort(draws.choice(requests).id)
+            for output in ahead.step():
+                outputs.setdefault(output.request_id, []).append(output)
+            ahead.check_integrity()
+    for name, own in outputs.items():
+        tokens = tuple(token for output in own for token in output.tokens)
+        if own[-1].finish_reason is FinishReason.ABORT:
+            assert tokens == usual[name][: len(tokens)]
+        else:
+            assert (tokens, own[-1].error) == (usual[name], None)
+    assert len(outputs) == len(requests)
