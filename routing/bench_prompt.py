@@ -1,9 +1,10 @@
-"""`python -m routing.bench_prompt`: what MoA and MiLoRA cost beside the base model and plain LoRA, as a JSON document.
+"""`python -m routing.bench_prompt`: what MoA and MiLoRA cost beside the base model, plain LoRA and MoE-LoRA, as JSON.
 
 A random model, random adapters of one rank and random routers: how fast it is does not depend on what they choose.
 `prompt`: seconds to the first token of a prompt, alone on the engine, `first` when it has to be decided and `again`
 when that is known; the prefix cache is off. `decode`: milliseconds of a step of `rows` sequences, by number of
-`tenants`, each with an adapter of its own and, for MiLoRA, the router over its linears.
+`tenants`, each with an adapter of its own and, for MiLoRA, the router over its linears; for MoE-LoRA, the baseline of
+MiLoRA's paper whose gates choose for every token, with experts and gates of its own. `weights`: bytes of a tenant.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from adapters_store.pages import page_bytes
+from adapters_store.pages import PackedAdapter, page_bytes
 from adapters_store.tiers import HostTier
 from adapters_store.types import GROUPS, PAGE_RANK, TARGETS, Mix
 from kernels.shapes import SHAPES
@@ -29,6 +30,7 @@ from routing.prompt_router import GELU_A, GELU_B, LayerRouter, RouterForm
 from server.engine.adapters import EngineAdapters
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.gates import GateUse
 from server.engine.prompt_routers import PromptUse
 from server.engine.reads import start_loader
 from server.engine.router_bank import RouterBank
@@ -38,13 +40,17 @@ from server.engine.workload import SyntheticAdapters, write_config
 from server.model.config import ModelConfig
 
 Json = dict[str, Any]
-KINDS = ("base", "lora", MOA, MILORA)
-FACTORY = "routing.prompt_serving:PromptRouterFactory"
+MOE_LORA = "moe-lora"
+KINDS = ("base", "lora", MOA, MILORA, MOE_LORA)
+FACTORY, GATES = "routing.prompt_serving:PromptRouterFactory", "routing.token_router:TokenGateFactory"
 
 
 @dataclass(frozen=True)
 class Options:
-    """`prompt` and `context` are tokens, `rows` sequences, `steps` those that are timed after `warm` others."""
+    """`prompt` and `context` are tokens, `rows` sequences, `steps` those that are timed after `warm` others.
+
+    MoE-LoRA has `experts` of `expert_rank` in each linear, of which a token takes `chosen`.
+    """
 
     model: str = "8b"
     device: str = "auto"
@@ -52,6 +58,9 @@ class Options:
     rank: int = 16
     adapters: int = 8
     top_k: int = 3
+    experts: int = 8
+    expert_rank: int = 4
+    chosen: int = 4
     prompt: int = 1024
     repeats: int = 5
     rows: int = 64
@@ -78,7 +87,14 @@ class Bench:
         self.model = ModelConfig.from_folder(str(self.folder))
         shape, dtype = self.model.linear_shape, choose_dtype("auto", choose_device(options.device), self.model)
         self.adapters = SyntheticAdapters(shape, rank=options.rank, targets=TARGETS, dtype=dtype, seed=options.seed)
-        most = max(options.adapters, *options.tenants)
+        self.experts = SyntheticAdapters(
+            shape, rank=options.expert_rank, targets=TARGETS, dtype=dtype, seed=options.seed + 1
+        )
+        self.itemsize = dtype.itemsize
+        most, tenants = max(options.adapters, *options.tenants), max(options.tenants)
+        self._expert_digests = {self.experts.digest(index) for index in range(tenants * options.experts)}
+        pages = most * -(-options.rank // PAGE_RANK)
+        pages += len(self._expert_digests) * -(-options.expert_rank // PAGE_RANK)
         page = sum(page_bytes(shape, group, dtype.itemsize) for group in GROUPS)
         token = 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * dtype.itemsize
         longest = max(options.prompt, options.context + options.warm + options.steps) + 64
@@ -89,19 +105,22 @@ class Bench:
             max_batch_tokens=max(options.max_batch_tokens, options.rows),
             max_model_len=min(longest, self.model.max_position_embeddings),
             kv_memory=(options.rows + 2) * (longest + 16) * token,
-            page_memory=most * -(-options.rank // PAGE_RANK) * page,
+            page_memory=pages * page,
             prefix_cache=False,
             load_format="random",
             cuda_graphs=options.cuda_graphs,
             prompt_routers=FACTORY,
+            gates=GATES,
+            gate_slots=tenants,
+            gates_per_slot=options.experts,
         )
         runner = Runner(config)
         assert runner.prompt_routers is not None
         loader = start_loader(config.load_threads, runner.device)
-        host = HostTier(self.adapters.num_bytes * (most + 1))
-        adapters = EngineAdapters(host, runner.pool, loader, self.adapters.read, self.clock)
-        routers = RouterBank(loader, runner.prompt_routers.read)
-        self.engine = Engine(config, runner, adapters, self.clock, routers=routers)
+        host = HostTier(self.adapters.num_bytes * (most + 1) + self.experts.num_bytes * (len(self._expert_digests) + 1))
+        adapters = EngineAdapters(host, runner.pool, loader, self._read, self.clock)
+        gates, routers = runner.gate_bank(loader, options.experts), RouterBank(loader, runner.prompt_routers.read)
+        self.engine = Engine(config, runner, adapters, self.clock, gates, routers)
         self.device = str(runner.device)
         self._write_routers()
 
@@ -139,20 +158,44 @@ class Bench:
             self.engine.step()
         return 1000 * median(seconds)
 
+    def weights(self, kind: str) -> int:
+        """Bytes in pages, gate slots and router that a tenant of this kind needs; of MoA all tenants share them."""
+        shape, layers = self.model.linear_shape, self.model.num_layers
+        if kind == MOE_LORA:
+            gates = layers * sum(shape.inputs[target] for target in TARGETS) * self.itemsize
+            return self.options.experts * (self.experts.num_bytes + gates)
+        routers = sum(path.stat().st_size for path in (self.folder / kind).glob("*.safetensors"))
+        return len(self._indices(kind, 0)) * self.adapters.num_bytes + routers
+
     def _request(self, kind: str, length: int, number: int, tenant: int, max_tokens: int) -> Request:
         self._number += 1
         generator = torch.Generator().manual_seed(self.options.seed + number)
         prompt = tuple(torch.randint(2, self.model.vocab_size, (length,), generator=generator).tolist())
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        indices = range(self.options.adapters) if kind == MOA else [tenant]
-        digests = [] if kind == "base" else [self.adapters.digest(index) for index in indices]
-        paths = {digest: self.adapters.path(index) for digest, index in zip(digests, indices, strict=False)}
+        library = self.experts if kind == MOE_LORA else self.adapters
+        indices = self._indices(kind, tenant)
+        digests = [library.digest(index) for index in indices]
+        paths = {digest: library.path(index) for digest, index in zip(digests, indices, strict=True)}
         mix = Mix(tuple((digest, 1.0) for digest in sorted(digests)))
         use = None
         if kind in (MOA, MILORA):
             top_k = 1 if kind == MOA else self.options.top_k
             use = PromptUse(f"{kind} {tenant}", str(self.folder / kind), tuple(digests), kind == MILORA, top_k)
-        return Request(str(self._number), prompt, params, mix, paths, prompt_router=use)
+        gates = None
+        if kind == MOE_LORA:
+            gates = GateUse(f"{kind} {tenant}", "random", tuple(digests), self.options.chosen, 1.0)
+        return Request(str(self._number), prompt, params, mix, paths, gates=gates, prompt_router=use)
+
+    def _indices(self, kind: str, tenant: int) -> Sequence[int]:
+        """Of the adapters, or the experts, that a request of the tenant needs."""
+        experts = self.options.experts
+        shared = {"base": range(0), MOA: range(self.options.adapters)}
+        own = range(tenant * experts, (tenant + 1) * experts) if kind == MOE_LORA else range(tenant, tenant + 1)
+        return shared.get(kind, own)
+
+    def _read(self, digest: str, path: str) -> PackedAdapter:
+        """As `SyntheticAdapters.read`."""
+        return (self.experts if digest in self._expert_digests else self.adapters).read(digest, path)
 
     def _write_routers(self) -> None:
         layers, width = self.model.num_layers, self.model.hidden_size
@@ -182,7 +225,9 @@ def measure(options: Options, folder: Path, say: Callable[[str], None]) -> Json:
         decode[kind] = {tenants: bench.decode(kind, tenants) for tenants in options.tenants}
         say(f"{kind}: decoding steps of " + ", ".join(f"{ms:.2f} ms ({n})" for n, ms in decode[kind].items()))
     bench.engine.close()
-    return {"options": asdict(options), "device": bench.device, "prompt": prompt, "decode": decode}
+    weights = {kind: bench.weights(kind) for kind in KINDS}
+    measured = {"prompt": prompt, "decode": decode, "weights": weights}
+    return {"options": asdict(options), "device": bench.device, **measured}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
